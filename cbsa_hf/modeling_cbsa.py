@@ -1,0 +1,282 @@
+"""The Contract-and-Broadcast Transformer (CBT) for Hugging Face Transformers."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from transformers import PreTrainedModel
+from transformers import initialization as init
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutputWithPooling, ImageClassifierOutput
+from transformers.processing_utils import Unpack
+from transformers.utils import TransformersKwargs
+from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
+from transformers.utils.output_capturing import OutputRecorder, capture_outputs
+
+from .attention_cbsa import ContractAndBroadcastSelfAttention
+from .configuration_cbsa import CBSAConfig
+
+
+def to_pair(size: int | Iterable[int]) -> tuple[int, int]:
+    """One side, or (height, width), as (height, width)."""
+    height, width = (size, size) if isinstance(size, int) else size
+    return height, width
+
+
+@dataclass
+class CBSAModelOutput(BaseModelOutputWithPooling):
+    """
+    Output of [`CBSAModel`].
+
+    Args:
+        last_hidden_state: (batch, 1 + patches, hidden_size), CLS first, after the final LayerNorm.
+        pooler_output: (batch, hidden_size), its CLS token.
+        hidden_states: the embeddings and the output of every layer, each (batch, 1 + patches, hidden_size), before the
+            final LayerNorm; with `output_hidden_states=True`.
+        attentions: per layer `A^T A`, (batch, heads, tokens, tokens); with `output_attentions=True`.
+        representative_attentions: per layer the factor A, (batch, heads, m, tokens), whose rows sum to 1; with
+            `output_representative_attentions=True`.
+    """
+
+    representative_attentions: tuple[torch.FloatTensor, ...] | None = None
+
+
+@dataclass
+class CBSAImageClassifierOutput(ImageClassifierOutput):
+    """
+    Output of [`CBSAForImageClassification`]: `loss` (when labels were given), `logits` (batch, num_labels), and what
+    [`CBSAModelOutput`] says of `hidden_states`, `attentions` and `representative_attentions`.
+    """
+
+    representative_attentions: tuple[torch.FloatTensor, ...] | None = None
+
+
+class CBSAConvStem(nn.Module):
+    """
+    Stride-2 convolutions, each halving the image and doubling the width, with batch norm, and GELU between them.
+
+    Pixels (batch, channels, height, width) -> feature map (batch, hidden_size, height / patch, width / patch), rounded
+    up.
+    """
+
+    def __init__(self, config: CBSAConfig):
+        super().__init__()
+        num_convolutions = config.patch_size.bit_length() - 1
+        widths = [config.hidden_size >> i for i in reversed(range(num_convolutions))]
+        modules = []
+        for width_in, width_out in zip([config.num_channels, *widths], widths):
+            modules += [
+                nn.Conv2d(width_in, width_out, kernel_size=3, stride=2, padding=1, bias=False),
+                nn.BatchNorm2d(width_out, eps=1e-5),
+                nn.GELU(),
+            ]
+        self.layers = nn.Sequential(*modules[:-1])
+
+    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        return self.layers(pixel_values)
+
+
+class CBSAEmbeddings(nn.Module):
+    """Image -> CLS and patch tokens with learned positions, and the grid of the patches."""
+
+    def __init__(self, config: CBSAConfig):
+        super().__init__()
+        self.image_size = to_pair(config.image_size)
+        self.patch_size = config.patch_size
+        self.num_channels = config.num_channels
+        self.grid = tuple(-(-side // config.patch_size) for side in self.image_size)
+
+        self.patch_embeddings = CBSAConvStem(config)
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, config.hidden_size))
+        self.position_embeddings = nn.Parameter(torch.zeros(1, 1 + self.grid[0] * self.grid[1], config.hidden_size))
+
+    def check_size(self, pixel_values: torch.Tensor, interpolate_pos_encoding: bool | None):
+        _, num_channels, height, width = pixel_values.shape
+        if num_channels != self.num_channels:
+            raise ValueError(f"`pixel_values` has {num_channels} channels; this model takes {self.num_channels}.")
+        if min(height, width) < self.patch_size:
+            raise ValueError(
+                f"An input of {height} x {width} pixels (height x width) is smaller than one patch of "
+                f"{self.patch_size} x {self.patch_size}; enlarge it."
+            )
+        if not interpolate_pos_encoding and (height, width) != self.image_size:
+            raise ValueError(
+                f"An input of {height} x {width} pixels (height x width) does not fit the model's "
+                f"{self.image_size[0]} x {self.image_size[1]}; resize it, or pass `interpolate_pos_encoding=True`."
+            )
+
+    def interpolate_pos_encoding(self, grid: tuple[int, int]) -> torch.Tensor:
+        """Positions of CLS and of a grid of any size, bicubic from the trained grid -> (1, 1 + patches, hidden_size)."""
+        if grid == self.grid:
+            return self.position_embeddings
+        cls_position, patch_positions = self.position_embeddings.split([1, self.grid[0] * self.grid[1]], dim=1)
+        patch_positions = patch_positions.transpose(1, 2).unflatten(2, self.grid)
+        patch_positions = F.interpolate(patch_positions, size=grid, mode="bicubic", align_corners=False)
+        return torch.cat([cls_position, patch_positions.flatten(2).transpose(1, 2)], dim=1)
+
+    def forward(
+        self, pixel_values: torch.Tensor, interpolate_pos_encoding: bool | None = None
+    ) -> tuple[torch.Tensor, tuple[int, int]]:
+        self.check_size(pixel_values, interpolate_pos_encoding)
+        patches = self.patch_embeddings(pixel_values)  # (batch, hidden_size, *grid)
+        grid = tuple(patches.shape[2:])
+        cls_token = self.cls_token.expand(patches.shape[0], -1, -1)
+        hidden_states = torch.cat([cls_token, patches.flatten(2).transpose(1, 2)], dim=1)
+        return hidden_states + self.interpolate_pos_encoding(grid), grid
+
+
+class CBSAISTA(nn.Module):
+    """
+    One proximal gradient step towards a sparse code in the dictionary D (CRATE; `paper` section on ISTA):
+    `relu(x + step * (D^T x - D^T D x) - step * threshold)`. Maps (..., hidden_size) to itself, without a skip connection.
+    """
+
+    def __init__(self, config: CBSAConfig):
+        super().__init__()
+        self.step_size = config.ista_step_size
+        self.threshold = config.ista_threshold
+        self.weight = nn.Parameter(torch.empty(config.hidden_size, config.hidden_size))
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        residual = hidden_states - F.linear(hidden_states, self.weight)  # x - D x
+        gradient = F.linear(residual, self.weight.t())  # D^T (x - D x)
+        return F.relu(torch.add(hidden_states, gradient, alpha=self.step_size) - self.step_size * self.threshold)
+
+
+class CBSALayer(GradientCheckpointingLayer):
+    """`h = z + attention(LN(z))`, then `z' = ista(LN(h))`."""
+
+    def __init__(self, config: CBSAConfig):
+        super().__init__()
+        self.layernorm_before = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.attention = ContractAndBroadcastSelfAttention(
+            config.hidden_size,
+            config.num_attention_heads,
+            config.head_dim,
+            config.representatives_size,
+            # The reference's quirk reads all tokens but the last as the grid, so its grid starts at CLS.
+            first_pooled_token={"patches": 1, "all_but_last": 0}[config.pooled_tokens],
+        )
+        self.layernorm_after = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.feed_forward = CBSAISTA(config)
+
+    def forward(
+        self, hidden_states: torch.Tensor, grid: tuple[int, int], output_attentions: bool = False
+    ) -> torch.Tensor:
+        update, _, _ = self.attention(self.layernorm_before(hidden_states), grid, output_attentions)
+        hidden_states = hidden_states + update
+        return self.feed_forward(self.layernorm_after(hidden_states))
+
+
+class CBSAPreTrainedModel(PreTrainedModel):
+    config: CBSAConfig
+    base_model_prefix = "cbsa"
+    main_input_name = "pixel_values"
+    input_modalities = ("image",)
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["CBSAEmbeddings", "CBSALayer"]
+    _can_compile_fullgraph = True
+    _can_record_outputs = {
+        "hidden_states": CBSALayer,
+        "attentions": OutputRecorder(ContractAndBroadcastSelfAttention, index=1),
+        "representative_attentions": OutputRecorder(ContractAndBroadcastSelfAttention, index=2),
+    }
+    _input_embed_layer = "patch_embeddings"
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module):
+        super()._init_weights(module)
+        if isinstance(module, CBSAEmbeddings):
+            init.trunc_normal_(module.cls_token, std=self.config.initializer_range)
+            init.trunc_normal_(module.position_embeddings, std=self.config.initializer_range)
+        elif isinstance(module, ContractAndBroadcastSelfAttention):
+            init.ones_(module.step_rep)
+            init.ones_(module.step_x)
+        elif isinstance(module, CBSAISTA):
+            init.kaiming_uniform_(module.weight)
+
+
+class CBSAModel(CBSAPreTrainedModel):
+    """The encoder: image in, CLS and patch tokens out."""
+
+    def __init__(self, config: CBSAConfig):
+        super().__init__(config)
+        self.embeddings = CBSAEmbeddings(config)
+        self.layers = nn.ModuleList([CBSALayer(config) for _ in range(config.num_hidden_layers)])
+        self.layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.post_init()
+
+    @merge_with_config_defaults
+    @capture_outputs(tie_last_hidden_states=False)
+    def forward(
+        self,
+        pixel_values: torch.Tensor,
+        interpolate_pos_encoding: bool | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> CBSAModelOutput:
+        """
+        Args:
+            pixel_values: (batch, channels, height, width), normalised; cast to the model's dtype.
+            interpolate_pos_encoding: accept any size of at least one patch a side, not only `config.image_size`.
+            output_hidden_states, output_attentions, output_representative_attentions (`bool`, *optional*):
+                also return what [`CBSAModelOutput`] says; the configuration's value counts when not given.
+
+        Raises:
+            ValueError: the number of channels or the size does not fit.
+        """
+        output_attentions = kwargs.get("output_attentions")
+        if output_attentions is None:
+            output_attentions = self.config.output_attentions
+
+        pixel_values = pixel_values.to(self.dtype)
+        hidden_states, grid = self.embeddings(pixel_values, interpolate_pos_encoding)
+        for layer in self.layers:
+            hidden_states = layer(hidden_states, grid, output_attentions)
+        last_hidden_state = self.layernorm(hidden_states)
+        return CBSAModelOutput(last_hidden_state=last_hidden_state, pooler_output=last_hidden_state[:, 0])
+
+
+class CBSAForImageClassification(CBSAPreTrainedModel):
+    """The encoder with a linear classifier on the CLS token."""
+
+    def __init__(self, config: CBSAConfig):
+        super().__init__(config)
+        self.num_labels = config.num_labels
+        self.cbsa = CBSAModel(config)
+        self.classifier = nn.Linear(config.hidden_size, config.num_labels)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        pixel_values: torch.Tensor,
+        labels: torch.Tensor | None = None,
+        interpolate_pos_encoding: bool | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> CBSAImageClassifierOutput:
+        """
+        Args:
+            pixel_values, interpolate_pos_encoding, output_*: see [`CBSAModel`].
+            labels: (batch,) class indices; with them the output has the cross-entropy as `loss`.
+        """
+        outputs = self.cbsa(pixel_values, interpolate_pos_encoding=interpolate_pos_encoding, **kwargs)
+        logits = self.classifier(outputs.pooler_output)
+        loss = None if labels is None else self.loss_function(labels, logits, self.config, **kwargs)
+        return CBSAImageClassifierOutput(
+            loss=loss,
+            logits=logits,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            representative_attentions=outputs.representative_attentions,
+        )
+
+
+__all__ = [
+    "CBSAForImageClassification",
+    "CBSAImageClassifierOutput",
+    "CBSAModel",
+    "CBSAModelOutput",
+    "CBSAPreTrainedModel",
+]
