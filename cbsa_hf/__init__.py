@@ -1,6 +1,4 @@
-"""Contract-and-Broadcast Self-Attention (CBSA) for Hugging Face Transformers. Importing it registers the Auto classes."""
-
-from pathlib import Path
+"""Contract-and-Broadcast Self-Attention (CBSA) for Transformers. Importing this package registers the Auto classes."""
 
 from transformers import (
     AutoConfig,
@@ -11,7 +9,9 @@ from transformers import (
 )
 
 from .attention_cbsa import ContractAndBroadcastSelfAttention
+from .checkpoint import default_checkpoint, load_checkpoint
 from .configuration_cbsa import CBSAConfig
+from .interpretability import attention_maps
 from .modeling_cbsa import (
     CBSAForImageClassification,
     CBSAImageClassifierOutput,
@@ -19,6 +19,7 @@ from .modeling_cbsa import (
     CBSAModelOutput,
     CBSAPreTrainedModel,
 )
+from .zero_shot import ZeroShotSegmentation, ZeroShotSegmenter
 
 
 __version__ = "0.1.0"
@@ -28,12 +29,6 @@ AutoModel.register(CBSAConfig, CBSAModel)
 AutoModelForImageClassification.register(CBSAConfig, CBSAForImageClassification)
 AutoImageProcessor.register(CBSAConfig, image_processor_classes={"pil": ViTImageProcessorPil})
 
-
-def default_checkpoint() -> str:
-    """Path of the checkpoint that ships with this package: a tiny classifier trained on Imagenette."""
-    return str(Path(__file__).parent / "checkpoints" / "cbsa-tiny-imagenette")
-
-
 __all__ = [
     "CBSAConfig",
     "CBSAForImageClassification",
@@ -42,5 +37,9 @@ __all__ = [
     "CBSAModelOutput",
     "CBSAPreTrainedModel",
     "ContractAndBroadcastSelfAttention",
+    "ZeroShotSegmentation",
+    "ZeroShotSegmenter",
+    "attention_maps",
     "default_checkpoint",
+    "load_checkpoint",
 ]

@@ -48,6 +48,10 @@ class ContractAndBroadcastSelfAttention(nn.Module):
         bins = F.adaptive_avg_pool2d(patches, self.representatives_size)
         return bins.flatten(2).unflatten(1, (self.num_heads, -1)).transpose(2, 3)
 
+    def attend(self, queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
+        """Softmax weights of each query (batch, h, queries, p) over the keys -> (batch, h, queries, keys)."""
+        return torch.softmax(queries @ keys.transpose(2, 3) * self.scaling, dim=-1)
+
     def forward(
         self, hidden_states: torch.Tensor, grid: tuple[int, int], output_attentions: bool = False
     ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
@@ -64,9 +68,9 @@ class ContractAndBroadcastSelfAttention(nn.Module):
         tokens = self.proj(hidden_states).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)  # (batch, h, tokens, p)
 
         representatives = self.pool(tokens, grid)  # (batch, h, m, p)
-        attention = torch.softmax(representatives @ tokens.transpose(2, 3) * self.scaling, dim=-1)
+        attention = self.attend(representatives, tokens)
         representatives = representatives + self.step_rep * (attention @ tokens)
-        contracted = torch.softmax(representatives @ representatives.transpose(2, 3) * self.scaling, dim=-1) @ representatives
+        contracted = self.attend(representatives, representatives) @ representatives
         update = self.step_x * (attention.transpose(2, 3) @ contracted)
 
         update = self.out_proj(update.transpose(1, 2).flatten(2))

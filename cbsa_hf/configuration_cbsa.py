@@ -25,7 +25,7 @@ class CBSAConfig(PreTrainedConfig):
             do, `"all_but_last"` of all tokens, which reads CLS as the first patch and misses the last one.
         ista_step_size (`float`, defaults to 0.1): Step of the ISTA feed-forward.
         ista_threshold (`float`, defaults to 0.1): Weight lambda of its sparsity penalty.
-        image_size (`int` or `(int, int)`, defaults to 224): Height and width in pixels that the positions are made for.
+        image_size (`int` or `(int, int)`, defaults to 224): Height and width in pixels that positions are made for.
         patch_size (`int`, defaults to 16): Side of a patch in pixels; a power of two, one stride-2 convolution each.
         num_channels (`int`, defaults to 3): Channels of the image.
         layer_norm_eps (`float`, defaults to 1e-5): Epsilon of every LayerNorm.
@@ -84,8 +84,8 @@ class CBSAConfig(PreTrainedConfig):
         patch_size = self.patch_size
         if patch_size < 2 or patch_size & (patch_size - 1):
             raise ValueError(
-                f"`patch_size` is {patch_size}, and has to be a power of two (published models: 8 and 16), because the "
-                "stem is a chain of stride-2 convolutions."
+                f"`patch_size` is {patch_size}, and has to be a power of two (published models: 8 and 16), because "
+                "the stem is a chain of stride-2 convolutions."
             )
         if self.hidden_size % (patch_size // 2):
             raise ValueError(

@@ -66,7 +66,7 @@ class CBSAConvStem(nn.Module):
         num_convolutions = config.patch_size.bit_length() - 1
         widths = [config.hidden_size >> i for i in reversed(range(num_convolutions))]
         modules = []
-        for width_in, width_out in zip([config.num_channels, *widths], widths):
+        for width_in, width_out in zip([config.num_channels, *widths[:-1]], widths, strict=True):
             modules += [
                 nn.Conv2d(width_in, width_out, kernel_size=3, stride=2, padding=1, bias=False),
                 nn.BatchNorm2d(width_out, eps=1e-5),
@@ -108,7 +108,7 @@ class CBSAEmbeddings(nn.Module):
             )
 
     def interpolate_pos_encoding(self, grid: tuple[int, int]) -> torch.Tensor:
-        """Positions of CLS and of a grid of any size, bicubic from the trained grid -> (1, 1 + patches, hidden_size)."""
+        """Positions of CLS and a grid of any size, bicubic from the trained grid -> (1, 1 + patches, hidden_size)."""
         if grid == self.grid:
             return self.position_embeddings
         cls_position, patch_positions = self.position_embeddings.split([1, self.grid[0] * self.grid[1]], dim=1)
@@ -129,8 +129,8 @@ class CBSAEmbeddings(nn.Module):
 
 class CBSAISTA(nn.Module):
     """
-    One proximal gradient step towards a sparse code in the dictionary D (CRATE; `paper` section on ISTA):
-    `relu(x + step * (D^T x - D^T D x) - step * threshold)`. Maps (..., hidden_size) to itself, without a skip connection.
+    One proximal gradient step towards a sparse code in the dictionary D (CRATE, arXiv 2306.01129):
+    `relu(x + step * (D^T x - D^T D x) - step * threshold)`. Maps (..., hidden_size) to itself; no skip connection.
     """
 
     def __init__(self, config: CBSAConfig):
@@ -188,7 +188,11 @@ class CBSAPreTrainedModel(PreTrainedModel):
     @torch.no_grad()
     def _init_weights(self, module: nn.Module):
         super()._init_weights(module)
-        if isinstance(module, CBSAEmbeddings):
+        if isinstance(module, nn.Linear):
+            # Variance 1 / (3 fan_in), torch's own default: at 0.02, usual for wider transformers, the updates start so
+            # small that a tiny model hardly mixes its tokens and learns slowly.
+            init.kaiming_uniform_(module.weight, a=5**0.5)
+        elif isinstance(module, CBSAEmbeddings):
             init.trunc_normal_(module.cls_token, std=self.config.initializer_range)
             init.trunc_normal_(module.position_embeddings, std=self.config.initializer_range)
         elif isinstance(module, ContractAndBroadcastSelfAttention):

@@ -47,6 +47,24 @@ def find_columns(dataset: Dataset) -> tuple[str, str]:
     return images[0], labels[0]
 
 
+def find_mask_columns(dataset: Dataset) -> tuple[str, str]:
+    """
+    Names of the image and of the mask column: the mask is the image column named like one.
+
+    Raises:
+        ValueError: not exactly one image and one mask column.
+    """
+    columns = [name for name, feature in dataset.features.items() if isinstance(feature, Image)]
+    masks = [name for name in columns if name in ("label", "mask", "annotation", "segmentation_mask")]
+    images = [name for name in columns if name not in masks]
+    if len(images) != 1 or len(masks) != 1:
+        raise ValueError(
+            f"The data set needs one image column and one of masks named `label`, `mask`, `annotation` or "
+            f"`segmentation_mask`; its image columns are {columns}."
+        )
+    return images[0], masks[0]
+
+
 def to_tensor(image: PILImage.Image, processor: BaseImageProcessor) -> torch.Tensor:
     """An RGB image -> (3, height, width), scaled and normalised as the processor says."""
     pixels = np.asarray(image, dtype=np.float32) * processor.rescale_factor

@@ -13,7 +13,7 @@ def evaluate_classifier(
     model: PreTrainedModel, dataloader: torch.utils.data.DataLoader, accelerator: Accelerator
 ) -> dict[str, float]:
     """
-    Accuracy and mean cross-entropy over a prepared dataloader, each image counted once however many processes there are.
+    Accuracy and mean cross-entropy over a prepared dataloader, each image counted once by however many processes.
 
     The model is left in evaluation mode.
     """

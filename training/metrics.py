@@ -13,7 +13,9 @@ class Accuracy(evaluate.Metric):
             description=self.__doc__,
             citation="",
             inputs_description="predictions and references: class indices.",
-            features=datasets.Features({"predictions": datasets.Value("int64"), "references": datasets.Value("int64")}),
+            features=datasets.Features(
+                {"predictions": datasets.Value("int64"), "references": datasets.Value("int64")}
+            ),
         )
 
     def _compute(self, predictions: list[int], references: list[int]) -> dict[str, float]:

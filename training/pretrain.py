@@ -58,7 +58,6 @@ class Arguments:
     max_grad_norm: float = field(default=1.0, metadata={"help": "largest norm of the gradient"})
     num_workers: int = field(default=1, metadata={"help": "processes that load images, per training process"})
     seed: int = field(default=0, metadata={"help": "seed of weights, order and augmentation"})
-    max_steps: int | None = field(default=None, metadata={"help": "stop after this many steps in all"})
     resume_from_checkpoint: str | None = field(
         default=None, metadata={"help": "a checkpoint folder, or `last` for the newest in output_dir"}
     )
@@ -164,10 +163,7 @@ def main(args: Arguments):
         accelerator.print(f"Resumed from {checkpoint}: {progress['epoch']} epochs done.")
     seconds_before = progress["seconds"]
 
-    max_steps = args.max_steps or math.inf
     for epoch in range(progress["epoch"], args.num_epochs):
-        if progress["step"] >= max_steps:
-            break
         model.train()
         train_loader.set_epoch(epoch)
         train_loader.dataset.set_epoch(epoch)
@@ -181,14 +177,12 @@ def main(args: Arguments):
             scheduler.step()
             optimizer.zero_grad()
             progress["step"] += 1
-            if progress["step"] % 10 == 0 or progress["step"] == max_steps:
+            if progress["step"] % 10 == 0:
                 value = accelerator.gather(loss.detach()).mean().item()
                 if not math.isfinite(value):
                     raise ValueError(f"The loss is {value} at step {progress['step']}; lower `--learning_rate`.")
                 bar.set_postfix(loss=f"{value:.3f}")
                 accelerator.log({"train/loss": value, "train/lr": scheduler.get_last_lr()[0]}, step=progress["step"])
-            if progress["step"] >= max_steps:
-                break
         metrics = evaluate_classifier(model, validation_loader, accelerator)
         accelerator.log({f"validation/{name}": value for name, value in metrics.items()}, step=progress["step"])
         progress.update(metrics, epoch=epoch + 1, seconds=seconds_before + time.time() - started)

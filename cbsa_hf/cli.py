@@ -1,0 +1,95 @@
+"""The `cbsa` command: segment a photo, and show what the layers attend to."""
+
+import argparse
+import sys
+from pathlib import Path
+
+import huggingface_hub
+import transformers
+from PIL import Image
+
+from .checkpoint import load_checkpoint
+from .figures import attention_grid, overlay_mask
+from .images import open_image, to_pixel_values
+from .interpretability import attention_maps
+from .zero_shot import ZeroShotSegmenter
+
+
+def check_output(path: Path):
+    """A ValueError, before any work is done, when a PNG cannot be written there."""
+    if path.suffix.lower() != ".png":
+        raise ValueError(f"The output {path} has to end in .png.")
+    if not path.parent.is_dir():
+        raise ValueError(f"There is no folder {path.parent} to write {path.name} to.")
+
+
+def save_png(image: Image.Image, path: Path):
+    """Write under a temporary name and rename, so that a file of that name is always whole."""
+    partial = path.with_name(f".{path.name}.partial")
+    image.save(partial, format="PNG")
+    partial.replace(path)
+
+
+def segment(args: argparse.Namespace):
+    mask_path = args.mask or args.output.with_name(f"{args.output.stem}_mask.png")
+    check_output(args.output)
+    check_output(mask_path)
+    image = open_image(args.photo)
+    result = ZeroShotSegmenter(*load_checkpoint(args.checkpoint), long_side=args.long_side)(image)
+    save_png(overlay_mask(image, result.mask), args.output)
+    save_png(Image.fromarray(result.mask), mask_path)
+    print(f"{args.output} and {mask_path}: {result.mask.mean():.0%} of the pixels are foreground.")
+
+
+def attention(args: argparse.Namespace):
+    check_output(args.output)
+    image = open_image(args.photo)
+    model, processor = load_checkpoint(args.checkpoint)
+    pixel_values = to_pixel_values(image, processor, args.long_side, model.config.patch_size)
+    maps = attention_maps(model, pixel_values)[:, 0]
+    title = "attention of CLS to the patches: its row of $A^T A$, per layer and head"
+    save_png(attention_grid(image, maps, title), args.output)
+    print(f"{args.output}: {maps.shape[0]} layers x {maps.shape[1]} heads, {maps.shape[2]} x {maps.shape[3]} patches.")
+
+
+def positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{value} is not at least 1")
+    return value
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="cbsa", description=__doc__)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument("photo", type=Path, metavar="PHOTO", help="an image file")
+    common.add_argument("-o", "--output", type=Path, required=True, help="the picture to write, a .png")
+    common.add_argument("--checkpoint", help="a folder or hub id; default: the checkpoint in this package")
+    common.add_argument(
+        "--long-side", type=positive, default=256, help="pixels of the longer side that the model sees (%(default)s)"
+    )
+
+    command = commands.add_parser("segment", parents=[common], help="find the foreground, without labels")
+    command.add_argument("--mask", type=Path, help="the mask to write, a .png; default: OUTPUT_mask.png")
+    command.set_defaults(run=segment)
+
+    command = commands.add_parser("attention", parents=[common], help="draw the attention of every layer and head")
+    command.set_defaults(run=attention)
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command; 0, or 2 after one sentence on standard error when the input is bad."""
+    args = build_parser().parse_args(argv)
+    # Their retries and reports would bury the one sentence.
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    huggingface_hub.logging.set_verbosity_error()
+    try:
+        args.run(args)
+    except (ValueError, OSError) as error:
+        print(f"cbsa: {error}", file=sys.stderr)
+        return 2
+    return 0

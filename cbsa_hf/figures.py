@@ -1,0 +1,71 @@
+"""Pictures of what a model sees: masks and attention maps over photos."""
+
+import io
+
+import numpy as np
+import torch
+from matplotlib import colormaps
+from matplotlib.figure import Figure
+from PIL import Image, ImageFilter
+
+
+MASK_COLOUR = (255, 64, 96)
+
+
+def overlay_mask(image: Image.Image, mask: np.ndarray) -> Image.Image:
+    """The photo with the mask tinted and outlined, the rest darkened; `mask` is (height, width) of the image."""
+    pixels = np.asarray(image, dtype=np.float32)
+    tinted = 0.65 * pixels + 0.35 * np.float32(MASK_COLOUR)
+    blended = np.where(mask[..., None], tinted, 0.55 * pixels)
+    radius = max(1, round(max(image.size) / 400))
+    solid = Image.fromarray(mask.astype(np.uint8) * 255)
+    edge = np.asarray(solid.filter(ImageFilter.MaxFilter(2 * radius + 1))) > np.asarray(solid)
+    blended[edge] = 255
+    return Image.fromarray(blended.astype(np.uint8))
+
+
+def overlay_heat(image: Image.Image, heat: np.ndarray) -> Image.Image:
+    """
+    The photo, in grey, under a heat map of any resolution, each value a rectangle; dark is the map's least, bright
+    its largest value.
+    """
+    heat = (heat - heat.min()) / max(np.ptp(heat), np.finfo(np.float32).tiny)
+    colours = colormaps["inferno"](heat, bytes=True)[..., :3]
+    colours = Image.fromarray(colours).resize(image.size, Image.Resampling.NEAREST)
+    return Image.blend(image.convert("L").convert("RGB"), colours, 0.7)
+
+
+def attention_grid(image: Image.Image, maps: torch.Tensor, title: str) -> Image.Image:
+    """
+    A labelled table of attention maps over the photo: a column per layer, a row per head, and one for their mean.
+
+    Args:
+        image: the photo.
+        maps: (layers, heads, grid height, grid width).
+        title: what the maps show.
+    """
+    maps = torch.cat([maps, maps.mean(1, keepdim=True)], dim=1)
+    num_layers, num_rows = maps.shape[:2]
+    cell_width, cell_height = 1.3, 1.3 * image.height / image.width
+    thumbnail = image.copy()
+    thumbnail.thumbnail((320, 320))
+    figure = Figure(figsize=(0.8 + cell_width * (num_layers + 1), 0.8 + cell_height * num_rows), dpi=100)
+    axes = figure.subplots(num_rows, num_layers + 1, squeeze=False)
+    for row, name in enumerate([*(f"head {head}" for head in range(num_rows - 1)), "mean"]):
+        axes[row, 1].set_ylabel(name, fontsize=11)
+        for layer in range(num_layers):
+            axes[row, layer + 1].imshow(overlay_heat(thumbnail, maps[layer, row].numpy()))
+    for layer in range(num_layers):
+        axes[0, layer + 1].set_title(f"layer {layer}", fontsize=11)
+    axes[0, 0].imshow(thumbnail)
+    axes[0, 0].set_title("photo", fontsize=11)
+    for axis in axes.flat:
+        axis.set(xticks=[], yticks=[])
+        axis.spines[:].set_visible(False)
+    for axis in axes[1:, 0]:
+        axis.axis("off")
+    figure.suptitle(title, fontsize=12)
+    figure.tight_layout(pad=0.4)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png")
+    return Image.open(buffer).convert("RGB")

@@ -1,0 +1,59 @@
+"""Photographs in: any file, mode and orientation to upright RGB, and on to the pixels that a model takes."""
+
+import os
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps, UnidentifiedImageError
+from transformers import BaseImageProcessor
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Upright by its EXIF orientation, in RGB: 16-bit greys scaled to 8 bits, transparency laid over white."""
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I"):  # 16-bit grey; `convert` would clip it at 255
+        image = Image.fromarray((np.asarray(image).clip(0, 65535) // 257).astype(np.uint8))
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
+
+
+def open_image(path: str | os.PathLike) -> Image.Image:
+    """
+    Read a whole image file, upright and in RGB.
+
+    Raises:
+        ValueError: no such file, not an image, or damaged; the message is one sentence for people.
+    """
+    try:
+        with Image.open(path) as image:
+            return to_rgb(image)
+    except FileNotFoundError as error:
+        raise ValueError(f"There is no file {path}.") from error
+    except IsADirectoryError as error:
+        raise ValueError(f"{path} is a folder; give an image file.") from error
+    except UnidentifiedImageError as error:
+        raise ValueError(f"{path} is not an image that Pillow can read.") from error
+    except Image.DecompressionBombError as error:
+        raise ValueError(f"{path} is too large: {error}") from error
+    except (OSError, SyntaxError) as error:  # Pillow raises SyntaxError for broken PNG chunks
+        raise ValueError(f"{path} is damaged or cannot be read: {error}") from error
+
+
+def fit_to_patches(size: tuple[int, int], long_side: int, patch_size: int) -> tuple[int, int]:
+    """
+    (height, width) for an image of that (height, width): its aspect ratio kept, the long side `long_side` pixels, both
+    sides rounded to whole patches, one at least.
+    """
+    scale = long_side / max(size)
+    height, width = (max(patch_size, round(side * scale / patch_size) * patch_size) for side in size)
+    return height, width
+
+
+def to_pixel_values(
+    image: Image.Image, processor: BaseImageProcessor, long_side: int, patch_size: int
+) -> torch.Tensor:
+    """An RGB image -> (1, 3, height, width) as the processor makes it, but at the size of [`fit_to_patches`]."""
+    height, width = fit_to_patches((image.height, image.width), long_side, patch_size)
+    return processor(image, size={"height": height, "width": width}, return_tensors="pt")["pixel_values"]

@@ -1,0 +1,64 @@
+import os
+
+
+# Before any import of the libraries: nothing is fetched, and nothing is reported home.
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from cbsa_hf import CBSAConfig, CBSAForImageClassification, load_checkpoint
+
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture
+def tiny_config() -> CBSAConfig:
+    return CBSAConfig(
+        hidden_size=24,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        image_size=(32, 48),
+        patch_size=8,
+        representatives_size=(2, 3),
+        num_labels=5,
+    )
+
+
+@pytest.fixture
+def tiny_model(tiny_config) -> CBSAForImageClassification:
+    """Random weights, with random step sizes and batch norm statistics lest a mistake in them cancels out."""
+    torch.manual_seed(0)
+    model = CBSAForImageClassification(tiny_config).eval()
+    with torch.no_grad():
+        for name, tensor in model.state_dict().items():
+            if name.endswith(("step_rep", "step_x", "running_var")):
+                tensor.uniform_(0.5, 2)
+            elif name.endswith(("running_mean", "bias", "position_embeddings", "cls_token")):
+                tensor.normal_()
+    return model
+
+
+@pytest.fixture(scope="session")
+def shipped():
+    """Model and processor of the checkpoint in the package."""
+    return load_checkpoint()
+
+
+@pytest.fixture(scope="session")
+def photo() -> Image.Image:
+    """A cat, 451 x 300 pixels; CC0."""
+    import skimage.data
+
+    return Image.fromarray(skimage.data.chelsea())
+
+
+@pytest.fixture
+def noise() -> Image.Image:
+    return Image.fromarray(np.random.default_rng(0).integers(0, 256, (50, 70, 3), dtype=np.uint8))

@@ -1,0 +1,17 @@
+"""Record what the shipped checkpoint gives for the example photo; run again only when it is retrained."""
+
+import numpy as np
+import skimage.data
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+from test_checkpoint import GOLDEN, compute
+
+from cbsa_hf import load_checkpoint
+
+
+if __name__ == "__main__":
+    photo = Image.fromarray(skimage.data.chelsea())
+    tensors = compute(*load_checkpoint(), photo)
+    tensors["mask"] = torch.from_numpy(np.packbits(tensors["mask"].numpy()))
+    save_file(tensors, GOLDEN)

@@ -1,0 +1,60 @@
+"""The checkpoint in the package gives what it gave when it was recorded (`python tests/record_golden.py`)."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+from transformers import pipeline
+
+from cbsa_hf import ZeroShotSegmenter, attention_maps, default_checkpoint
+from cbsa_hf.images import to_pixel_values
+
+
+GOLDEN = Path(__file__).with_name("golden.safetensors")
+
+
+def compute(model, processor, photo) -> dict[str, torch.Tensor]:
+    with torch.no_grad():
+        logits = model(processor(photo, return_tensors="pt")["pixel_values"]).logits
+    attention_map = attention_maps(model, to_pixel_values(photo, processor, 256, 8))[-1, 0, 0]
+    mask = torch.from_numpy(ZeroShotSegmenter(model, processor)(photo).mask)
+    return {"logits": logits, "attention_map": attention_map.contiguous(), "mask": mask}
+
+
+def test_golden_outputs(shipped, photo):
+    golden, actual = load_file(GOLDEN), compute(*shipped, photo)
+    torch.testing.assert_close(actual["logits"], golden["logits"], rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(actual["attention_map"], golden["attention_map"], rtol=1e-3, atol=1e-6)
+    mask = np.unpackbits(golden["mask"].numpy(), count=actual["mask"].numel()).reshape(actual["mask"].shape)
+    assert (actual["mask"].numpy() == mask.astype(bool)).mean() > 0.999
+
+
+def test_what_ships():
+    folder = Path(default_checkpoint())
+    assert {path.name for path in folder.iterdir()} == {
+        "README.md",
+        "config.json",
+        "model.safetensors",
+        "preprocessor_config.json",
+    }
+    config = json.loads((folder / "config.json").read_text())
+    assert config["dtype"] == "float32"
+    assert "auto_map" not in config
+    assert json.loads((folder / "preprocessor_config.json").read_text())["do_convert_rgb"] is True
+    assert (folder / "model.safetensors").stat().st_size < 8 * 2**20
+    with safe_open(folder / "model.safetensors", "pt") as file:
+        parameters = sum(file.get_tensor(name).numel() for name in file if "running" not in name)
+    assert 1.5e6 < parameters < 2e6
+
+
+def test_pipeline(shipped, photo):
+    classifier = pipeline("image-classification", model=default_checkpoint())
+    grey = photo.convert("L")  # any mode
+    scores = classifier(grey)
+    logits = compute(*shipped, grey.convert("RGB"))["logits"]
+    expected = logits.softmax(-1)[0]
+    assert scores[0]["label"] == shipped[0].config.id2label[expected.argmax().item()]
+    assert abs(scores[0]["score"] - expected.max().item()) < 1e-4

@@ -1,0 +1,189 @@
+"""The models: sizes, outputs on request, saving and loading."""
+
+import pytest
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from torch.nn import functional as F
+from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModel,
+    AutoModelForImageClassification,
+    ViTImageProcessorPil,
+)
+
+from cbsa_hf import CBSAConfig, CBSAForImageClassification, CBSAModel
+from cbsa_hf.modeling_cbsa import CBSAISTA, CBSAConvStem
+
+
+def test_published_number_of_parameters():
+    model = CBSAForImageClassification(CBSAConfig(num_labels=1000))
+    assert sum(parameter.numel() for parameter in model.parameters()) == 1_789_192
+
+
+@pytest.mark.parametrize(("patch_size", "widths"), [(8, [48, 96, 192]), (16, [24, 48, 96, 192])])
+def test_stem(patch_size, widths):
+    stem = CBSAConvStem(CBSAConfig(patch_size=patch_size))
+    assert [m.out_channels for m in stem.layers if isinstance(m, torch.nn.Conv2d)] == widths
+    assert isinstance(stem.layers[-1], torch.nn.BatchNorm2d)
+    assert stem(torch.randn(1, 3, 4 * patch_size, 3 * patch_size)).shape == (1, 192, 4, 3)
+
+
+def test_ista_closed_form():
+    torch.manual_seed(0)
+    config = CBSAConfig(hidden_size=8, num_attention_heads=2, patch_size=8, ista_step_size=0.3, ista_threshold=0.2)
+    ista = CBSAISTA(config).double()
+    D = torch.nn.init.normal_(ista.weight).detach()
+    x = torch.randn(8, dtype=torch.float64)
+    expected = [
+        max(
+            0.0,
+            (x[i] + 0.3 * (D.T[i] @ x - sum(D[k, i] * D[k, j] * x[j] for k in range(8) for j in range(8)))).item()
+            - 0.3 * 0.2,
+        )
+        for i in range(8)
+    ]
+    torch.testing.assert_close(ista(x), torch.tensor(expected, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("size", [(32, 48), (48, 32), (8, 8), (64, 24), (33, 47)])
+def test_any_rectangle(tiny_model, size):
+    pixel_values = torch.randn(2, 3, *size)
+    outputs = tiny_model(pixel_values, interpolate_pos_encoding=True, output_hidden_states=True)
+    patches = -(-size[0] // 8) * -(-size[1] // 8)
+    assert outputs.logits.shape == (2, 5)
+    assert outputs.hidden_states[0].shape == (2, 1 + patches, 24)
+
+
+def test_positions_are_interpolated_on_the_grid(tiny_model):
+    embeddings = tiny_model.cbsa.embeddings
+    own = embeddings.position_embeddings
+    torch.testing.assert_close(embeddings.interpolate_pos_encoding((4, 6)), own)
+    patches = own[0, 1:].T.reshape(1, 24, 4, 6)
+    expected = F.interpolate(patches, size=(3, 9), mode="bicubic").reshape(24, 27).T
+    positions = embeddings.interpolate_pos_encoding((3, 9))
+    torch.testing.assert_close(positions[0, 0], own[0, 0])
+    torch.testing.assert_close(positions[0, 1:], expected)
+
+
+@pytest.mark.parametrize(
+    ("shape", "interpolate", "message"),
+    [
+        ((1, 3, 48, 32), False, r"48 x 32 pixels .* model's 32 x 48.*interpolate_pos_encoding=True"),
+        ((1, 3, 7, 48), True, "smaller than one patch of 8 x 8"),
+        ((1, 1, 32, 48), True, "has 1 channels; this model takes 3"),
+    ],
+)
+def test_input_that_does_not_fit(tiny_model, shape, interpolate, message):
+    with pytest.raises(ValueError, match=message):
+        tiny_model(torch.randn(shape), interpolate_pos_encoding=interpolate)
+
+
+@pytest.mark.parametrize("by", ["keyword", "config"])
+@pytest.mark.parametrize("head", [True, False])
+def test_outputs_on_request(tiny_model, by, head):
+    model = tiny_model if head else tiny_model.cbsa
+    pixel_values = torch.randn(2, 3, 32, 48)
+    names = ("output_attentions", "output_hidden_states", "output_representative_attentions")
+    tokens, m = 25, 6
+
+    plain = model(pixel_values)
+    assert plain.attentions is plain.hidden_states is plain.representative_attentions is None
+    if by == "keyword":
+        outputs = model(pixel_values, **dict.fromkeys(names, True))
+    else:
+        for name in names:
+            setattr(model.config, name, True)
+        outputs = model(pixel_values)
+        assert model(pixel_values, output_attentions=False).attentions is None
+    assert torch.equal(outputs[0], plain[0])
+    assert [h.shape for h in outputs.hidden_states] == [(2, tokens, 24)] * 4
+    assert [a.shape for a in outputs.attentions] == [(2, 2, tokens, tokens)] * 3
+    assert [a.shape for a in outputs.representative_attentions] == [(2, 2, m, tokens)] * 3
+    for attention, factor in zip(outputs.attentions, outputs.representative_attentions, strict=True):
+        torch.testing.assert_close(factor.sum(-1), torch.ones(2, 2, m))
+        torch.testing.assert_close(attention, torch.einsum("bhmn,bhmk->bhnk", factor, factor))
+
+
+def test_maps_are_built_only_when_asked(tiny_model):
+    built = []
+    for layer in tiny_model.cbsa.layers:
+        layer.attention.register_forward_hook(lambda module, args, output: built.append(output[1] is not None))
+    tiny_model(torch.randn(1, 3, 32, 48), output_representative_attentions=True, output_hidden_states=True)
+    assert built == [False] * 3
+
+
+def test_loss_and_gradients(tiny_model):
+    tiny_model.train()
+    labels = torch.tensor([1, 4])
+    outputs = tiny_model(torch.randn(2, 3, 32, 48), labels=labels)
+    torch.testing.assert_close(outputs.loss, F.cross_entropy(outputs.logits, labels))
+    outputs.loss.backward()
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in tiny_model.parameters())
+
+
+def test_gradient_checkpointing_changes_nothing(tiny_model):
+    pixel_values = torch.randn(2, 3, 32, 48)
+
+    def gradients():
+        tiny_model.zero_grad()
+        tiny_model(pixel_values, labels=torch.tensor([1, 4])).loss.backward()
+        return [p.grad.clone() for p in tiny_model.parameters()]
+
+    tiny_model.train()
+    plain = gradients()
+    tiny_model.activation_checkpointing_enable()
+    for a, b in zip(gradients(), plain, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_round_trip_is_exact(tiny_model, tmp_path):
+    tiny_model.save_pretrained(tmp_path)
+    assert (tmp_path / "model.safetensors").is_file()
+    loaded = CBSAForImageClassification.from_pretrained(tmp_path)
+    assert loaded.config.to_json_string() == tiny_model.config.to_json_string()
+    state, loaded_state = tiny_model.state_dict(), loaded.state_dict()
+    assert state.keys() == loaded_state.keys()
+    assert all(torch.equal(state[name], loaded_state[name]) for name in state)
+    pixel_values = torch.randn(1, 3, 32, 48)
+    torch.testing.assert_close(loaded(pixel_values).logits, tiny_model(pixel_values).logits)
+
+
+def test_auto_classes(tiny_model, tmp_path):
+    tiny_model.save_pretrained(tmp_path)
+    ViTImageProcessorPil(size={"height": 32, "width": 48}, do_convert_rgb=True).save_pretrained(tmp_path)
+    pixel_values = torch.randn(1, 3, 32, 48)
+    assert isinstance(AutoConfig.from_pretrained(tmp_path), CBSAConfig)
+    assert isinstance(AutoImageProcessor.from_pretrained(tmp_path), ViTImageProcessorPil)
+    classifier = AutoModelForImageClassification.from_pretrained(tmp_path)
+    torch.testing.assert_close(classifier(pixel_values).logits, tiny_model(pixel_values).logits)
+    encoder = AutoModel.from_pretrained(tmp_path)
+    assert isinstance(encoder, CBSAModel)
+    expected = tiny_model.cbsa(pixel_values)
+    torch.testing.assert_close(encoder(pixel_values).last_hidden_state, expected.last_hidden_state)
+    assert torch.equal(expected.pooler_output, expected.last_hidden_state[:, 0])
+
+
+def test_dtype_of_the_input_follows_the_model(tiny_model):
+    pixel_values = torch.randn(1, 3, 32, 48)
+    expected = tiny_model(pixel_values).logits
+    logits = tiny_model.to(torch.bfloat16)(pixel_values).logits
+    assert logits.dtype == torch.bfloat16
+    torch.testing.assert_close(logits.float(), expected, rtol=0.1, atol=0.1)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"patch_size": 12}, "`patch_size` is 12, and has to be a power of two"),
+        ({"hidden_size": 100}, "`hidden_size` is 100, and has to be a multiple of 8"),
+        ({"num_attention_heads": 0}, "`num_attention_heads` is 0, and has to be at least 1"),
+        ({"pooled_tokens": "all"}, "`pooled_tokens` is 'all'; choose one of 'patches', 'all_but_last'"),
+        ({"image_size": (32, 0)}, "`image_size` is .*each at least 1"),
+        ({"representatives_size": (2, 2, 2)}, "'representatives_size'.* expected a tuple of length 2"),
+        ({"ista_threshold": -0.1}, "`ista_threshold` is -0.1, and must not be negative"),
+    ],
+)
+def test_configuration_is_validated(values, message):
+    with pytest.raises((StrictDataclassError, ValueError), match=message):
+        CBSAConfig(**values)
