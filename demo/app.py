@@ -6,6 +6,7 @@ A page that segments a photo and shows what each layer attends to.
 
 import argparse
 import sys
+from pathlib import Path
 
 import gradio as gr
 import numpy as np
@@ -58,7 +59,7 @@ def build_page(explorer: Explorer) -> gr.Blocks:
             image = open_image(path)
         except ValueError as error:
             # The path is that of Gradio's copy; people know the file by its name.
-            raise gr.Error(str(error).replace(path, path.rsplit("/")[-1])) from error
+            raise gr.Error(str(error).replace(path, Path(path).name)) from error
         overlay, maps = explorer.analyse(image)
         return overlay, explorer.draw(image, maps, layer, head), (image, maps)
 

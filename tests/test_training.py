@@ -101,6 +101,7 @@ def test_two_processes(data, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (["--dataset_name", "nobody/nothing"], "nobody/nothing is neither a folder or Parquet file with images, nor"),
         (["--train_split", "training"], "has no split 'training'; it has train, validation"),
         (["--batch_size", "32"], "24 training images are less than one batch of 32"),
         (["--resume_from_checkpoint", "last"], "There is no checkpoint in"),

@@ -1,7 +1,5 @@
 """Labelled images from the Hub or from local files, as tensors for training and for validation."""
 
-from pathlib import Path
-
 import numpy as np
 import torch
 from datasets import ClassLabel, Dataset, DatasetDict, Image, load_dataset
@@ -9,18 +7,26 @@ from PIL import Image as PILImage
 from transformers import BaseImageProcessor
 
 
-def load_images(name: str) -> DatasetDict:
+def load_images(name: str, config_name: str | None = None) -> DatasetDict:
     """
     Load a data set by hub id, local folder (Parquet files or an image folder), or the path of one Parquet file.
 
+    Args:
+        name: the id or path.
+        config_name: which of its configurations, where it has several.
+
     Raises:
-        FileNotFoundError: nothing of that name.
+        ValueError: nothing of that name, or no such configuration.
     """
-    if name.endswith(".parquet"):
-        return load_dataset("parquet", data_files=name)
-    if name.startswith((".", "/", "~")) and not Path(name).expanduser().is_dir():
-        raise FileNotFoundError(f"There is no data set folder at {name}.")
-    return load_dataset(str(Path(name).expanduser()) if Path(name).expanduser().is_dir() else name)
+    try:
+        if name.endswith(".parquet"):
+            return load_dataset("parquet", data_files=name)
+        return load_dataset(name, config_name)
+    except (FileNotFoundError, ConnectionError) as error:
+        raise ValueError(
+            f"{name} is neither a folder or Parquet file with images, nor the id of a data set that can be reached on "
+            "the Hub."
+        ) from error
 
 
 def find_split(splits: DatasetDict, name: str) -> Dataset:

@@ -38,6 +38,7 @@ from cbsa_hf import CBSAConfig
 class Arguments:
     dataset_name: str = field(metadata={"help": "hub id, local folder or Parquet file"})
     output_dir: str = field(metadata={"help": "where checkpoints, logs and the trained model go"})
+    dataset_config_name: str | None = field(default=None, metadata={"help": "configuration, where there are several"})
     train_split: str = field(default="train", metadata={"help": "split to train on"})
     validation_split: str = field(default="validation", metadata={"help": "split to validate on after each epoch"})
     config_name: str | None = field(
@@ -113,7 +114,7 @@ def main(args: Arguments):
     set_seed(args.seed)
     output_dir = Path(args.output_dir)
 
-    splits = load_images(args.dataset_name)
+    splits = load_images(args.dataset_name, args.dataset_config_name)
     train_split, validation_split = (find_split(splits, s) for s in (args.train_split, args.validation_split))
     _, label_column = find_columns(train_split)
     names = train_split.features[label_column].names
@@ -200,5 +201,5 @@ def main(args: Arguments):
 if __name__ == "__main__":
     try:
         main(HfArgumentParser(Arguments).parse_args_into_dataclasses()[0])
-    except (ValueError, FileNotFoundError) as error:
+    except ValueError as error:
         sys.exit(f"pretrain.py: {error}")

@@ -31,6 +31,7 @@ TASKS = ("image-classification", "zero-shot-segmentation")
 class Arguments:
     dataset_name: str = field(metadata={"help": "hub id, local folder or Parquet file"})
     task: str = field(default=TASKS[0], metadata={"help": "what to score", "choices": TASKS})
+    dataset_config_name: str | None = field(default=None, metadata={"help": "configuration, where there are several"})
     checkpoint: str | None = field(default=None, metadata={"help": "folder or hub id; default: the shipped one"})
     split: str = field(default="validation", metadata={"help": "split to score on"})
     batch_size: int = field(default=64, metadata={"help": "images per batch, over all processes together"})
@@ -98,7 +99,7 @@ def score_zero_shot(
 def main(args: Arguments):
     accelerator = Accelerator()
     model, processor = load_checkpoint(args.checkpoint)
-    dataset = find_split(load_images(args.dataset_name), args.split)
+    dataset = find_split(load_images(args.dataset_name, args.dataset_config_name), args.split)
     if args.task == "image-classification":
         if args.image_size is not None:
             processor.size = {"height": args.image_size, "width": args.image_size}
@@ -117,5 +118,5 @@ def main(args: Arguments):
 if __name__ == "__main__":
     try:
         main(HfArgumentParser(Arguments).parse_args_into_dataclasses()[0])
-    except (ValueError, FileNotFoundError) as error:
+    except ValueError as error:
         sys.exit(f"score.py: {error}")
