@@ -1,80 +1,273 @@
-"""Contract-and-Broadcast Self-Attention: tokens and their grid in, an update of every token out."""
+"""
+Contract-and-Broadcast Self-Attention and the family that it generalises: tokens and their grid in, an update out.
+
+One class an operator, one table by name at the end; to add one, write a class and enter it there.
+"""
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
 
-class ContractAndBroadcastSelfAttention(nn.Module):
+class PooledRepresentatives(nn.Module):
     """
-    Compresses all tokens by contracting a few representatives (arXiv 2509.16875, section 3).
-
-    One projection serves as query, key and value. m representatives, pooled from the grid of patches, read the tokens,
-    attend to one another, and hand what they learned back through the very weights they read with. The cost is linear
-    in the number of tokens.
+    Initial representatives: the average of the tokens in each bin of the grid of patches (torch's adaptive bins, which
+    differ in size and may overlap).
 
     Args:
-        hidden_size: width d of the tokens.
-        num_heads: number of heads h.
-        head_dim: dimension p of one head; h * p need not be d.
-        representatives_size: height and width of the grid of representatives, m of them in all.
-        first_pooled_token: index of the token at the grid's top left corner. Tokens before it (CLS) and after the grid
-            (class embeddings) are read and updated like all others, but not pooled.
+        size: height and width of the grid of representatives, m of them in all.
+        first_token: index of the token at the grid's top left corner.
     """
 
-    def __init__(
-        self,
-        hidden_size: int,
-        num_heads: int,
-        head_dim: int,
-        representatives_size: int | tuple[int, int],
-        first_pooled_token: int,
-    ):
+    def __init__(self, size: int | tuple[int, int], first_token: int):
+        super().__init__()
+        self.size = size
+        self.first_token = first_token
+
+    def forward(self, tokens: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
+        """(batch, heads, tokens, p) -> (batch, heads, m, p)."""
+        patches = tokens[:, :, self.first_token : self.first_token + grid[0] * grid[1]]
+        patches = patches.transpose(2, 3).flatten(1, 2).unflatten(2, grid)  # (batch, heads * p, height, width)
+        bins = F.adaptive_avg_pool2d(patches, self.size)
+        return bins.flatten(2).unflatten(1, (tokens.shape[1], -1)).transpose(2, 3)
+
+
+class LearnedRepresentatives(nn.Module):
+    """Initial representatives that are parameters, the same for every image: what pooling is compared with."""
+
+    def __init__(self, num_heads: int, num_representatives: int, head_dim: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(num_heads, num_representatives, head_dim))
+
+    def forward(self, tokens: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
+        """(batch, heads, tokens, p) -> (batch, heads, m, p)."""
+        return self.weight.expand(tokens.shape[0], -1, -1, -1)
+
+
+class SelfAttention(nn.Module):
+    """
+    What all operators share. Below, d is the width of the tokens, h the number of heads, p the dimension of one head,
+    N the number of tokens and m that of representatives.
+
+    Args:
+        hidden_size: d.
+        num_heads: h.
+        head_dim: p; h * p need not be d.
+        representatives: makes the initial representatives, for the operators that have any.
+
+    Attributes:
+        uses_representatives: whether the operator has representatives.
+        has_factor: whether `forward` can return a factor A.
+        map_is_gram: whether the token-to-token map is `A^T A`.
+    """
+
+    uses_representatives = False
+    has_factor = False
+    map_is_gram = False
+
+    def __init__(self, hidden_size: int, num_heads: int, head_dim: int, representatives: nn.Module | None = None):
         super().__init__()
         self.num_heads = num_heads
         self.scaling = head_dim**-0.5
-        self.representatives_size = representatives_size
-        self.first_pooled_token = first_pooled_token
-        self.proj = nn.Linear(hidden_size, num_heads * head_dim, bias=False)
+        self.representatives = representatives
         self.out_proj = nn.Linear(num_heads * head_dim, hidden_size)
-        self.step_rep = nn.Parameter(torch.ones(num_heads, 1, 1))
-        self.step_x = nn.Parameter(torch.ones(num_heads, 1, 1))
 
-    def pool(self, tokens: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
-        """Average (batch, h, tokens, p) over the bins of the grid -> (batch, h, m, p)."""
-        height, width = grid
-        patches = tokens[:, :, self.first_pooled_token : self.first_pooled_token + height * width]
-        patches = patches.transpose(2, 3).flatten(1, 2).unflatten(2, grid)  # (batch, h p, height, width)
-        bins = F.adaptive_avg_pool2d(patches, self.representatives_size)
-        return bins.flatten(2).unflatten(1, (self.num_heads, -1)).transpose(2, 3)
+    def split_heads(self, projected: torch.Tensor) -> torch.Tensor:
+        """(batch, N, h * p) -> (batch, h, N, p)."""
+        return projected.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+
+    def merge_heads(self, update: torch.Tensor) -> torch.Tensor:
+        """(batch, h, N, p) -> (batch, N, d), through the output layer."""
+        return self.out_proj(update.transpose(1, 2).flatten(2))
 
     def attend(self, queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
         """Softmax weights of each query (batch, h, queries, p) over the keys -> (batch, h, queries, keys)."""
         return torch.softmax(queries @ keys.transpose(2, 3) * self.scaling, dim=-1)
 
     def forward(
-        self, hidden_states: torch.Tensor, grid: tuple[int, int], output_attentions: bool = False
-    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
+        self,
+        hidden_states: torch.Tensor,
+        grid: tuple[int, int],
+        output_attentions: bool = False,
+        output_factor: bool = False,
+    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
         """
         Args:
-            hidden_states: (batch, tokens, d), already normalised.
-            grid: (height, width) of the patch tokens.
-            output_attentions: whether to build the token-to-token map.
+            hidden_states: (batch, N, d), already normalised.
+            grid: (height, width) of the patches among the tokens.
+            output_attentions: whether the token-to-token map is wanted.
+            output_factor: whether its factor is wanted.
 
         Returns:
-            The update (batch, tokens, d), to which the caller adds the residual; the map `A^T A`
-            (batch, h, tokens, tokens), or None when it was not asked for; and the factor A (batch, h, m, tokens).
+            The update (batch, N, d), to which the caller adds the residual; the token-to-token map (batch, h, N, N),
+            or None when it was not asked for; the factor A (batch, h, m, N), or None when the operator has none or
+            can do without.
         """
-        tokens = self.proj(hidden_states).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)  # (batch, h, tokens, p)
+        raise NotImplementedError(f"{type(self).__name__} does not say how it attends.")
 
-        representatives = self.pool(tokens, grid)  # (batch, h, m, p)
+
+class SharedProjectionSelfAttention(SelfAttention):
+    """The white-box operators: one projection without bias serves as query, key and value; W is what it makes."""
+
+    def __init__(self, hidden_size: int, num_heads: int, head_dim: int, representatives: nn.Module | None = None):
+        super().__init__(hidden_size, num_heads, head_dim, representatives)
+        self.proj = nn.Linear(hidden_size, num_heads * head_dim, bias=False)
+
+
+class ContractAndBroadcastSelfAttention(SharedProjectionSelfAttention):
+    """
+    Compresses all tokens by contracting a few representatives (CBSA, arXiv 2509.16875, section 3).
+
+    One projection serves as query, key and value. m representatives read the tokens, attend to one another, and hand
+    what they learned back through the very weights they read with. Linear in N. The map is `A^T A`.
+    """
+
+    uses_representatives = True
+    has_factor = True
+    map_is_gram = True
+
+    def __init__(self, hidden_size: int, num_heads: int, head_dim: int, representatives: nn.Module):
+        super().__init__(hidden_size, num_heads, head_dim, representatives)
+        self.step_rep = nn.Parameter(torch.ones(num_heads, 1, 1))
+        self.step_x = nn.Parameter(torch.ones(num_heads, 1, 1))
+
+    def forward(self, hidden_states, grid, output_attentions=False, output_factor=False):
+        tokens = self.split_heads(self.proj(hidden_states))
+
+        representatives = self.representatives(tokens, grid)
         attention = self.attend(representatives, tokens)
         representatives = representatives + self.step_rep * (attention @ tokens)
+        # Written out: for so few representatives the fused kernel is slower, by a quarter of the training step on CPU.
         contracted = self.attend(representatives, representatives) @ representatives
         update = self.step_x * (attention.transpose(2, 3) @ contracted)
 
-        update = self.out_proj(update.transpose(1, 2).flatten(2))
-        return update, attention.transpose(2, 3) @ attention if output_attentions else None, attention
+        token_map = attention.transpose(2, 3) @ attention if output_attentions else None
+        return self.merge_heads(update), token_map, attention
 
 
-__all__ = ["ContractAndBroadcastSelfAttention"]
+class MultiHeadSubspaceSelfAttention(SharedProjectionSelfAttention):
+    """
+    Softmax attention with one shared projection (MSSA of CRATE, arXiv 2306.01129): CBSA in which the tokens represent
+    themselves. Quadratic in N. The map is `softmax(W W^T / sqrt(p))`.
+    """
+
+    def forward(self, hidden_states, grid, output_attentions=False, output_factor=False):
+        tokens = self.split_heads(self.proj(hidden_states))
+        if not output_attentions:
+            update = F.scaled_dot_product_attention(tokens, tokens, tokens, scale=self.scaling)
+            return self.merge_heads(update), None, None
+        token_map = self.attend(tokens, tokens)
+        return self.merge_heads(token_map @ tokens), token_map, None
+
+
+class TokenStatisticsSelfAttention(SharedProjectionSelfAttention):
+    """
+    Attention by the second moments of the tokens, without any pair of them (TSSA of ToST, arXiv 2412.17810): the case
+    of fixed orthogonal representatives. Linear in N.
+
+    The map, which the update does not use, is the reference's: softmax over heads of `W W^T`.
+    """
+
+    def __init__(self, hidden_size: int, num_heads: int, head_dim: int, representatives: nn.Module | None = None):
+        super().__init__(hidden_size, num_heads, head_dim, representatives)
+        self.temp = nn.Parameter(torch.ones(num_heads, 1))
+
+    def forward(self, hidden_states, grid, output_attentions=False, output_factor=False):
+        tokens = self.split_heads(self.proj(hidden_states))
+        normalised = F.normalize(tokens, dim=2)  # each channel over the tokens
+        membership = torch.softmax(self.temp * normalised.square().sum(-1), dim=1)  # (batch, h, N), over the heads
+        weights = membership / membership.sum(-1, keepdim=True)
+        moments = (weights.unsqueeze(2) @ tokens.square()).squeeze(2)  # (batch, h, p)
+        update = -membership.unsqueeze(-1) * tokens / (1 + moments.unsqueeze(2))
+        token_map = torch.softmax(tokens @ tokens.transpose(2, 3), dim=1) if output_attentions else None
+        return self.merge_heads(update), token_map, None
+
+
+class LinearSelfAttention(SharedProjectionSelfAttention):
+    """
+    `phi(W) (phi(W)^T W)`: CBSA with orthogonal representatives and without the contraction. Linear in N.
+
+    Here `phi(W) = D^(-1/2) (elu(W) + 1)`: the positive features of linear attention (arXiv 2006.16236), and D the
+    degrees that they give each token, so that `A^T A` with `A = phi(W)^T` is the symmetrically normalised affinity of
+    the tokens, its largest eigenvalue 1 whatever N.
+    """
+
+    has_factor = True
+    map_is_gram = True
+
+    def forward(self, hidden_states, grid, output_attentions=False, output_factor=False):
+        tokens = self.split_heads(self.proj(hidden_states))
+        features = F.elu(tokens) + 1
+        degrees = features @ features.sum(2).unsqueeze(-1)  # (batch, h, N, 1)
+        factor = (features * degrees.rsqrt()).transpose(2, 3)  # (batch, h, p, N)
+        update = factor.transpose(2, 3) @ (factor @ tokens)
+        token_map = factor.transpose(2, 3) @ factor if output_attentions else None
+        return self.merge_heads(update), token_map, factor
+
+
+class SoftmaxSelfAttention(SelfAttention):
+    """The usual attention with query, key and value, each with bias (ViT). Quadratic in N. The map's rows sum to 1."""
+
+    def __init__(self, hidden_size: int, num_heads: int, head_dim: int, representatives: nn.Module | None = None):
+        super().__init__(hidden_size, num_heads, head_dim, representatives)
+        self.q_proj = nn.Linear(hidden_size, num_heads * head_dim)
+        self.k_proj = nn.Linear(hidden_size, num_heads * head_dim)
+        self.v_proj = nn.Linear(hidden_size, num_heads * head_dim)
+
+    def project(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Queries, keys and values, each (batch, h, N, p)."""
+        q, k, v = (self.split_heads(layer(hidden_states)) for layer in (self.q_proj, self.k_proj, self.v_proj))
+        return q, k, v
+
+    def forward(self, hidden_states, grid, output_attentions=False, output_factor=False):
+        q, k, v = self.project(hidden_states)
+        if not output_attentions:
+            return self.merge_heads(F.scaled_dot_product_attention(q, k, v, scale=self.scaling)), None, None
+        token_map = self.attend(q, k)
+        return self.merge_heads(token_map @ v), token_map, None
+
+
+class AgentSelfAttention(SoftmaxSelfAttention):
+    """
+    A pretrained query-key-value attention made to work through representatives (the paper's adaptation of ViT; agent
+    attention, arXiv 2312.08874): they read the values, and every token reads them. No contraction, no steps. Linear in
+    N. The map is `B A`, B the tokens' weights over the representatives; its rows sum to 1.
+    """
+
+    uses_representatives = True
+    has_factor = True
+
+    def forward(self, hidden_states, grid, output_attentions=False, output_factor=False):
+        q, k, v = self.project(hidden_states)
+        representatives = self.representatives(q, grid)
+        if not (output_attentions or output_factor):
+            gathered = F.scaled_dot_product_attention(representatives, k, v, scale=self.scaling)
+            update = F.scaled_dot_product_attention(q, representatives, gathered, scale=self.scaling)
+            return self.merge_heads(update), None, None
+        factor = self.attend(representatives, k)
+        spread = self.attend(q, representatives)  # (batch, h, N, m)
+        update = spread @ (factor @ v)
+        return self.merge_heads(update), spread @ factor if output_attentions else None, factor
+
+
+ATTENTIONS = {
+    "cbsa": ContractAndBroadcastSelfAttention,
+    "mssa": MultiHeadSubspaceSelfAttention,
+    "tssa": TokenStatisticsSelfAttention,
+    "linear": LinearSelfAttention,
+    "softmax": SoftmaxSelfAttention,
+    "agent": AgentSelfAttention,
+}
+
+__all__ = [
+    "ATTENTIONS",
+    "AgentSelfAttention",
+    "ContractAndBroadcastSelfAttention",
+    "LearnedRepresentatives",
+    "LinearSelfAttention",
+    "MultiHeadSubspaceSelfAttention",
+    "PooledRepresentatives",
+    "SelfAttention",
+    "SoftmaxSelfAttention",
+    "TokenStatisticsSelfAttention",
+]

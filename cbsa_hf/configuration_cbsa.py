@@ -3,21 +3,35 @@
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
+from .attention_cbsa import ATTENTIONS
 
+
+FEED_FORWARD_TYPES = ("ista", "mlp")
+PATCH_EMBEDDING_TYPES = ("conv_stem", "patchify", "linear")
+REPRESENTATIVES_TYPES = ("pool", "learned")
 POOLED_TOKENS = ("patches", "all_but_last")
 
 
 @strict
 class CBSAConfig(PreTrainedConfig):
     r"""
-    Describes a Contract-and-Broadcast Transformer (CBT): a convolutional stem, then layers of Contract-and-Broadcast
-    Self-Attention (CBSA) and ISTA. The defaults are the published tiny model (arXiv 2509.16875).
+    Describes a Contract-and-Broadcast Transformer (CBT), or a member of the family around it: a patch embedding, then
+    layers of an attention and a feed-forward block. The defaults are the published tiny CBT (arXiv 2509.16875).
 
     Args:
         hidden_size (`int`, defaults to 192): Width of the tokens.
         num_hidden_layers (`int`, defaults to 12): Number of layers.
         num_attention_heads (`int`, defaults to 3): Number of heads.
         head_dim (`int`, *optional*): Dimension p of one head; `hidden_size // num_attention_heads` when not given.
+        attention_type (`str`, defaults to `"cbsa"`):
+            `"cbsa"`; `"mssa"` (CRATE), `"tssa"` (ToST), `"linear"`, `"softmax"` (ViT), or `"agent"` (a ViT's attention
+            made to work through representatives). `attention_cbsa.py` defines each.
+        feed_forward_type (`str`, defaults to `"ista"`): `"ista"`, or `"mlp"` with GELU and a skip connection (ViT).
+        intermediate_size (`int`, *optional*): Width of the MLP; `4 * hidden_size` when not given.
+        patch_embedding_type (`str`, defaults to `"conv_stem"`):
+            `"conv_stem"`; `"patchify"` (CRATE's: norm, linear, norm on flattened patches), or `"linear"` (ViT's).
+        representatives_type (`str`, defaults to `"pool"`):
+            Whether initial representatives are a `"pool"` of the tokens or `"learned"`; for `"cbsa"` and `"agent"`.
         representatives_size (`int` or `(int, int)`, defaults to 8):
             Height and width of the grid of representatives; 8 means 8 x 8, so m = 64.
         pooled_tokens (`str`, defaults to `"patches"`):
@@ -26,7 +40,7 @@ class CBSAConfig(PreTrainedConfig):
         ista_step_size (`float`, defaults to 0.1): Step of the ISTA feed-forward.
         ista_threshold (`float`, defaults to 0.1): Weight lambda of its sparsity penalty.
         image_size (`int` or `(int, int)`, defaults to 224): Height and width in pixels that positions are made for.
-        patch_size (`int`, defaults to 16): Side of a patch in pixels; a power of two, one stride-2 convolution each.
+        patch_size (`int`, defaults to 16): Side of a patch in pixels; for the stem a power of two.
         num_channels (`int`, defaults to 3): Channels of the image.
         layer_norm_eps (`float`, defaults to 1e-5): Epsilon of every LayerNorm.
         initializer_range (`float`, defaults to 0.02): Standard deviation of the initial weights.
@@ -51,6 +65,11 @@ class CBSAConfig(PreTrainedConfig):
     num_hidden_layers: int = 12
     num_attention_heads: int = 3
     head_dim: int | None = None
+    attention_type: str = "cbsa"
+    feed_forward_type: str = "ista"
+    intermediate_size: int | None = None
+    patch_embedding_type: str = "conv_stem"
+    representatives_type: str = "pool"
     representatives_size: int | list[int] | tuple[int, int] = 8
     pooled_tokens: str = "patches"
     ista_step_size: float | int = 0.1
@@ -65,11 +84,20 @@ class CBSAConfig(PreTrainedConfig):
     def __post_init__(self, **kwargs):
         if self.head_dim is None and self.num_attention_heads > 0:
             self.head_dim = self.hidden_size // self.num_attention_heads
+        if self.intermediate_size is None:
+            self.intermediate_size = 4 * self.hidden_size
         super().__post_init__(**kwargs)
 
     def validate_sizes(self):
         """Every count is at least 1 and every pair is a pair."""
-        for name in ("hidden_size", "num_hidden_layers", "num_attention_heads", "head_dim", "num_channels"):
+        for name in (
+            "hidden_size",
+            "num_hidden_layers",
+            "num_attention_heads",
+            "head_dim",
+            "intermediate_size",
+            "num_channels",
+        ):
             value = getattr(self, name)
             if value is None or value < 1:
                 raise ValueError(f"`{name}` is {value}, and has to be at least 1.")
@@ -79,25 +107,51 @@ class CBSAConfig(PreTrainedConfig):
             if len(sides) not in (1, 2) or min(sides) < 1:
                 raise ValueError(f"`{name}` is {value}; give one side or (height, width), each at least 1.")
 
+    def validate_types(self):
+        """Every name is in its table."""
+        for name, allowed in (
+            ("attention_type", ATTENTIONS),
+            ("feed_forward_type", FEED_FORWARD_TYPES),
+            ("patch_embedding_type", PATCH_EMBEDDING_TYPES),
+            ("representatives_type", REPRESENTATIVES_TYPES),
+            ("pooled_tokens", POOLED_TOKENS),
+        ):
+            value = getattr(self, name)
+            if value not in allowed:
+                raise ValueError(f"`{name}` is {value!r}; choose one of {', '.join(map(repr, allowed))}.")
+
+    def validate_representatives(self):
+        """What says how representatives are made has no meaning where there are none."""
+        attention = ATTENTIONS.get(self.attention_type)
+        if attention is not None and not attention.uses_representatives:
+            for name, default in (("representatives_type", "pool"), ("pooled_tokens", "patches")):
+                if getattr(self, name) != default:
+                    raise ValueError(
+                        f"`{name}={getattr(self, name)!r}` has no meaning for attention type {self.attention_type!r}, "
+                        f"which has no representatives; leave it at {default!r}, or choose 'cbsa' or 'agent'."
+                    )
+        if self.representatives_type == "learned" and self.pooled_tokens != "patches":
+            raise ValueError(
+                f"`pooled_tokens={self.pooled_tokens!r}` has no meaning for learned representatives, which are not "
+                "pooled; leave it at 'patches', or choose `representatives_type='pool'`."
+            )
+
     def validate_patch_size(self):
         """The stem halves the image once per convolution and doubles its width each time."""
         patch_size = self.patch_size
+        if patch_size < 1:
+            raise ValueError(f"`patch_size` is {patch_size}, and has to be at least 1.")
+        if self.patch_embedding_type != "conv_stem":
+            return
         if patch_size < 2 or patch_size & (patch_size - 1):
             raise ValueError(
                 f"`patch_size` is {patch_size}, and has to be a power of two (published models: 8 and 16), because "
-                "the stem is a chain of stride-2 convolutions."
+                "the stem is a chain of stride-2 convolutions; other sizes work with `patch_embedding_type='linear'`."
             )
         if self.hidden_size % (patch_size // 2):
             raise ValueError(
                 f"`hidden_size` is {self.hidden_size}, and has to be a multiple of {patch_size // 2} for `patch_size` "
                 f"{patch_size}, because the stem doubles its width at every convolution but the first."
-            )
-
-    def validate_pooled_tokens(self):
-        if self.pooled_tokens not in POOLED_TOKENS:
-            raise ValueError(
-                f"`pooled_tokens` is {self.pooled_tokens!r}; choose one of {', '.join(map(repr, POOLED_TOKENS))} "
-                "(`'all_but_last'` is for checkpoints of the reference implementation)."
             )
 
     def validate_ista(self):

@@ -15,7 +15,14 @@ from transformers.utils import TransformersKwargs
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
-from .attention_cbsa import ContractAndBroadcastSelfAttention
+from .attention_cbsa import (
+    ATTENTIONS,
+    ContractAndBroadcastSelfAttention,
+    LearnedRepresentatives,
+    PooledRepresentatives,
+    SelfAttention,
+    TokenStatisticsSelfAttention,
+)
 from .configuration_cbsa import CBSAConfig
 
 
@@ -73,9 +80,67 @@ class CBSAConvStem(nn.Module):
                 nn.GELU(),
             ]
         self.layers = nn.Sequential(*modules[:-1])
+        self.patch_size = config.patch_size
+
+    def grid(self, height: int, width: int) -> tuple[int, int]:
+        """(height, width) of the feature map of an image of that many pixels."""
+        return -(-height // self.patch_size), -(-width // self.patch_size)
 
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
         return self.layers(pixel_values)
+
+
+class CBSALinearEmbedding(nn.Module):
+    """
+    One linear layer on non-overlapping patches (ViT). Pixels that fill no patch, right and bottom, are left out.
+
+    Pixels (batch, channels, height, width) -> feature map (batch, hidden_size, height / patch, width / patch), rounded
+    down.
+    """
+
+    def __init__(self, config: CBSAConfig):
+        super().__init__()
+        self.projection = nn.Conv2d(
+            config.num_channels, config.hidden_size, kernel_size=config.patch_size, stride=config.patch_size
+        )
+        self.patch_size = config.patch_size
+
+    def grid(self, height: int, width: int) -> tuple[int, int]:
+        """(height, width) of the feature map of an image of that many pixels."""
+        return height // self.patch_size, width // self.patch_size
+
+    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        return self.projection(pixel_values)
+
+
+class CBSAPatchify(nn.Module):
+    """
+    LayerNorm, linear and LayerNorm on non-overlapping patches, each flattened in the order row, column, channel
+    (CRATE). Sizes as for [`CBSALinearEmbedding`].
+    """
+
+    def __init__(self, config: CBSAConfig):
+        super().__init__()
+        patch_dim = config.num_channels * config.patch_size**2
+        self.layernorm_before = nn.LayerNorm(patch_dim, eps=config.layer_norm_eps)
+        self.projection = nn.Linear(patch_dim, config.hidden_size)
+        self.layernorm_after = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.patch_size = config.patch_size
+
+    def grid(self, height: int, width: int) -> tuple[int, int]:
+        """(height, width) of the feature map of an image of that many pixels."""
+        return height // self.patch_size, width // self.patch_size
+
+    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        height, width = self.grid(*pixel_values.shape[2:])
+        pixel_values = pixel_values[:, :, : height * self.patch_size, : width * self.patch_size]
+        patches = pixel_values.unflatten(3, (width, -1)).unflatten(2, (height, -1))  # (batch, c, height, p, width, p)
+        patches = patches.permute(0, 2, 4, 3, 5, 1).flatten(3)
+        patches = self.layernorm_after(self.projection(self.layernorm_before(patches)))
+        return patches.permute(0, 3, 1, 2)
+
+
+PATCH_EMBEDDINGS = {"conv_stem": CBSAConvStem, "patchify": CBSAPatchify, "linear": CBSALinearEmbedding}
 
 
 class CBSAEmbeddings(nn.Module):
@@ -86,9 +151,8 @@ class CBSAEmbeddings(nn.Module):
         self.image_size = to_pair(config.image_size)
         self.patch_size = config.patch_size
         self.num_channels = config.num_channels
-        self.grid = tuple(-(-side // config.patch_size) for side in self.image_size)
-
-        self.patch_embeddings = CBSAConvStem(config)
+        self.patch_embeddings = PATCH_EMBEDDINGS[config.patch_embedding_type](config)
+        self.grid = self.patch_embeddings.grid(*self.image_size)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, config.hidden_size))
         self.position_embeddings = nn.Parameter(torch.zeros(1, 1 + self.grid[0] * self.grid[1], config.hidden_size))
 
@@ -133,6 +197,8 @@ class CBSAISTA(nn.Module):
     `relu(x + step * (D^T x - D^T D x) - step * threshold)`. Maps (..., hidden_size) to itself; no skip connection.
     """
 
+    has_skip = False
+
     def __init__(self, config: CBSAConfig):
         super().__init__()
         self.step_size = config.ista_step_size
@@ -145,29 +211,58 @@ class CBSAISTA(nn.Module):
         return F.relu(torch.add(hidden_states, gradient, alpha=self.step_size) - self.step_size * self.threshold)
 
 
+class CBSAMLP(nn.Module):
+    """The usual two layers with GELU between them (ViT). Maps (..., hidden_size) to itself; with a skip connection."""
+
+    has_skip = True
+
+    def __init__(self, config: CBSAConfig):
+        super().__init__()
+        self.fc1 = nn.Linear(config.hidden_size, config.intermediate_size)
+        self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return self.fc2(F.gelu(self.fc1(hidden_states)))
+
+
+FEED_FORWARDS = {"ista": CBSAISTA, "mlp": CBSAMLP}
+
+
+def build_attention(config: CBSAConfig) -> SelfAttention:
+    """The operator that the configuration names, with its representatives where it has any."""
+    attention = ATTENTIONS[config.attention_type]
+    representatives = None
+    if attention.uses_representatives and config.representatives_type == "pool":
+        # The reference's quirk reads all tokens but the last as the grid, so its grid starts at CLS.
+        first_token = {"patches": 1, "all_but_last": 0}[config.pooled_tokens]
+        representatives = PooledRepresentatives(config.representatives_size, first_token)
+    elif attention.uses_representatives:
+        height, width = to_pair(config.representatives_size)
+        representatives = LearnedRepresentatives(config.num_attention_heads, height * width, config.head_dim)
+    return attention(config.hidden_size, config.num_attention_heads, config.head_dim, representatives)
+
+
 class CBSALayer(GradientCheckpointingLayer):
-    """`h = z + attention(LN(z))`, then `z' = ista(LN(h))`."""
+    """`h = z + attention(LN(z))`, then `z' = ista(LN(h))`, or `z' = h + mlp(LN(h))`."""
 
     def __init__(self, config: CBSAConfig):
         super().__init__()
         self.layernorm_before = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.attention = ContractAndBroadcastSelfAttention(
-            config.hidden_size,
-            config.num_attention_heads,
-            config.head_dim,
-            config.representatives_size,
-            # The reference's quirk reads all tokens but the last as the grid, so its grid starts at CLS.
-            first_pooled_token={"patches": 1, "all_but_last": 0}[config.pooled_tokens],
-        )
+        self.attention = build_attention(config)
         self.layernorm_after = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.feed_forward = CBSAISTA(config)
+        self.feed_forward = FEED_FORWARDS[config.feed_forward_type](config)
 
     def forward(
-        self, hidden_states: torch.Tensor, grid: tuple[int, int], output_attentions: bool = False
+        self,
+        hidden_states: torch.Tensor,
+        grid: tuple[int, int],
+        output_attentions: bool = False,
+        output_factor: bool = False,
     ) -> torch.Tensor:
-        update, _, _ = self.attention(self.layernorm_before(hidden_states), grid, output_attentions)
+        update, _, _ = self.attention(self.layernorm_before(hidden_states), grid, output_attentions, output_factor)
         hidden_states = hidden_states + update
-        return self.feed_forward(self.layernorm_after(hidden_states))
+        update = self.feed_forward(self.layernorm_after(hidden_states))
+        return hidden_states + update if self.feed_forward.has_skip else update
 
 
 class CBSAPreTrainedModel(PreTrainedModel):
@@ -180,8 +275,8 @@ class CBSAPreTrainedModel(PreTrainedModel):
     _can_compile_fullgraph = True
     _can_record_outputs = {
         "hidden_states": CBSALayer,
-        "attentions": OutputRecorder(ContractAndBroadcastSelfAttention, index=1),
-        "representative_attentions": OutputRecorder(ContractAndBroadcastSelfAttention, index=2),
+        "attentions": OutputRecorder(SelfAttention, index=1),
+        "representative_attentions": OutputRecorder(SelfAttention, index=2),
     }
     _input_embed_layer = "patch_embeddings"
 
@@ -198,6 +293,10 @@ class CBSAPreTrainedModel(PreTrainedModel):
         elif isinstance(module, ContractAndBroadcastSelfAttention):
             init.ones_(module.step_rep)
             init.ones_(module.step_x)
+        elif isinstance(module, TokenStatisticsSelfAttention):
+            init.ones_(module.temp)
+        elif isinstance(module, LearnedRepresentatives):
+            init.normal_(module.weight)
         elif isinstance(module, CBSAISTA):
             init.kaiming_uniform_(module.weight)
 
@@ -211,6 +310,11 @@ class CBSAModel(CBSAPreTrainedModel):
         self.layers = nn.ModuleList([CBSALayer(config) for _ in range(config.num_hidden_layers)])
         self.layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.post_init()
+
+    def is_wanted(self, name: str, kwargs: dict) -> bool:
+        """Whether that output is asked for: by the keyword if it was given, else by the configuration."""
+        value = kwargs.get(name)
+        return getattr(self.config, name) if value is None else value
 
     @merge_with_config_defaults
     @capture_outputs(tie_last_hidden_states=False)
@@ -228,16 +332,20 @@ class CBSAModel(CBSAPreTrainedModel):
                 also return what [`CBSAModelOutput`] says; the configuration's value counts when not given.
 
         Raises:
-            ValueError: the number of channels or the size does not fit.
+            ValueError: the number of channels or the size does not fit; or the attention has no factor to return.
         """
-        output_attentions = kwargs.get("output_attentions")
-        if output_attentions is None:
-            output_attentions = self.config.output_attentions
+        output_attentions = self.is_wanted("output_attentions", kwargs)
+        output_factor = self.is_wanted("output_representative_attentions", kwargs)
+        if output_factor and not self.layers[0].attention.has_factor:
+            raise ValueError(
+                f"`output_representative_attentions` has no meaning for attention type "
+                f"{self.config.attention_type!r}, whose map has no factor; `output_attentions=True` gives the map itself."
+            )
 
         pixel_values = pixel_values.to(self.dtype)
         hidden_states, grid = self.embeddings(pixel_values, interpolate_pos_encoding)
         for layer in self.layers:
-            hidden_states = layer(hidden_states, grid, output_attentions)
+            hidden_states = layer(hidden_states, grid, output_attentions, output_factor)
         last_hidden_state = self.layernorm(hidden_states)
         return CBSAModelOutput(last_hidden_state=last_hidden_state, pooler_output=last_hidden_state[:, 0])
 

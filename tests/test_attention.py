@@ -6,7 +6,12 @@ import pytest
 import torch
 from torch import nn
 
-from cbsa_hf import ContractAndBroadcastSelfAttention
+from cbsa_hf.attention_cbsa import (
+    ATTENTIONS,
+    ContractAndBroadcastSelfAttention,
+    LearnedRepresentatives,
+    PooledRepresentatives,
+)
 
 
 def softmax(scores: list[float]) -> list[float]:
@@ -59,7 +64,9 @@ def one_head(w, grid, size, first, eta, kappa):
 def test_five_steps(grid, size, tokens, first, head_dim):
     torch.manual_seed(0)
     heads, hidden_size = 2, 8
-    operator = ContractAndBroadcastSelfAttention(hidden_size, heads, head_dim, size, first).double()
+    operator = ContractAndBroadcastSelfAttention(
+        hidden_size, heads, head_dim, PooledRepresentatives(size, first)
+    ).double()
     nn.init.normal_(operator.step_rep)
     nn.init.normal_(operator.step_x)
     hidden_states = torch.randn(2, tokens, hidden_size, dtype=torch.float64)
@@ -83,9 +90,21 @@ def test_five_steps(grid, size, tokens, first, head_dim):
         torch.testing.assert_close(update[b], expected)
 
 
-def test_gradients():
+def build(name: str, hidden_size=6, heads=2, head_dim=3, learned=False):
+    """The operator in float64, random throughout, with 2 x 2 representatives on a grid behind CLS."""
     torch.manual_seed(0)
-    operator = ContractAndBroadcastSelfAttention(6, 2, 3, (2, 2), 1).double()
+    representatives = LearnedRepresentatives(heads, 4, head_dim) if learned else PooledRepresentatives((2, 2), 1)
+    attention = ATTENTIONS[name]
+    operator = attention(hidden_size, heads, head_dim, representatives if attention.uses_representatives else None)
+    for parameter in operator.parameters():
+        nn.init.normal_(parameter)
+    return operator.double()
+
+
+@pytest.mark.parametrize("name", ATTENTIONS)
+@pytest.mark.parametrize("learned", [False, True])
+def test_gradients(name, learned):
+    operator = build(name, learned=learned)
     hidden_states = torch.randn(2, 10, 6, dtype=torch.float64, requires_grad=True)
     parameters = tuple(operator.parameters())
 
@@ -96,8 +115,79 @@ def test_gradients():
     assert torch.autograd.gradcheck(function, (hidden_states, *parameters))
 
 
+@pytest.mark.parametrize("name", ATTENTIONS)
+def test_asking_for_maps_changes_nothing(name):
+    operator = build(name)
+    hidden_states = torch.randn(2, 10, 6, dtype=torch.float64)
+    update, nothing, _ = operator(hidden_states, (3, 3))
+    again, token_map, factor = operator(hidden_states, (3, 3), output_attentions=True, output_factor=True)
+    assert nothing is None
+    assert token_map.shape == (2, 2, 10, 10)
+    torch.testing.assert_close(again, update)
+    assert (factor is not None) == operator.has_factor
+    if operator.map_is_gram:
+        torch.testing.assert_close(token_map, torch.einsum("bhmn,bhmk->bhnk", factor, factor))
+    elif name != "tssa":  # whose map is a softmax over heads
+        torch.testing.assert_close(token_map.sum(-1), torch.ones(2, 2, 10, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("name", ATTENTIONS)
+def test_permuting_tokens(name):
+    """Operators that do not pool know no order; pooling knows the grid, and sees it mirrored when it is mirrored."""
+    operator = build(name)
+    hidden_states = torch.randn(1, 10, 6, dtype=torch.float64)
+    mirrored = torch.cat([torch.tensor([0]), 1 + torch.arange(9).reshape(3, 3).flip(1).flatten()])
+    shuffled = torch.cat([torch.tensor([0]), 1 + torch.randperm(9)])
+    update = operator(hidden_states, (3, 3))[0]
+    torch.testing.assert_close(operator(hidden_states[:, mirrored], (3, 3))[0], update[:, mirrored])
+    after = operator(hidden_states[:, shuffled], (3, 3))[0]
+    assert torch.allclose(after, update[:, shuffled]) != operator.uses_representatives
+
+
+def test_learned_representatives_know_no_order():
+    operator = build("cbsa", learned=True)
+    hidden_states = torch.randn(1, 10, 6, dtype=torch.float64)
+    shuffled = torch.randperm(10)
+    update = operator(hidden_states, (3, 3))[0]
+    torch.testing.assert_close(operator(hidden_states[:, shuffled], (3, 3))[0], update[:, shuffled])
+
+
+def test_mssa_is_cbsa_in_which_tokens_represent_themselves():
+    """Steps 3 and 4 with m = N, A = I, eta = 0, Q0 = W, kappa = 1."""
+    operator = build("mssa")
+    hidden_states = torch.randn(1, 10, 6, dtype=torch.float64)
+    expected = []
+    for h in range(2):
+        W = hidden_states[0] @ operator.proj.weight[3 * h : 3 * h + 3].T
+        Q, A = W + 0 * W, torch.eye(10, dtype=torch.float64)
+        C = torch.softmax(Q @ Q.T / 3**0.5, dim=-1) @ Q
+        expected.append(1 * A.T @ C)
+    expected = torch.cat(expected, dim=-1) @ operator.out_proj.weight.T + operator.out_proj.bias
+    torch.testing.assert_close(operator(hidden_states, (3, 3))[0][0], expected)
+
+
+def test_linear_is_cbsa_without_contraction():
+    """Step 2 and 4 with Q0 dropped, eta = kappa = 1, the contraction skipped, and phi(W) = A^T."""
+    operator = build("linear")
+    hidden_states = torch.randn(1, 10, 6, dtype=torch.float64)
+    _, token_map, factor = operator(hidden_states, (3, 3), output_attentions=True)
+    expected = []
+    for h in range(2):
+        W = hidden_states[0] @ operator.proj.weight[3 * h : 3 * h + 3].T
+        features = torch.where(W > 0, W + 1, W.exp())
+        affinity = features @ features.T
+        degrees = affinity.sum(1)
+        A = (features / degrees[:, None].sqrt()).T
+        torch.testing.assert_close(factor[0, h], A)
+        torch.testing.assert_close(token_map[0, h], affinity / (degrees[:, None] * degrees[None]).sqrt())
+        assert torch.linalg.eigvalsh(token_map[0, h])[-1].item() == pytest.approx(1)
+        expected.append(A.T @ (A @ W))
+    expected = torch.cat(expected, dim=-1) @ operator.out_proj.weight.T + operator.out_proj.bias
+    torch.testing.assert_close(operator(hidden_states, (3, 3))[0][0], expected)
+
+
 def test_map_only_when_asked():
-    operator = ContractAndBroadcastSelfAttention(8, 2, 4, 2, 1)
+    operator = ContractAndBroadcastSelfAttention(8, 2, 4, PooledRepresentatives(2, 1))
     _, token_map, factor = operator(torch.randn(1, 10, 8), (3, 3))
     assert token_map is None
     assert factor.shape == (1, 2, 4, 10)
