@@ -19,6 +19,7 @@ from .modeling_cbsa import (
     CBSAModelOutput,
     CBSAPreTrainedModel,
 )
+from .presets import PRESETS, preset_path
 from .zero_shot import ZeroShotSegmentation, ZeroShotSegmenter
 
 
@@ -30,6 +31,7 @@ AutoModelForImageClassification.register(CBSAConfig, CBSAForImageClassification)
 AutoImageProcessor.register(CBSAConfig, image_processor_classes={"pil": ViTImageProcessorPil})
 
 __all__ = [
+    "PRESETS",
     "CBSAConfig",
     "CBSAForImageClassification",
     "CBSAImageClassifierOutput",
@@ -42,4 +44,5 @@ __all__ = [
     "attention_maps",
     "default_checkpoint",
     "load_checkpoint",
+    "preset_path",
 ]

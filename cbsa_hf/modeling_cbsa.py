@@ -338,8 +338,8 @@ class CBSAModel(CBSAPreTrainedModel):
         output_factor = self.is_wanted("output_representative_attentions", kwargs)
         if output_factor and not self.layers[0].attention.has_factor:
             raise ValueError(
-                f"`output_representative_attentions` has no meaning for attention type "
-                f"{self.config.attention_type!r}, whose map has no factor; `output_attentions=True` gives the map itself."
+                f"Attention type {self.config.attention_type!r} has no `representative_attentions`, because its map "
+                "has no factor; `output_attentions=True` gives the map itself."
             )
 
         pixel_values = pixel_values.to(self.dtype)

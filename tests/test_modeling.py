@@ -12,13 +12,32 @@ from transformers import (
     ViTImageProcessorPil,
 )
 
-from cbsa_hf import CBSAConfig, CBSAForImageClassification, CBSAModel
+from cbsa_hf import PRESETS, CBSAConfig, CBSAForImageClassification, CBSAModel, preset_path
 from cbsa_hf.modeling_cbsa import CBSAISTA, CBSAConvStem
 
 
-def test_published_number_of_parameters():
-    model = CBSAForImageClassification(CBSAConfig(num_labels=1000))
-    assert sum(parameter.numel() for parameter in model.parameters()) == 1_789_192
+@pytest.mark.parametrize(
+    ("size", "parameters"),
+    [("tiny", 1_789_192), ("small", 6_667_048), ("base", 25_691_752), ("large", 83_051_368)],
+)
+def test_published_number_of_parameters(size, parameters):
+    config = CBSAConfig.from_pretrained(preset_path(f"cbt-{size}"), num_labels=1000)
+    with torch.device("meta"):
+        model = CBSAForImageClassification(config)
+    assert sum(parameter.numel() for parameter in model.parameters()) == parameters
+
+
+def test_presets():
+    families = {"cbt": "cbsa", "crate": "mssa", "tost": "tssa"}
+    assert set(PRESETS) == {f"{family}-{size}" for family in families for size in ("tiny", "small", "base", "large")}
+    for name in PRESETS:
+        config = CBSAConfig.from_pretrained(preset_path(name))
+        family, size = name.split("-")
+        same_size = CBSAConfig.from_pretrained(preset_path(f"cbt-{size}"), attention_type=families[family])
+        assert config.to_dict() == same_size.to_dict()
+    assert CBSAConfig.from_pretrained(preset_path("cbt-tiny")).to_dict() == CBSAConfig().to_dict()
+    with pytest.raises(ValueError, match="There is no preset 'cbt-huge'; choose one of cbt-base"):
+        preset_path("cbt-huge")
 
 
 @pytest.mark.parametrize(("patch_size", "widths"), [(8, [48, 96, 192]), (16, [24, 48, 96, 192])])

@@ -16,7 +16,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from cbsa_hf import load_checkpoint
 
 
-SIZES = ["--image_size", "32", "--crop_size", "24", "--batch_size", "8", "--num_workers", "0", "--warmup_epochs", "0"]
+SIZES = {"image_size": 32, "patch_size": 8, "crop_size": 24, "batch_size": 8, "num_workers": 0, "warmup_epochs": 0}
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +46,12 @@ def pretrain(data, output_dir, *arguments, processes: int = 1, expect: int = 0) 
     command = [sys.executable, "-m", "accelerate.commands.launch", *several, "--num_processes", str(processes)]
     command += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
     command += [str(ROOT / "training" / "pretrain.py"), "--dataset_name", str(data), "--output_dir", str(output_dir)]
-    command += ["--config_name", str(data / "config.json"), *SIZES, *arguments]
+    command += [
+        "--config_name",
+        str(data / "config.json"),
+        *(f"--{name}={value}" for name, value in SIZES.items()),
+        *arguments,
+    ]
     environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
     process = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert (process.returncode == 0) == (expect == 0), process.stderr

@@ -31,7 +31,8 @@ from transformers import (
 )
 from transformers.utils.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
-from cbsa_hf import CBSAConfig
+from cbsa_hf import PRESETS, preset_path
+from cbsa_hf.modeling_cbsa import to_pair
 
 
 @dataclass
@@ -41,11 +42,15 @@ class Arguments:
     dataset_config_name: str | None = field(default=None, metadata={"help": "configuration, where there are several"})
     train_split: str = field(default="train", metadata={"help": "split to train on"})
     validation_split: str = field(default="validation", metadata={"help": "split to validate on after each epoch"})
-    config_name: str | None = field(
-        default=None, metadata={"help": "configuration to start from, hub id or local; default: the tiny CBT"}
+    config_name: str = field(
+        default="cbt-tiny", metadata={"help": f"one of {', '.join(PRESETS)}; or a configuration by hub id or path"}
     )
-    image_size: int = field(default=128, metadata={"help": "side in pixels that the model and its processor are for"})
-    patch_size: int = field(default=8, metadata={"help": "side of a patch in pixels"})
+    image_size: int | None = field(
+        default=None, metadata={"help": "side in pixels that model and processor are for; default: as configured"}
+    )
+    patch_size: int | None = field(
+        default=None, metadata={"help": "side of a patch in pixels; default: as configured"}
+    )
     crop_size: int | None = field(
         default=None, metadata={"help": "side of the training crops in pixels; default: image_size"}
     )
@@ -119,20 +124,22 @@ def main(args: Arguments):
     _, label_column = find_columns(train_split)
     names = train_split.features[label_column].names
     sizes = {"image_size": args.image_size, "patch_size": args.patch_size}
-    labels = {"id2label": dict(enumerate(names)), "label2id": {name: i for i, name in enumerate(names)}}
-    if args.config_name is None:
-        config = CBSAConfig(**sizes, **labels)
-    else:
-        config = AutoConfig.from_pretrained(args.config_name, **sizes, **labels)
+    config = AutoConfig.from_pretrained(
+        preset_path(args.config_name) if args.config_name in PRESETS else args.config_name,
+        id2label=dict(enumerate(names)),
+        label2id={name: i for i, name in enumerate(names)},
+        **{name: value for name, value in sizes.items() if value is not None},
+    )
     model = AutoModelForImageClassification.from_config(config)
+    height, width = to_pair(config.image_size)
     processor = ViTImageProcessorPil(
-        size={"height": args.image_size, "width": args.image_size},
+        size={"height": height, "width": width},
         image_mean=IMAGENET_DEFAULT_MEAN,
         image_std=IMAGENET_DEFAULT_STD,
         do_convert_rgb=True,
     )
 
-    crop_size = args.crop_size or args.image_size
+    crop_size = args.crop_size or height
     train_loader = DataLoader(
         TrainingImages(train_split, processor, crop_size, args.min_crop_scale, args.seed),
         batch_size=args.batch_size,
