@@ -81,12 +81,15 @@ class ZeroShotSegmenter:
         self.layer = layer
         self.head = head
 
+    def saliency(self, image: Image.Image) -> np.ndarray:
+        """The attention of CLS, (heads, height, width) at the size of an RGB image; each head's map sums to 1."""
+        pixel_values = to_pixel_values(image, self.processor, self.long_side, self.model.config.patch_size)
+        maps = attention_maps(self.model, pixel_values)[self.layer].float()  # (1, heads, grid height, grid width)
+        maps = F.interpolate(maps, size=(image.height, image.width), mode="bilinear")[0]
+        return (maps / maps.sum((1, 2), keepdim=True)).numpy()
+
     def __call__(self, image: Image.Image) -> ZeroShotSegmentation:
         """Segment one image of any size and mode."""
-        image = to_rgb(image)
-        pixel_values = to_pixel_values(image, self.processor, self.long_side, self.model.config.patch_size)
-        maps = attention_maps(self.model, pixel_values)[self.layer, 0].float()  # (heads, grid height, grid width)
+        maps = self.saliency(to_rgb(image))
         saliency = maps.mean(0) if self.head is None else maps[self.head]
-        saliency = F.interpolate(saliency[None, None], size=(image.height, image.width), mode="bilinear")[0, 0]
-        saliency = (saliency / saliency.sum()).numpy()
         return ZeroShotSegmentation(mask=keep_mass(saliency, self.mass), saliency=saliency)

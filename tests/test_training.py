@@ -40,21 +40,17 @@ def data(tmp_path_factory):
     return folder
 
 
-def pretrain(data, output_dir, *arguments, processes: int = 1, expect: int = 0) -> subprocess.CompletedProcess:
+def pretrain(data, output_dir, *arguments, processes: int = 1, succeeds: bool = True) -> subprocess.CompletedProcess:
     # Two processes on CPU start only with this flag and this variable: see the script's documentation.
     several = ["--multi_gpu"] if processes > 1 else []
     command = [sys.executable, "-m", "accelerate.commands.launch", *several, "--num_processes", str(processes)]
     command += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
     command += [str(ROOT / "training" / "pretrain.py"), "--dataset_name", str(data), "--output_dir", str(output_dir)]
-    command += [
-        "--config_name",
-        str(data / "config.json"),
-        *(f"--{name}={value}" for name, value in SIZES.items()),
-        *arguments,
-    ]
+    command += ["--config_name", str(data / "config.json")]
+    command += [*(f"--{name}={value}" for name, value in SIZES.items()), *arguments]
     environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
     process = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-    assert (process.returncode == 0) == (expect == 0), process.stderr
+    assert (process.returncode == 0) == succeeds, process.stderr
     return process
 
 
@@ -113,7 +109,7 @@ def test_two_processes(data, tmp_path):
     ],
 )
 def test_bad_input(data, tmp_path, arguments, message):
-    process = pretrain(data, tmp_path / "run", *arguments, expect=1)
+    process = pretrain(data, tmp_path / "run", *arguments, succeeds=False)
     sentences = [line for line in process.stderr.splitlines() if line.startswith("pretrain.py: ")]
     assert len(sentences) == 1
     assert message in sentences[0]

@@ -22,6 +22,7 @@ from transformers import BaseImageProcessor, HfArgumentParser, PreTrainedModel
 
 from cbsa_hf import ZeroShotSegmenter, load_checkpoint
 from cbsa_hf.images import to_rgb
+from cbsa_hf.zero_shot import keep_mass
 
 
 TASKS = ("image-classification", "zero-shot-segmentation")
@@ -74,22 +75,21 @@ def score_zero_shot(
     `attention` and `attention, head i` fix the method before seeing the truth. `attention, best head` lets the truth
     choose the head for each image, as DINO and CRATE report it: an oracle. The rest are trivial.
     """
-    size = {} if long_side is None else {"long_side": long_side}
-    heads = range(model.config.num_attention_heads)
-    segmenters = {"attention": ZeroShotSegmenter(model, processor, **size)}
-    segmenters |= {f"attention, head {head}": ZeroShotSegmenter(model, processor, head=head, **size) for head in heads}
+    segmenter = ZeroShotSegmenter(model, processor, **({} if long_side is None else {"long_side": long_side}))
     image_column, mask_column = find_mask_columns(dataset)
     scores = []
     for row in tqdm(dataset, desc="images"):
         image, truth = to_rgb(row[image_column]), np.asarray(row[mask_column]) > 0
         if truth.mean() < min_foreground:
             continue
-        masks = {name: segmenter(image).mask for name, segmenter in segmenters.items()}
+        maps = segmenter.saliency(image)
+        masks = {"attention": keep_mass(maps.mean(0), segmenter.mass)}
+        masks |= {f"attention, head {i}": keep_mass(head, segmenter.mass) for i, head in enumerate(maps)}
         masks["everything"] = np.ones_like(truth)
         masks["centred ellipse"] = centred_ellipse(truth.shape)
         masks["two colours"] = two_colours(np.asarray(image))
         score = {name: intersection_over_union(mask, truth) for name, mask in masks.items()}
-        score["attention, best head"] = max(score[f"attention, head {head}"] for head in heads)
+        score["attention, best head"] = max(score[f"attention, head {i}"] for i in range(len(maps)))
         scores.append(score)
     if not scores:
         raise ValueError(f"No image has at least {min_foreground:.0%} foreground.")
