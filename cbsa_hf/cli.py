@@ -108,9 +108,7 @@ def build_parser() -> argparse.ArgumentParser:
     command.set_defaults(run=attention)
 
     command = commands.add_parser("convert", help="make a CBSA model of another library's checkpoint")
-    command.add_argument(
-        "source", metavar="SOURCE", help="a file of weights; or a folder or hub id of a ViT or DINOv2"
-    )
+    command.add_argument("source", metavar="SOURCE", help="a file of weights, a folder, or a hub id")
     command.add_argument("-o", "--output", type=Path, required=True, help="the folder to write")
     command.add_argument("--origin", choices=ORIGINS, help="where it comes from; default: what the weights' names say")
     command.add_argument(

@@ -154,7 +154,7 @@ class Origin:
     mark: str
     rename: Callable[[str], str | None]
     attention_types: tuple[str, ...]
-    layer_norm_eps: float | None
+    layer_norm_eps: float | None = None
 
 
 # In the order in which they are tried: ToST has the mark of CRATE too, and DINOv2 that of ViT.
@@ -171,21 +171,9 @@ ORIGINS = {
     "timm": Origin(
         "ViT of timm", "2010.11929", "blocks.0.attn.qkv.weight", rename_timm, VIT_ATTENTIONS, layer_norm_eps=1e-6
     ),
-    "dinov2": Origin(
-        "DINOv2",
-        "2304.07193",
-        "0.layer_scale1.lambda1",
-        rename_transformers,
-        VIT_ATTENTIONS,
-        layer_norm_eps=None,
-    ),
+    "dinov2": Origin("DINOv2", "2304.07193", "0.layer_scale1.lambda1", rename_transformers, VIT_ATTENTIONS),
     "vit": Origin(
-        "ViT",
-        "2010.11929",
-        "embeddings.patch_embeddings.projection.weight",
-        rename_transformers,
-        VIT_ATTENTIONS,
-        layer_norm_eps=None,
+        "ViT", "2010.11929", "embeddings.patch_embeddings.projection.weight", rename_transformers, VIT_ATTENTIONS
     ),
 }
 
@@ -421,14 +409,14 @@ def load_weights(path: Path) -> dict[str, torch.Tensor]:
             weights = {k.removeprefix(prefix): v for k, v in weights.items() if k.startswith(prefix)} or weights
         else:
             weights = torch.load(path, map_location="cpu", weights_only=True)
-    except OSError:
+    except PermissionError:
         raise
-    except pickle.UnpicklingError as error:
-        raise ValueError(
-            f"{path} is a pickle with more in it than tensors, which could run code and is not loaded "
-            "(`weights_only=True`); save its state dict alone where it was made."
-        ) from error
-    except Exception as error:  # whatever the bytes lead torch to: EOFError, KeyError, RuntimeError ...
+    except Exception as error:  # whatever the bytes lead torch to: EOFError, KeyError, OSError ...
+        if isinstance(error, pickle.UnpicklingError) and "GLOBAL" in str(error):  # a class or function by name
+            raise ValueError(
+                f"{path} is a pickle with more in it than tensors, which could run code and is not loaded "
+                "(`weights_only=True`); save its state dict alone where it was made."
+            ) from error
         raise ValueError(f"{path} is not a checkpoint, or is cut short.") from error
     for name in ("state_dict", "model"):
         if isinstance(weights, dict) and isinstance(weights.get(name), dict):
