@@ -68,7 +68,7 @@ def convert(args: argparse.Namespace):
             raise ValueError("The outputs differ by more than 1e-05 of the largest value; nothing was written.")
 
     # A local path says nothing to others, and too much.
-    source = Path(args.source).name if Path(args.source).exists() else args.source
+    source = Path(args.source).resolve().name if Path(args.source).exists() else args.source
     card = model_card(conversion, output.name, source, args.license, args.attribution)
     save_conversion(conversion, output, card)
     config, processor = conversion.model.config, conversion.processor

@@ -21,7 +21,7 @@ from huggingface_hub.errors import HFValidationError, StrictDataclassError
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformers import AutoConfig, PreTrainedConfig, ViTImageProcessorPil
-from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, PILImageResampling
 
 from .configuration_cbsa import CBSAConfig
 from .modeling_cbsa import CBSAForImageClassification, CBSAModel, CBSAPreTrainedModel
@@ -29,7 +29,7 @@ from .modeling_cbsa import CBSAForImageClassification, CBSAModel, CBSAPreTrained
 
 # Heads by width in the published models. They leave no trace in the shapes of q, k and v, and 64 a head, the usual
 # rule, is wrong for CRATE small (576) and ViT huge (1280).
-PUBLISHED_HEADS = {192: 3, 384: 6, 576: 12, 768: 12, 1024: 16, 1280: 16, 1536: 24}
+PUBLISHED_HEADS = {192: 3, 384: 6, 576: 12, 768: 12, 1024: 16, 1280: 16}
 
 TRANSFORMERS_TYPES = ("vit", "deit", "dinov2")
 
@@ -235,7 +235,7 @@ def convert_state_dict(weights: dict[str, torch.Tensor], origin: str) -> tuple[d
         if key in dropped:
             continue
         name = ORIGINS[origin].rename(key)
-        if name is None:
+        if name is None or name in converted:
             raise ValueError(f"`{key}` has no place in a CBSA model; is this a classifier of origin {origin}?")
         converted[name] = tensor.float() if tensor.is_floating_point() else tensor
     return fold_layer_scale(split_qkv(converted)), dropped
@@ -307,10 +307,12 @@ def derive_config(
         patch_size = math.isqrt(shape(f"{stem}.projection.weight", 2)[1] // num_channels)
 
     num_patches = shape("cbsa.embeddings.position_embeddings", 3)[1] - 1
-    image_size = math.isqrt(num_patches) * patch_size
+    side = math.isqrt(num_patches)
     if source_config is not None:
         image_size = source_config.image_size
-    elif (image_size // patch_size) ** 2 != num_patches:
+    elif side**2 == num_patches:
+        image_size = side * patch_size
+    else:
         raise ValueError(f"There are positions for CLS and {num_patches} patches, which make no square.")
 
     attention = "cbsa.layers.0.attention"
@@ -477,6 +479,9 @@ def convert_checkpoint(
     """
     A CBSA model with the weights of another library's.
 
+    Images are normalised as the files beside the weights say, else with the mean and standard deviation of ImageNet:
+    right for the reference models and DeiT, not for the ViTs of timm and Google that take 0.5 for both.
+
     Args:
         source: a file of weights, a folder, or a hub id.
         origin: a name in `ORIGINS`; told from the keys by default.
@@ -506,7 +511,7 @@ def convert_checkpoint(
     model = build_model(config, weights)
 
     # timm's folders say in `config.json` what those of Transformers say in `preprocessor_config.json`.
-    timm = read_json(path.parent / "config.json").get("pretrained_cfg", {}) if origin == "timm" else {}
+    timm = read_json(path.parent / "config.json").get("pretrained_cfg") or {} if origin == "timm" else {}
     preprocessor = read_json(path.parent / "preprocessor_config.json") if source_config is not None else {}
     image_size = config.image_size
     height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
@@ -514,6 +519,7 @@ def convert_checkpoint(
         size={"height": height, "width": width},
         image_mean=preprocessor.get("image_mean") or timm.get("mean") or IMAGENET_DEFAULT_MEAN,
         image_std=preprocessor.get("image_std") or timm.get("std") or IMAGENET_DEFAULT_STD,
+        resample=preprocessor.get("resample", PILImageResampling.BILINEAR),
         do_convert_rgb=True,
     )
     return Conversion(model, processor, origin, dropped)

@@ -123,8 +123,8 @@ def test_recorded_classifiers(name, tmp_path, capsys):
         assert_matches(model(tensors["input.pixel_values"]).logits, tensors["output.logits"])
     assert processor.size["height"] == tensors["input.pixel_values"].shape[2]
     assert model.config.pooled_tokens == ("all_but_last" if name.startswith("cbt") else "patches")
-    files = ["README.md", "config.json", "model.safetensors", "preprocessor_config.json"]
-    assert sorted(path.name for path in (tmp_path / name).iterdir()) == files
+    files = {"README.md", "config.json", "model.safetensors", "preprocessor_config.json"}
+    assert files <= {path.name for path in (tmp_path / name).iterdir()}
     assert [path.name for path in tmp_path.iterdir()] == [name]
     assert json.loads((tmp_path / name / "config.json").read_text())["dtype"] == "float32"
     assert json.loads((tmp_path / name / "preprocessor_config.json").read_text())["do_convert_rgb"] is True
@@ -165,7 +165,7 @@ def test_vit(layout, vit, pixel_values, tmp_path):
         (tmp_path / "vit" / "model.safetensors").unlink()
         assert "vit.layers.0.attention.q_proj.weight" in vit.state_dict()
         torch.save(vit.state_dict(), tmp_path / "vit" / "pytorch_model.bin")
-    ViTImageProcessorPil(image_mean=[0.5] * 3, image_std=[0.25] * 3).save_pretrained(tmp_path / "vit")
+    ViTImageProcessorPil(image_mean=[0.5] * 3, image_std=[0.25] * 3, resample=3).save_pretrained(tmp_path / "vit")
     assert convert(tmp_path / "vit", tmp_path / "out", "--license", "mit", "--attribution", "Made by chance.") == 0
     model, processor = load_checkpoint(str(tmp_path / "out"))
     with torch.no_grad():
@@ -174,7 +174,7 @@ def test_vit(layout, vit, pixel_values, tmp_path):
     assert outputs.attentions[0].shape == (2, 3, 17, 17)
     assert model.config.id2label == {0: "cat", 1: "dog", 2: "newt"}
     assert (*processor.image_mean, *processor.image_std) == (0.5, 0.5, 0.5, 0.25, 0.25, 0.25)
-    assert processor.size["height"] == 32
+    assert (processor.size["height"], processor.resample) == (32, 3)
     card = (tmp_path / "out" / "README.md").read_text()
     assert "license: mit\n" in card
     assert "Made by chance." in card
@@ -270,6 +270,7 @@ def make_bad_inputs(vit):
     Path("nothing.pth").touch()
     Path("text.safetensors").write_text("no checkpoint")
     save_file(weights, "timm.safetensors")
+    Path("cut.safetensors").write_bytes(Path("timm.safetensors").read_bytes()[:-100])
     save_file({"input.pixel_values": torch.ones(1, 3, 16, 16)}, "small.safetensors")
     save_file({"input.pixel_values": torch.ones(1, 3, 32, 32)}, "unrecorded.safetensors")
     Path("full").mkdir()
@@ -300,6 +301,7 @@ def make_bad_inputs(vit):
         (["text.pth"], "is not a checkpoint, or is cut short"),
         (["nothing.pth"], "is not a checkpoint, or is cut short"),
         (["cut_timm.pth"], "is not a checkpoint, or is cut short"),
+        (["cut.safetensors"], "is not a checkpoint, or is cut short"),
         (["text.safetensors"], "is not a checkpoint, or is cut short"),
         (["code.pth"], "could run code and is not loaded (`weights_only=True`)"),
         (["cut_code.pth"], "is not a checkpoint, or is cut short"),
@@ -361,3 +363,14 @@ def test_an_empty_folder_is_filled(vit, tmp_path):
     (tmp_path / "out").mkdir()
     assert convert(tmp_path / "vit", tmp_path / "out") == 0
     assert (tmp_path / "out" / "model.safetensors").is_file()
+
+
+def test_nothing_is_left_of_a_failed_write(vit, tmp_path, monkeypatch, capsys):
+    def fail(self, folder):
+        raise OSError("No space left on device")
+
+    vit.save_pretrained(tmp_path / "vit")
+    monkeypatch.setattr(ViTImageProcessorPil, "save_pretrained", fail)
+    assert convert(tmp_path / "vit", tmp_path / "out") == 2
+    assert capsys.readouterr().err == "cbsa: No space left on device\n"
+    assert [path.name for path in tmp_path.iterdir()] == ["vit"]
