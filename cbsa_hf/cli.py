@@ -1,4 +1,4 @@
-"""The `cbsa` command: segment a photo, and show what the layers attend to."""
+"""The `cbsa` command: segment a photo, show what the layers attend to, and convert checkpoints of other libraries."""
 
 import argparse
 import sys
@@ -9,6 +9,7 @@ import transformers
 from PIL import Image
 
 from .checkpoint import load_checkpoint
+from .convert_checkpoints import ORIGINS, compare_outputs, convert_checkpoint, model_card, save_conversion
 from .figures import attention_grid, overlay_mask
 from .images import open_image, to_pixel_values
 from .interpretability import attention_maps
@@ -52,6 +53,34 @@ def attention(args: argparse.Namespace):
     print(f"{args.output}: {maps.shape[0]} layers x {maps.shape[1]} heads, {maps.shape[2]} x {maps.shape[3]} patches.")
 
 
+def convert(args: argparse.Namespace):
+    output = args.output
+    if not output.parent.is_dir():
+        raise ValueError(f"There is no folder {output.parent} to write {output.name} to.")
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise ValueError(f"{output} exists and is not an empty folder; name a new one.")
+    conversion = convert_checkpoint(args.source, args.origin, args.attention, args.num_heads)
+    if args.verify:
+        differences = compare_outputs(conversion.model, args.verify)
+        for name, (absolute, relative) in differences.items():
+            print(f"{name}: differs by {absolute:.1e} at most, {relative:.1e} of the largest value.")
+        if not all(relative <= 1e-5 for _, relative in differences.values()):
+            raise ValueError("The outputs differ by more than 1e-05 of the largest value; nothing was written.")
+
+    # A local path says nothing to others, and too much.
+    source = Path(args.source).resolve().name if Path(args.source).exists() else args.source
+    card = model_card(conversion, output.name, source, args.license, args.attribution)
+    save_conversion(conversion, output, card)
+    config, processor = conversion.model.config, conversion.processor
+    print(
+        f"{output}: {type(conversion.model).__name__} from {conversion.origin}, attention {config.attention_type}, "
+        f"{config.num_hidden_layers} layers, {config.num_attention_heads} heads, image size {config.image_size}, "
+        f"mean {list(processor.image_mean)}, std {list(processor.image_std)}."
+    )
+    if conversion.dropped:
+        print(f"Left out, without effect on the outputs: {', '.join(conversion.dropped)}.")
+
+
 def positive(text: str) -> int:
     value = int(text)
     if value < 1:
@@ -77,6 +106,21 @@ def build_parser() -> argparse.ArgumentParser:
 
     command = commands.add_parser("attention", parents=[common], help="draw the attention of every layer and head")
     command.set_defaults(run=attention)
+
+    command = commands.add_parser("convert", help="make a CBSA model of another library's checkpoint")
+    command.add_argument("source", metavar="SOURCE", help="a file of weights, a folder, or a hub id")
+    command.add_argument("-o", "--output", type=Path, required=True, help="the folder to write")
+    command.add_argument("--origin", choices=ORIGINS, help="where it comes from; default: what the weights' names say")
+    command.add_argument(
+        "--attention",
+        choices=["softmax", "agent"],
+        help="of a ViT: softmax is exact (the default), agent is linear in the tokens and has to be fine-tuned",
+    )
+    command.add_argument("--num-heads", type=positive, help="default: config.json, else the published model that wide")
+    command.add_argument("--verify", type=Path, metavar="TENSORS", help="recorded outputs to compare, .safetensors")
+    command.add_argument("--license", help="of the weights, for the model card, such as apache-2.0")
+    command.add_argument("--attribution", help="whose weights they are, a sentence for the model card")
+    command.set_defaults(run=convert)
     return parser
 
 

@@ -8,8 +8,8 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from cbsa_hf import CBSAConfig, CBSAForImageClassification
 from cbsa_hf.attention_cbsa import ATTENTIONS, PooledRepresentatives
+from cbsa_hf.convert_checkpoints import convert_checkpoint
 
 
 REFERENCE = Path(__file__).parents[2] / "shared" / "reference"
@@ -23,67 +23,29 @@ def load_recording(name: str):
     return config, load_file(REFERENCE / f"{name}.safetensors")
 
 
-def rename(key: str) -> str:
-    """Parameter name of the reference classifiers (CBT, CRATE, ToST) -> ours."""
-    match key.split("."):
-        case ["cls_token"]:
-            return "cbsa.embeddings.cls_token"
-        case ["pos_embedding"]:
-            return "cbsa.embeddings.position_embeddings"
-        case ["to_patch_embedding", "proj", i, j, rest]:
-            index = int(i) // 2 * 3 + int(j)  # there (conv, norm) pairs with a GELU between, here a flat chain
-            return f"cbsa.embeddings.patch_embeddings.layers.{index}.{rest}"
-        case ["to_patch_embedding", i, rest]:
-            name = {"1": "layernorm_before", "2": "projection", "3": "layernorm_after"}[i]
-            return f"cbsa.embeddings.patch_embeddings.{name}.{rest}"
-        case ["mlp_head", "0", rest]:
-            return f"cbsa.layernorm.{rest}"
-        case ["mlp_head", "1", rest]:
-            return f"classifier.{rest}"
-        case ["transformer", "layers", layer, "0", "norm", rest]:
-            return f"cbsa.layers.{layer}.layernorm_before.{rest}"
-        case ["transformer", "layers", layer, "0", "fn", "to_out", *_, rest]:
-            return f"cbsa.layers.{layer}.attention.out_proj.{rest}"
-        case ["transformer", "layers", layer, "0", "fn", *rest]:
-            return f"cbsa.layers.{layer}.attention." + ".".join(rest).replace("qkv", "proj")
-        case ["transformer", "layers", layer, "1", "norm", rest]:
-            return f"cbsa.layers.{layer}.layernorm_after.{rest}"
-        case ["transformer", "layers", layer, "1", "fn", rest]:
-            return f"cbsa.layers.{layer}.feed_forward.{rest}"
-    raise KeyError(key)
-
-
 def assert_matches(actual: torch.Tensor, expected: torch.Tensor):
     assert actual.shape == expected.shape
     assert (actual - expected).abs().max() <= 1e-5 * expected.abs().max()
 
 
 CLASSIFIERS = {
-    "cbt_patch16": {"pooled_tokens": "all_but_last"},
-    "cbt_patch8": {"pooled_tokens": "all_but_last"},
-    "cbt_patch16_224": {"pooled_tokens": "all_but_last"},
-    "crate_conv_patch16": {"attention_type": "mssa"},
-    "crate_patchify_patch16": {"attention_type": "mssa", "patch_embedding_type": "patchify"},
-    "tost_conv_patch16": {"attention_type": "tssa"},
+    "cbt_patch16": "cbt",
+    "cbt_patch8": "cbt",
+    "cbt_patch16_224": "cbt",
+    "crate_conv_patch16": "crate",
+    "crate_patchify_patch16": "crate",
+    "tost_conv_patch16": "tost",
 }
 
 
-@pytest.mark.parametrize(("name", "values"), CLASSIFIERS.items())
-def test_classifier(name, values):
+@pytest.mark.parametrize(("name", "origin"), CLASSIFIERS.items())
+def test_classifier(name, origin):
     sizes, tensors = load_recording(name)
-    config = CBSAConfig(
-        image_size=sizes["image_size"],
-        hidden_size=sizes["dim"],
-        num_hidden_layers=sizes["depth"],
-        num_attention_heads=sizes["heads"],
-        head_dim=sizes["dim_head"],
-        num_labels=sizes["num_classes"],
-        patch_size=sizes["patch_size"],
-        **values,
-    )
-    model = CBSAForImageClassification(config).eval()
-    prefix = "state_dict."
-    model.load_state_dict({rename(k.removeprefix(prefix)): v for k, v in tensors.items() if k.startswith(prefix)})
+    conversion = convert_checkpoint(str(REFERENCE / f"{name}.safetensors"), num_heads=sizes["heads"])
+    assert conversion.origin == origin
+    model, config = conversion.model, conversion.model.config
+    assert (config.image_size, config.patch_size) == (sizes["image_size"], sizes["patch_size"])
+    assert (config.num_hidden_layers, config.head_dim) == (sizes["depth"], sizes["dim_head"])
 
     updates = []
     for layer in model.cbsa.layers:
