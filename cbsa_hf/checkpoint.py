@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassification, BaseImageProcessor
 
@@ -27,7 +28,7 @@ def load_checkpoint(name: str | None = None) -> tuple[CBSAForImageClassification
     )
     try:
         config = AutoConfig.from_pretrained(name)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, StrictDataclassError) as error:
         raise not_found from error
     if not isinstance(config, CBSAConfig):
         raise ValueError(f"{name} holds a model of type {config.model_type}; this takes `cbsa` models.")
