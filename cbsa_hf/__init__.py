@@ -1,6 +1,7 @@
 """Contract-and-Broadcast Self-Attention (CBSA) for Transformers. Importing this package registers the Auto classes."""
 
 from transformers import (
+    AutoBackbone,
     AutoConfig,
     AutoImageProcessor,
     AutoModel,
@@ -13,6 +14,7 @@ from .checkpoint import default_checkpoint, load_checkpoint
 from .configuration_cbsa import CBSAConfig
 from .interpretability import attention_maps
 from .modeling_cbsa import (
+    CBSABackbone,
     CBSAForImageClassification,
     CBSAImageClassifierOutput,
     CBSAModel,
@@ -28,10 +30,18 @@ __version__ = "0.1.0"
 AutoConfig.register("cbsa", CBSAConfig)
 AutoModel.register(CBSAConfig, CBSAModel)
 AutoModelForImageClassification.register(CBSAConfig, CBSAForImageClassification)
+AutoBackbone.register(CBSAConfig, CBSABackbone)
 AutoImageProcessor.register(CBSAConfig, image_processor_classes={"pil": ViTImageProcessorPil})
+
+# So that saved models bring their code, and open with `trust_remote_code=True` where this package is not installed.
+CBSAConfig.register_for_auto_class()
+CBSAModel.register_for_auto_class("AutoModel")
+CBSAForImageClassification.register_for_auto_class("AutoModelForImageClassification")
+CBSABackbone.register_for_auto_class("AutoBackbone")
 
 __all__ = [
     "PRESETS",
+    "CBSABackbone",
     "CBSAConfig",
     "CBSAForImageClassification",
     "CBSAImageClassifierOutput",

@@ -4,9 +4,27 @@ Contract-and-Broadcast Self-Attention and the family that it generalises: tokens
 One class an operator, one table by name at the end; to add one, write a class and enter it there.
 """
 
+from collections.abc import Iterable
+
 import torch
 from torch import nn
 from torch.nn import functional as F
+from transformers.utils import is_torchdynamo_exporting
+
+
+def to_pair(size: int | Iterable[int]) -> tuple[int, int]:
+    """One side, or (height, width), as (height, width)."""
+    height, width = (size, size) if isinstance(size, int) else size
+    return height, width
+
+
+def adaptive_bins(length: int, num_bins: int, like: torch.Tensor) -> torch.Tensor:
+    """The product with this matrix (num_bins, length) is `F.adaptive_avg_pool1d`, whatever the length."""
+    position = torch.arange(length, device=like.device)
+    bin_index = torch.arange(num_bins, device=like.device).unsqueeze(1)
+    # Bin i starts at floor(i n / m) and ends before ceil((i + 1) n / m); written without division.
+    inside = ((position + 1) * num_bins > bin_index * length) & (position * num_bins < (bin_index + 1) * length)
+    return inside.to(like.dtype) / inside.sum(1, keepdim=True).to(like.dtype)
 
 
 class PooledRepresentatives(nn.Module):
@@ -15,20 +33,24 @@ class PooledRepresentatives(nn.Module):
     differ in size and may overlap).
 
     Args:
-        size: height and width of the grid of representatives, m of them in all.
+        size: height and width of the grid of representatives, m of them in all; one number for a square.
         first_token: index of the token at the grid's top left corner.
     """
 
-    def __init__(self, size: int | tuple[int, int], first_token: int):
+    def __init__(self, size: int | Iterable[int], first_token: int):
         super().__init__()
-        self.size = size
+        self.size = to_pair(size)
         self.first_token = first_token
 
     def forward(self, tokens: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
         """(batch, heads, tokens, p) -> (batch, heads, m, p)."""
         patches = tokens[:, :, self.first_token : self.first_token + grid[0] * grid[1]]
         patches = patches.transpose(2, 3).flatten(1, 2).unflatten(2, grid)  # (batch, heads * p, height, width)
-        bins = F.adaptive_avg_pool2d(patches, self.size)
+        if is_torchdynamo_exporting():  # torch's own pool, which is faster, cannot be exported for every size
+            rows, columns = (adaptive_bins(n, m, patches) for n, m in zip(grid, self.size, strict=True))
+            bins = rows @ patches @ columns.T
+        else:
+            bins = F.adaptive_avg_pool2d(patches, self.size)
         return bins.flatten(2).unflatten(1, (tokens.shape[1], -1)).transpose(2, 3)
 
 

@@ -2,6 +2,7 @@
 
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
+from transformers.backbone_utils import BackboneConfigMixin
 
 from .attention_cbsa import ATTENTIONS
 
@@ -10,10 +11,16 @@ FEED_FORWARD_TYPES = ("ista", "mlp")
 PATCH_EMBEDDING_TYPES = ("conv_stem", "patchify", "linear")
 REPRESENTATIVES_TYPES = ("pool", "learned")
 POOLED_TOKENS = ("patches", "all_but_last")
+AUTO_MAP = {
+    "AutoConfig": "configuration_cbsa.CBSAConfig",
+    "AutoModel": "modeling_cbsa.CBSAModel",
+    "AutoModelForImageClassification": "modeling_cbsa.CBSAForImageClassification",
+    "AutoBackbone": "modeling_cbsa.CBSABackbone",
+}
 
 
 @strict
-class CBSAConfig(PreTrainedConfig):
+class CBSAConfig(BackboneConfigMixin, PreTrainedConfig):
     r"""
     Describes a Contract-and-Broadcast Transformer (CBT), or a member of the family around it: a patch embedding, then
     layers of an attention and a feed-forward block. The defaults are the published tiny CBT (arXiv 2509.16875).
@@ -44,6 +51,9 @@ class CBSAConfig(PreTrainedConfig):
         num_channels (`int`, defaults to 3): Channels of the image.
         layer_norm_eps (`float`, defaults to 1e-5): Epsilon of every LayerNorm.
         initializer_range (`float`, defaults to 0.02): Standard deviation of the initial weights.
+        out_features (`list[str]`, *optional*): Stages whose feature maps a backbone returns: `"stem"` for the
+            embeddings, `"stage1"`, `"stage2"`, ... for the layers; the last layer alone when not given.
+        out_indices (`list[int]`, *optional*): The same by number, 0 for `"stem"`.
 
     Raises:
         ValueError or `huggingface_hub.errors.StrictDataclassError`: a value that no model can be built from.
@@ -80,13 +90,24 @@ class CBSAConfig(PreTrainedConfig):
     layer_norm_eps: float = 1e-5
     initializer_range: float = 0.02
     output_representative_attentions: bool = False
+    _out_features: list[str] | None = None
+    _out_indices: list[int] | None = None
 
     def __post_init__(self, **kwargs):
         if self.head_dim is None and self.num_attention_heads > 0:
             self.head_dim = self.hidden_size // self.num_attention_heads
         if self.intermediate_size is None:
             self.intermediate_size = 4 * self.hidden_size
+        self.stage_names = ["stem"] + [f"stage{idx}" for idx in range(1, self.num_hidden_layers + 1)]
+        self.set_output_features_output_indices(
+            out_indices=kwargs.pop("out_indices", None), out_features=kwargs.pop("out_features", None)
+        )
         super().__post_init__(**kwargs)
+
+    def save_pretrained(self, save_directory, **kwargs):
+        # A model that is saved enters itself alone; with the others, `AutoModel` opens a saved classifier too.
+        self.auto_map = AUTO_MAP | (getattr(self, "auto_map", None) or {})
+        super().save_pretrained(save_directory, **kwargs)
 
     def validate_sizes(self):
         """Every count is at least 1 and every pair is a pair."""

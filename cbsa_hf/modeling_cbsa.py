@@ -1,6 +1,5 @@
 """The Contract-and-Broadcast Transformer (CBT) for Hugging Face Transformers."""
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -8,10 +7,11 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 from transformers import initialization as init
+from transformers.backbone_utils import BackboneMixin, filter_output_hidden_states
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.modeling_outputs import BaseModelOutputWithPooling, ImageClassifierOutput
+from transformers.modeling_outputs import BackboneOutput, BaseModelOutputWithPooling, ImageClassifierOutput
 from transformers.processing_utils import Unpack
-from transformers.utils import TransformersKwargs
+from transformers.utils import TransformersKwargs, is_torchdynamo_exporting
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
@@ -22,14 +22,9 @@ from .attention_cbsa import (
     PooledRepresentatives,
     SelfAttention,
     TokenStatisticsSelfAttention,
+    to_pair,
 )
 from .configuration_cbsa import CBSAConfig
-
-
-def to_pair(size: int | Iterable[int]) -> tuple[int, int]:
-    """One side, or (height, width), as (height, width)."""
-    height, width = (size, size) if isinstance(size, int) else size
-    return height, width
 
 
 @dataclass
@@ -160,7 +155,7 @@ class CBSAEmbeddings(nn.Module):
         _, num_channels, height, width = pixel_values.shape
         if num_channels != self.num_channels:
             raise ValueError(f"`pixel_values` has {num_channels} channels; this model takes {self.num_channels}.")
-        if min(height, width) < self.patch_size:
+        if height < self.patch_size or width < self.patch_size:
             raise ValueError(
                 f"An input of {height} x {width} pixels (height x width) is smaller than one patch of "
                 f"{self.patch_size} x {self.patch_size}; enlarge it."
@@ -173,7 +168,8 @@ class CBSAEmbeddings(nn.Module):
 
     def interpolate_pos_encoding(self, grid: tuple[int, int]) -> torch.Tensor:
         """Positions of CLS and a grid of any size, bicubic from the trained grid -> (1, 1 + patches, hidden_size)."""
-        if grid == self.grid:
+        # An exported graph is for every size; at the trained one it interpolates by the identity.
+        if not is_torchdynamo_exporting() and grid == self.grid:
             return self.position_embeddings
         cls_position, patch_positions = self.position_embeddings.split([1, self.grid[0] * self.grid[1]], dim=1)
         patch_positions = patch_positions.transpose(1, 2).unflatten(2, self.grid)
@@ -188,7 +184,8 @@ class CBSAEmbeddings(nn.Module):
         grid = tuple(patches.shape[2:])
         cls_token = self.cls_token.expand(patches.shape[0], -1, -1)
         hidden_states = torch.cat([cls_token, patches.flatten(2).transpose(1, 2)], dim=1)
-        return hidden_states + self.interpolate_pos_encoding(grid), grid
+        positions = self.interpolate_pos_encoding(grid) if interpolate_pos_encoding else self.position_embeddings
+        return hidden_states + positions, grid
 
 
 class CBSAISTA(nn.Module):
@@ -357,7 +354,7 @@ class CBSAForImageClassification(CBSAPreTrainedModel):
         super().__init__(config)
         self.num_labels = config.num_labels
         self.cbsa = CBSAModel(config)
-        self.classifier = nn.Linear(config.hidden_size, config.num_labels)
+        self.classifier = nn.Linear(config.hidden_size, config.num_labels) if config.num_labels > 0 else nn.Identity()
         self.post_init()
 
     @can_return_tuple
@@ -385,7 +382,40 @@ class CBSAForImageClassification(CBSAPreTrainedModel):
         )
 
 
+class CBSABackbone(BackboneMixin, CBSAPreTrainedModel):
+    """
+    The encoder as a backbone for detectors and segmenters: the feature maps of the stages in `config.out_features`,
+    "stem" for the embeddings and "stage1", "stage2", ... for the layers, each (batch, hidden_size, grid height, grid
+    width). As in Dinov2, the final LayerNorm is applied to every one of them, and any image size is taken.
+    """
+
+    def __init__(self, config: CBSAConfig):
+        super().__init__(config)
+        self.num_features = [config.hidden_size] * (config.num_hidden_layers + 1)
+        self.cbsa = CBSAModel(config)
+        self.post_init()
+
+    @can_return_tuple
+    @filter_output_hidden_states
+    def forward(self, pixel_values: torch.Tensor, **kwargs: Unpack[TransformersKwargs]) -> BackboneOutput:
+        """
+        Args:
+            pixel_values, output_*: see [`CBSAModel`].
+        """
+        outputs = self.cbsa(pixel_values, interpolate_pos_encoding=True, **kwargs)
+        grid = self.cbsa.embeddings.patch_embeddings.grid(*pixel_values.shape[2:])
+        feature_maps = tuple(
+            self.cbsa.layernorm(hidden_states)[:, 1:].transpose(1, 2).unflatten(2, grid)
+            for stage, hidden_states in zip(self.stage_names, outputs.hidden_states, strict=True)
+            if stage in self.out_features
+        )
+        return BackboneOutput(
+            feature_maps=feature_maps, hidden_states=outputs.hidden_states, attentions=outputs.attentions
+        )
+
+
 __all__ = [
+    "CBSABackbone",
     "CBSAForImageClassification",
     "CBSAImageClassifierOutput",
     "CBSAModel",
