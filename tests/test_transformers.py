@@ -72,7 +72,7 @@ def test_all_axes_compose(tiny_config, tmp_path, attention, feed_forward, patch_
     assert_all_learn(model, except_for="k_proj.bias")
     model.eval().save_pretrained(tmp_path)
     logits = CBSAForImageClassification.from_pretrained(tmp_path)(pixel_values, interpolate_pos_encoding=True).logits
-    assert torch.equal(logits, model(pixel_values, interpolate_pos_encoding=True).logits)
+    torch.testing.assert_close(logits, model(pixel_values, interpolate_pos_encoding=True).logits)
 
 
 @pytest.mark.parametrize("size", [(32, 48), (33, 47), (64, 24)])
@@ -220,7 +220,7 @@ def test_lora(tiny_model, tmp_path):
     pixel_values, labels = torch.randn(2, 3, 32, 48), torch.tensor([1, 4])
     plain = tiny_model(pixel_values).logits
     model = get_peft_model(copy.deepcopy(tiny_model), LoraConfig(r=2, target_modules=["proj", "out_proj"]))
-    assert torch.equal(model(pixel_values).logits, plain)  # an adapter starts at zero
+    torch.testing.assert_close(model(pixel_values).logits, plain)  # an adapter starts at zero
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "lora_B" in name:
@@ -319,14 +319,14 @@ def test_new_number_of_labels(tiny_model, saved):
     model = CBSAForImageClassification.from_pretrained(saved, num_labels=7, ignore_mismatched_sizes=True)
     pixel_values = torch.randn(2, 3, 32, 48)
     assert model(pixel_values).logits.shape == (2, 7)
-    assert torch.equal(model.cbsa(pixel_values).pooler_output, tiny_model.cbsa(pixel_values).pooler_output)
+    torch.testing.assert_close(model.cbsa(pixel_values).pooler_output, tiny_model.cbsa(pixel_values).pooler_output)
 
 
 def test_no_labels_gives_the_features(tiny_config):
     tiny_config.num_labels = 0
     model = CBSAForImageClassification(tiny_config).eval()
     pixel_values = torch.randn(2, 3, 32, 48)
-    assert torch.equal(model(pixel_values).logits, model.cbsa(pixel_values).pooler_output)
+    torch.testing.assert_close(model(pixel_values).logits, model.cbsa(pixel_values).pooler_output)
 
 
 def test_attention_implementation(saved):
