@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from cbsa_hf import ZeroShotSegmenter, attention_maps
-from cbsa_hf.zero_shot import keep_mass
+from cbsa_hf.zero_shot import keep_mass, median_filter
 
 
 @pytest.mark.parametrize(("patch", "token"), [(None, 0), ((2, 3), 1 + 2 * 5 + 3)])
@@ -28,6 +28,15 @@ def test_keep_mass():
     assert keep_mass(saliency, 0.4).tolist() == [[True, False], [False, False]]
     assert keep_mass(saliency, 0.65).tolist() == [[True, False], [False, True]]
     assert keep_mass(saliency, 1.0).all()
+
+
+def test_median_filter():
+    maps = torch.zeros(1, 1, 6, 8)
+    maps[..., 2, 2] = 100.0  # alone
+    maps[..., :, 5:] = 1.0  # a region
+    expected = torch.zeros(6, 8)
+    expected[:, 5:] = 1.0
+    assert torch.equal(median_filter(maps, 5)[0, 0], expected)
 
 
 def test_segmenter(shipped, photo):
