@@ -26,11 +26,11 @@ def overlay_mask(image: Image.Image, mask: np.ndarray) -> Image.Image:
 
 def overlay_heat(image: Image.Image, heat: np.ndarray) -> Image.Image:
     """
-    The photo, in grey, under a heat map of any resolution, each value a rectangle; dark is the map's least, bright
-    its largest value.
+    The photo, in grey, under a heat map of any resolution, each value a rectangle: dark for the map's least value,
+    bright for the largest hundredth, lest a few outliers darken the rest.
     """
-    heat = (heat - heat.min()) / max(np.ptp(heat), np.finfo(np.float32).tiny)
-    colours = colormaps["inferno"](heat, bytes=True)[..., :3]
+    low, high = heat.min(), np.quantile(heat, 0.99)
+    colours = colormaps["inferno"]((heat - low) / max(high - low, np.finfo(np.float32).tiny), bytes=True)[..., :3]
     colours = Image.fromarray(colours).resize(image.size, Image.Resampling.NEAREST)
     return Image.blend(image.convert("L").convert("RGB"), colours, 0.7)
 
