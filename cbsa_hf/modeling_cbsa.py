@@ -127,10 +127,9 @@ class CBSAPatchify(nn.Module):
         return height // self.patch_size, width // self.patch_size
 
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        height, width = self.grid(*pixel_values.shape[2:])
-        pixel_values = pixel_values[:, :, : height * self.patch_size, : width * self.patch_size]
-        patches = pixel_values.unflatten(3, (width, -1)).unflatten(2, (height, -1))  # (batch, c, height, p, width, p)
-        patches = patches.permute(0, 2, 4, 3, 5, 1).flatten(3)
+        side = self.patch_size
+        patches = pixel_values.unfold(2, side, side).unfold(3, side, side)  # (batch, channels, height, width, p, p)
+        patches = patches.permute(0, 2, 3, 4, 5, 1).flatten(3)
         patches = self.layernorm_after(self.projection(self.layernorm_before(patches)))
         return patches.permute(0, 3, 1, 2)
 
