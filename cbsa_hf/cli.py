@@ -1,4 +1,4 @@
-"""The `cbsa` command: segment a photo, show what the layers attend to, and convert checkpoints of other libraries."""
+"""The `cbsa` command: segment a photo, show what the layers attend to, convert and publish checkpoints."""
 
 import argparse
 import sys
@@ -11,6 +11,7 @@ from PIL import Image
 from .checkpoint import load_checkpoint
 from .convert_checkpoints import ORIGINS, compare_outputs, convert_checkpoint, model_card, save_conversion
 from .figures import attention_grid, overlay_mask
+from .hub import push_checkpoint
 from .images import open_image, to_pixel_values
 from .interpretability import attention_maps
 from .zero_shot import ZeroShotSegmenter
@@ -81,6 +82,10 @@ def convert(args: argparse.Namespace):
         print(f"Left out, without effect on the outputs: {', '.join(conversion.dropped)}.")
 
 
+def push(args: argparse.Namespace):
+    print(push_checkpoint(args.name, args.checkpoint, args.private))
+
+
 def positive(text: str) -> int:
     value = int(text)
     if value < 1:
@@ -121,6 +126,12 @@ def build_parser() -> argparse.ArgumentParser:
     command.add_argument("--license", help="of the weights, for the model card, such as apache-2.0")
     command.add_argument("--attribution", help="whose weights they are, a sentence for the model card")
     command.set_defaults(run=convert)
+
+    command = commands.add_parser("push", help="publish a checkpoint on the Hub, with code, processor and card")
+    command.add_argument("name", metavar="NAME", help="the id to publish under, user/model")
+    command.add_argument("--checkpoint", help="a folder or hub id; default: the checkpoint in this package")
+    command.add_argument("--private", action="store_true", help="make the repository private, if it is new")
+    command.set_defaults(run=push)
     return parser
 
 

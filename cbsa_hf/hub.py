@@ -1,0 +1,61 @@
+"""Publish a checkpoint on the Hub: weights, code, image processor and model card."""
+
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from huggingface_hub import HfApi, ModelCard
+from huggingface_hub.errors import HFValidationError, HTTPError  # of whichever HTTP client the Hub's library uses
+
+from .checkpoint import default_checkpoint, load_checkpoint
+
+
+REQUIRED_METADATA = ("library_name", "pipeline_tag", "license")
+
+
+def load_card(checkpoint: str) -> ModelCard:
+    """
+    The model card of a folder or hub id.
+
+    Raises:
+        ValueError: there is none, or its metadata does not say what the Hub needs to show the model.
+    """
+    try:
+        card = ModelCard.load(Path(checkpoint) / "README.md" if Path(checkpoint).is_dir() else checkpoint)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{checkpoint} has no model card that can be read; write its README.md.") from error
+    missing = [name for name in REQUIRED_METADATA if not getattr(card.data, name)]
+    if missing:
+        raise ValueError(f"The model card of {checkpoint} does not give {', '.join(missing)} in its metadata.")
+    return card
+
+
+def push_checkpoint(name: str, checkpoint: str | None = None, private: bool = False) -> str:
+    """
+    Publish a checkpoint with the code that `trust_remote_code=True` runs.
+
+    Args:
+        name: the id to publish under, `user/model`.
+        checkpoint: folder or hub id; [`default_checkpoint`] when None.
+        private: whether a repository that is made for it is private; one that exists stays as it is.
+
+    Returns:
+        The page of the model.
+
+    Raises:
+        ValueError: not a complete checkpoint with a card, or the Hub refuses; nothing is uploaded but all of it.
+    """
+    checkpoint = default_checkpoint() if checkpoint is None else checkpoint
+    model, processor = load_checkpoint(checkpoint)
+    card = load_card(checkpoint)
+    with TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        processor.save_pretrained(folder)
+        card.save(Path(folder) / "README.md")
+        api = HfApi()
+        try:
+            url = api.create_repo(name, private=private, exist_ok=True)
+            api.upload_folder(repo_id=name, folder_path=folder, commit_message=f"Upload {type(model).__name__}")
+        except (HTTPError, HFValidationError, OSError) as error:
+            reason = str(error).strip().splitlines()[0]
+            raise ValueError(f"The Hub did not take {name}: {reason}") from error
+    return str(url)
