@@ -83,6 +83,7 @@ def test_resumes_exactly(data, trained, tmp_path):
     assert checkpoints == ["checkpoint-0011", "checkpoint-0012"]
     # The run as it was after epoch 11: the script is to find that state, and end where the first run ended.
     (tmp_path / "checkpoint-0011").symlink_to(trained / "checkpoint-0011")
+    (tmp_path / "checkpoint-0012.partial").mkdir()  # and not what was being written when it was killed
     arguments = ["--num_epochs", "12", "--learning_rate", "3e-3", "--resume_from_checkpoint", "last"]
     process = pretrain(data, tmp_path, *arguments)
     assert "11 epochs done" in process.stdout
@@ -103,6 +104,9 @@ def test_two_processes(data, tmp_path):
     ("arguments", "message"),
     [
         (["--dataset_name", "nobody/nothing"], "nobody/nothing is neither a folder or Parquet file with images, nor"),
+        (["--config_name", "cbt-huge"], "`--config_name cbt-huge` is neither one of cbt-base"),
+        (["--patch_size", "12"], "`patch_size` is 12, and has to be a power of two"),
+        (["--learning_rate", "1e30"], "The loss is nan at step 3"),
         (["--train_split", "training"], "has no split 'training'; it has train, validation"),
         (["--batch_size", "32"], "24 training images are less than one batch of 32"),
         (["--resume_from_checkpoint", "last"], "There is no checkpoint in"),

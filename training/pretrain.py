@@ -19,6 +19,7 @@ from accelerate import Accelerator
 from accelerate.utils import DataLoaderConfiguration, set_seed
 from data import TrainingImages, find_columns, find_split, load_images, validation_images
 from evaluation import evaluate_classifier
+from huggingface_hub.errors import StrictDataclassError
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
@@ -26,6 +27,7 @@ from transformers import (
     AutoConfig,
     AutoModelForImageClassification,
     HfArgumentParser,
+    PreTrainedConfig,
     ViTImageProcessorPil,
     get_cosine_schedule_with_warmup,
 )
@@ -33,6 +35,9 @@ from transformers.utils.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT
 
 from cbsa_hf import PRESETS, preset_path
 from cbsa_hf.modeling_cbsa import to_pair
+
+
+CHECKPOINTS = "checkpoint-[0-9][0-9][0-9][0-9]"  # whole ones: those being written end in `.partial`
 
 
 @dataclass
@@ -78,16 +83,43 @@ def parameter_groups(model: torch.nn.Module, weight_decay: float) -> list[dict]:
     return [{"params": decayed, "weight_decay": weight_decay}, {"params": kept, "weight_decay": 0.0}]
 
 
+def build_config(args: Arguments, names: list[str]) -> PreTrainedConfig:
+    """The configuration that the arguments describe, for those class names; a ValueError when there is none."""
+    sizes = {"image_size": args.image_size, "patch_size": args.patch_size}
+    try:
+        config = AutoConfig.from_pretrained(
+            preset_path(args.config_name) if args.config_name in PRESETS else args.config_name,
+            id2label=dict(enumerate(names)),
+            label2id={name: i for i, name in enumerate(names)},
+            **{name: value for name, value in sizes.items() if value is not None},
+        )
+        config.validate()  # what was changed after it was read, too
+    except OSError as error:
+        raise ValueError(
+            f"`--config_name {args.config_name}` is neither one of {', '.join(PRESETS)}, nor a configuration that can "
+            "be reached by that path or hub id."
+        ) from error
+    except StrictDataclassError as error:
+        raise ValueError(f"This is no configuration of a model: {error.__cause__ or error}") from error
+    return config
+
+
 def find_checkpoint(name: str, output_dir: Path) -> Path:
     """The checkpoint folder that `--resume_from_checkpoint` means; a ValueError says when there is none."""
     if name == "last":
-        found = sorted(output_dir.glob("checkpoint-[0-9]*"))
+        found = sorted(output_dir.glob(CHECKPOINTS))
         if not found:
             raise ValueError(f"There is no checkpoint in {output_dir} to resume from.")
         return found[-1]
     if not (Path(name) / "progress.json").is_file():
         raise ValueError(f"{name} is not a checkpoint of this script.")
     return Path(name)
+
+
+def check_loss(value: float, step: int):
+    """A ValueError when it is not a finite number."""
+    if not math.isfinite(value):
+        raise ValueError(f"The loss is {value} at step {step}; lower `--learning_rate`.")
 
 
 def save_checkpoint(accelerator: Accelerator, output_dir: Path, progress: dict, keep: int = 2):
@@ -99,7 +131,7 @@ def save_checkpoint(accelerator: Accelerator, output_dir: Path, progress: dict, 
         (partial / "progress.json").write_text(json.dumps(progress))
         shutil.rmtree(final, ignore_errors=True)
         partial.rename(final)
-        for old in sorted(output_dir.glob("checkpoint-[0-9][0-9][0-9][0-9]"))[:-keep]:
+        for old in sorted(output_dir.glob(CHECKPOINTS))[:-keep]:
             shutil.rmtree(old)
     accelerator.wait_for_everyone()
 
@@ -123,13 +155,7 @@ def main(args: Arguments):
     train_split, validation_split = (find_split(splits, s) for s in (args.train_split, args.validation_split))
     _, label_column = find_columns(train_split)
     names = train_split.features[label_column].names
-    sizes = {"image_size": args.image_size, "patch_size": args.patch_size}
-    config = AutoConfig.from_pretrained(
-        preset_path(args.config_name) if args.config_name in PRESETS else args.config_name,
-        id2label=dict(enumerate(names)),
-        label2id={name: i for i, name in enumerate(names)},
-        **{name: value for name, value in sizes.items() if value is not None},
-    )
+    config = build_config(args, names)
     model = AutoModelForImageClassification.from_config(config)
     height, width = to_pair(config.image_size)
     processor = ViTImageProcessorPil(
@@ -187,11 +213,11 @@ def main(args: Arguments):
             progress["step"] += 1
             if progress["step"] % 10 == 0:
                 value = accelerator.gather(loss.detach()).mean().item()
-                if not math.isfinite(value):
-                    raise ValueError(f"The loss is {value} at step {progress['step']}; lower `--learning_rate`.")
+                check_loss(value, progress["step"])
                 bar.set_postfix(loss=f"{value:.3f}")
                 accelerator.log({"train/loss": value, "train/lr": scheduler.get_last_lr()[0]}, step=progress["step"])
         metrics = evaluate_classifier(model, validation_loader, accelerator)
+        check_loss(metrics["loss"], progress["step"])  # before a checkpoint is written over a good one
         accelerator.log({f"validation/{name}": value for name, value in metrics.items()}, step=progress["step"])
         progress.update(metrics, epoch=epoch + 1, seconds=seconds_before + time.time() - started)
         accelerator.print("epoch {epoch}: validation accuracy {accuracy:.4f}, loss {loss:.4f}".format(**progress))
