@@ -46,6 +46,9 @@ class CBSAConfig(BackboneConfigMixin, PreTrainedConfig):
             do, `"all_but_last"` of all tokens, which reads CLS as the first patch and misses the last one.
         ista_step_size (`float`, defaults to 0.1): Step of the ISTA feed-forward.
         ista_threshold (`float`, defaults to 0.1): Weight lambda of its sparsity penalty.
+        drop_path_rate (`float`, defaults to 0.0):
+            Share of the images in a batch that skip the last layer's updates in training (stochastic depth); it rises
+            from 0 at the first layer. ISTA, which has no skip connection, is never skipped.
         image_size (`int` or `(int, int)`, defaults to 224): Height and width in pixels that positions are made for.
         patch_size (`int`, defaults to 16): Side of a patch in pixels; for the stem a power of two.
         num_channels (`int`, defaults to 3): Channels of the image.
@@ -84,6 +87,7 @@ class CBSAConfig(BackboneConfigMixin, PreTrainedConfig):
     pooled_tokens: str = "patches"
     ista_step_size: float | int = 0.1
     ista_threshold: float | int = 0.1
+    drop_path_rate: float | int = 0.0
     image_size: int | list[int] | tuple[int, int] = 224
     patch_size: int = 16
     num_channels: int = 3
@@ -174,6 +178,10 @@ class CBSAConfig(BackboneConfigMixin, PreTrainedConfig):
                 f"`hidden_size` is {self.hidden_size}, and has to be a multiple of {patch_size // 2} for `patch_size` "
                 f"{patch_size}, because the stem doubles its width at every convolution but the first."
             )
+
+    def validate_drop_path_rate(self):
+        if not 0 <= self.drop_path_rate < 1:
+            raise ValueError(f"`drop_path_rate` is {self.drop_path_rate}, and has to be from 0 to below 1.")
 
     def validate_ista(self):
         for name in ("ista_step_size", "ista_threshold"):

@@ -238,11 +238,26 @@ def build_attention(config: CBSAConfig) -> SelfAttention:
     return attention(config.hidden_size, config.num_attention_heads, config.head_dim, representatives)
 
 
+class CBSADropPath(nn.Module):
+    """In training, zero for a random share of a batch (batch, ...), the rest scaled up (arXiv 1603.09382)."""
+
+    def __init__(self, rate: float):
+        super().__init__()
+        self.rate = rate
+
+    def forward(self, update: torch.Tensor) -> torch.Tensor:
+        if not self.training or self.rate == 0:
+            return update
+        kept = update.new_empty(update.shape[0], *[1] * (update.ndim - 1)).bernoulli_(1 - self.rate)
+        return update * kept / (1 - self.rate)
+
+
 class CBSALayer(GradientCheckpointingLayer):
     """`h = z + attention(LN(z))`, then `z' = ista(LN(h))`, or `z' = h + mlp(LN(h))`."""
 
-    def __init__(self, config: CBSAConfig):
+    def __init__(self, config: CBSAConfig, drop_path_rate: float = 0.0):
         super().__init__()
+        self.drop_path = CBSADropPath(drop_path_rate)
         self.layernorm_before = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.attention = build_attention(config)
         self.layernorm_after = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
@@ -256,9 +271,9 @@ class CBSALayer(GradientCheckpointingLayer):
         output_factor: bool = False,
     ) -> torch.Tensor:
         update, _, _ = self.attention(self.layernorm_before(hidden_states), grid, output_attentions, output_factor)
-        hidden_states = hidden_states + update
+        hidden_states = hidden_states + self.drop_path(update)
         update = self.feed_forward(self.layernorm_after(hidden_states))
-        return hidden_states + update if self.feed_forward.has_skip else update
+        return hidden_states + self.drop_path(update) if self.feed_forward.has_skip else update
 
 
 class CBSAPreTrainedModel(PreTrainedModel):
@@ -303,7 +318,8 @@ class CBSAModel(CBSAPreTrainedModel):
     def __init__(self, config: CBSAConfig):
         super().__init__(config)
         self.embeddings = CBSAEmbeddings(config)
-        self.layers = nn.ModuleList([CBSALayer(config) for _ in range(config.num_hidden_layers)])
+        rates = torch.linspace(0, config.drop_path_rate, config.num_hidden_layers, device="cpu").tolist()
+        self.layers = nn.ModuleList([CBSALayer(config, rate) for rate in rates])
         self.layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.post_init()
 
