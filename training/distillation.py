@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from accelerate import Accelerator
+from accelerate.utils import DynamoBackend
 from data import Crop, LabelledImages, TrainingImages, to_tensor
 from torch import nn
 from torch.nn import functional as F
@@ -142,15 +143,19 @@ class Teacher(nn.Module):
         return self.network(pixel_values.contiguous(memory_format=torch.channels_last))
 
 
+def prepare_teacher(teacher: Teacher, accelerator: Accelerator) -> Teacher:
+    """The teacher on the accelerator's device, compiled if the model will be (on a CPU ten times as fast)."""
+    teacher = teacher.to(accelerator.device, memory_format=torch.channels_last)
+    plugin = accelerator.state.dynamo_plugin
+    return torch.compile(teacher, **plugin.to_kwargs()) if plugin.backend != DynamoBackend.NO else teacher
+
+
 def build_teaching(teacher: Teacher, accelerator: Accelerator) -> Callable[[torch.Tensor], dict]:
-    """Pixels -> `teacher_logits` and `teacher_map_0`, ..., on the accelerator's device and in its precision."""
-    network = teacher
-    if accelerator.state.dynamo_plugin.backend.value != "NO":
-        network = torch.compile(network, **accelerator.state.dynamo_plugin.to_kwargs())
+    """Pixels -> `teacher_logits` and `teacher_map_0`, ..., in the accelerator's precision."""
 
     def teach(pixel_values: torch.Tensor) -> dict:
         with accelerator.autocast():
-            logits, maps = network(pixel_values)
+            logits, maps = teacher(pixel_values)
         return {"teacher_logits": logits, **{f"teacher_map_{i}": features for i, features in enumerate(maps)}}
 
     return teach

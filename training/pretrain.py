@@ -13,7 +13,7 @@ from pathlib import Path
 from arguments import parse_arguments
 from classification import Classification, draw_attention
 from data import TrainingImages, ValidationImages, find_columns, find_split, load_images
-from distillation import TaughtImages, Teacher, build_teaching, write_answers
+from distillation import TaughtImages, Teacher, build_teaching, prepare_teacher, write_answers
 from evaluation import evaluate_classifier
 from huggingface_hub.errors import StrictDataclassError
 from loop import TrainingArguments, build_accelerator, build_loader, train
@@ -109,7 +109,7 @@ def main(args: Arguments):
     train_images, teacher, teach = TrainingImages(**augmentation), None, None
     if args.teacher is not None:
         teacher = Teacher(args.teacher, processor.image_mean, processor.image_std, config.patch_size)
-        teacher = teacher.to(accelerator.device)
+        teacher = prepare_teacher(teacher, accelerator)
         if args.teacher_cache is None:
             teach = build_teaching(teacher, accelerator)
         else:
