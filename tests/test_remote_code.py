@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import Dinov2Config, ViTImageProcessorPil
+from transformers import Dinov2Config, SegformerImageProcessorPil, ViTImageProcessorPil
 
 from cbsa_hf import CBSABackbone, CBSAConfig, CBSAForImageClassification, CBSAForSemanticSegmentation, CBSAModel
 
@@ -49,8 +49,10 @@ import sys
 
 sys.modules["cbsa_hf"] = None  # importing it raises ImportError
 
+import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
-from transformers import AutoModel, AutoModelForSemanticSegmentation
+from transformers import AutoModel, AutoModelForSemanticSegmentation, pipeline
 
 folder = sys.argv[1]
 pixel_values = load_file(f"{folder}/input.safetensors")["pixel_values"]
@@ -60,6 +62,8 @@ for name in ("cbsa", "dinov2"):
     outputs[name] = model(pixel_values).logits.contiguous()
 encoder = AutoModel.from_pretrained(f"{folder}/cbsa", trust_remote_code=True)
 outputs["tokens"] = encoder(pixel_values, interpolate_pos_encoding=True).last_hidden_state
+segments = pipeline("image-segmentation", model=f"{folder}/cbsa", trust_remote_code=True)(Image.new("RGB", (70, 50)))
+outputs["pixels"] = torch.tensor(sum(segment["mask"].histogram()[255] for segment in segments))
 save_file(outputs, f"{folder}/output.safetensors")
 """
 
@@ -103,6 +107,7 @@ def test_segmentation_without_the_package(tiny_config, tmp_path):
     }
     for name, model in models.items():
         model.save_pretrained(tmp_path / name)
+    SegformerImageProcessorPil(size={"height": 32, "width": 48}).save_pretrained(tmp_path / "cbsa")
     pixel_values = torch.randn(2, 3, 40, 56)
     save_file({"pixel_values": pixel_values}, tmp_path / "input.safetensors")
 
@@ -112,6 +117,7 @@ def test_segmentation_without_the_package(tiny_config, tmp_path):
         torch.testing.assert_close(outputs[name], model(pixel_values).logits)
     expected = models["cbsa"].cbsa(pixel_values, interpolate_pos_encoding=True).last_hidden_state
     torch.testing.assert_close(outputs["tokens"], expected)
+    assert outputs["pixels"] == 70 * 50  # every pixel has one class
 
 
 @pytest.mark.parametrize(

@@ -4,15 +4,19 @@ import numpy as np
 import pytest
 import torch
 from huggingface_hub.errors import StrictDataclassError
+from PIL import Image
 from torch.nn import functional as F
 from transformers import (
+    AutoImageProcessor,
     AutoModel,
     AutoModelForSemanticSegmentation,
     Dinov2Config,
     ResNetConfig,
+    SegformerImageProcessorPil,
     SwinConfig,
     Trainer,
     TrainingArguments,
+    pipeline,
 )
 
 from cbsa_hf import CBSAConfig, CBSAForSemanticSegmentation, CBSAModel
@@ -311,13 +315,49 @@ def test_trainer_learns(tiny_config, tmp_path):
     assert (predictions.predictions.argmax(1) == predictions.label_ids).mean() > 0.9
 
 
+@pytest.mark.parametrize("reduce_labels", [False, True])
+def test_image_and_mask_together(tiny_segmenter, saved_segmenter, noise, reduce_labels):
+    processor = AutoImageProcessor.from_pretrained(saved_segmenter, do_reduce_labels=reduce_labels)
+    assert isinstance(processor, SegformerImageProcessorPil)
+    labels = np.random.default_rng(0).integers(0, 6, (50, 70)).astype(np.uint8)
+    inputs = processor(noise.convert("RGBA"), segmentation_maps=Image.fromarray(labels), return_tensors="pt")
+    assert inputs["pixel_values"].shape == (1, 3, 32, 48)
+    nearest = np.asarray(Image.fromarray(labels).resize((48, 32), Image.Resampling.NEAREST)).astype(int)
+    expected = np.where(nearest == 0, 255, nearest - 1) if reduce_labels else nearest
+    assert inputs["labels"].dtype == torch.long
+    assert np.array_equal(inputs["labels"][0], expected)
+    if reduce_labels:
+        assert tiny_segmenter(**inputs).loss > 0
+
+
+def test_post_processing(tiny_segmenter, saved_segmenter, noise):
+    processor = AutoImageProcessor.from_pretrained(saved_segmenter)
+    outputs = tiny_segmenter(**processor([noise, noise.rotate(180)], return_tensors="pt"))
+    sizes = [(50, 70), (9, 13)]
+    segmentations = processor.post_process_semantic_segmentation(outputs, target_sizes=sizes)
+    assert [tuple(segmentation.shape) for segmentation in segmentations] == sizes
+    for logits, segmentation in zip(outputs.logits, segmentations, strict=True):
+        resized = F.interpolate(logits[None], size=tuple(segmentation.shape), mode="bilinear")[0]
+        assert torch.equal(segmentation, resized.argmax(0))
+    plain = processor.post_process_semantic_segmentation(outputs)
+    assert torch.equal(torch.stack(plain), outputs.logits.argmax(1))
+
+
+def test_pipeline(tiny_segmenter, saved_segmenter, noise):
+    processor = AutoImageProcessor.from_pretrained(saved_segmenter)
+    outputs = tiny_segmenter(**processor(noise, return_tensors="pt"))
+    (segmentation,) = processor.post_process_semantic_segmentation(outputs, target_sizes=[(50, 70)])
+    segments = pipeline("image-segmentation", model=str(saved_segmenter))(noise)
+    assert len(segments) > 1
+    for segment in segments:
+        index = tiny_segmenter.config.label2id[segment["label"]]
+        assert np.array_equal(np.asarray(segment["mask"]) == 255, segmentation == index)
+
+
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        (
-            {"decoder_type": "upernet"},
-            "`decoder_type` is 'upernet'; choose one of 'cbsa', 'mssa', 'softmax', 'linear'",
-        ),
+        ({"decoder_type": "mlp"}, "`decoder_type` is 'mlp'; choose one of 'cbsa', 'mssa', 'softmax', 'linear'"),
         ({"decoder_num_layers": 0}, "`decoder_num_layers` is 0, and has to be at least 1"),
         ({"decoder_head_dim": 0}, "`decoder_head_dim` is 0, and has to be at least 1"),
         ({"decoder_representatives_size": 0}, "`decoder_representatives_size` is 0; give one side or"),
