@@ -25,6 +25,7 @@ from .modeling_cbsa import (
     CBSASemanticSegmenterOutput,
 )
 from .presets import PRESETS, preset_path
+from .sliding_window import SlidingWindowSegmenter
 from .zero_shot import ZeroShotSegmentation, ZeroShotSegmenter
 
 
@@ -56,6 +57,7 @@ __all__ = [
     "CBSAPreTrainedModel",
     "CBSASemanticSegmenterOutput",
     "ContractAndBroadcastSelfAttention",
+    "SlidingWindowSegmenter",
     "ZeroShotSegmentation",
     "ZeroShotSegmenter",
     "attention_maps",
