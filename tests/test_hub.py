@@ -34,7 +34,7 @@ def test_push(hub, shipped, photo, capsys):
     assert main(["push", "somebody/cbsa-tiny-imagenette", "--private"]) == 0
     assert capsys.readouterr().out == "https://hub/somebody/cbsa-tiny-imagenette\n"
     assert hub["repo"] == ("somebody/cbsa-tiny-imagenette", True, True)
-    code = {"attention_cbsa.py", "configuration_cbsa.py", "modeling_cbsa.py"}
+    code = {"attention_cbsa.py", "configuration_cbsa.py", "mask_decoder_cbsa.py", "modeling_cbsa.py"}
     assert hub["files"] == {"README.md", "config.json", "model.safetensors", "preprocessor_config.json"} | code
     metadata = hub["card"].data
     assert (metadata.library_name, metadata.pipeline_tag) == ("transformers", "image-classification")
