@@ -3,6 +3,7 @@
 import difflib
 import sys
 from argparse import ArgumentParser
+from collections.abc import Iterable
 from dataclasses import fields
 from pathlib import Path
 from typing import TypeVar
@@ -22,12 +23,12 @@ def check_names(names: list[str], known: list[str], source: str):
             raise ValueError(f"{source} names `{name}`, which the script does not know; did you mean `{nearest}`?")
 
 
-def read_recipe(path: str, known: list[str]) -> list[str]:
+def read_recipe(path: str) -> dict:
     """
-    The values of a recipe as command line arguments.
+    The values of a recipe.
 
     Raises:
-        ValueError: no such file, not a mapping in YAML, or a key that the script does not know.
+        ValueError: no such file, or not a mapping in YAML.
     """
     try:
         recipe = yaml.safe_load(Path(path).read_text())
@@ -37,12 +38,26 @@ def read_recipe(path: str, known: list[str]) -> list[str]:
         raise ValueError(f"The recipe {path} is not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(recipe, dict):
         raise ValueError(f"The recipe {path} has to be a list of `name: value` lines.")
-    check_names([str(key) for key in recipe], known, f"The recipe {path}")
-    arguments = []
-    for name, value in recipe.items():
-        if value is not None:
-            arguments += [f"--{name}", *(map(str, value) if isinstance(value, list) else [str(value)])]
-    return arguments
+    return {str(name): value for name, value in recipe.items()}
+
+
+def find_value(name: str, choices: Iterable[str]) -> str:
+    """
+    The value of one option that decides which others there are, from the process's command line or its recipe.
+
+    Raises:
+        ValueError: it is not given, or none of the choices.
+    """
+    parser = ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--config")
+    parser.add_argument(f"--{name}")
+    given = parser.parse_known_args()[0]
+    value = getattr(given, name)
+    if value is None and given.config is not None:
+        value = read_recipe(given.config).get(name)
+    if value not in choices:
+        raise ValueError(f"`--{name}` is {value}; choose one of {', '.join(choices)}.")
+    return value
 
 
 def parse_arguments(arguments_class: type[T], argv: list[str] | None = None) -> T:
@@ -62,9 +77,15 @@ def parse_arguments(arguments_class: type[T], argv: list[str] | None = None) -> 
     check_names(given, [*known, "config", "help"], "The command line")
     parser = HfArgumentParser(arguments_class, allow_abbrev=False)
     parser.add_argument("--config", help="YAML file with values for the options above; the command line overrides it")
-    recipe = ArgumentParser(add_help=False, allow_abbrev=False)
-    recipe.add_argument("--config")
-    path = recipe.parse_known_args(argv)[0].config
+    config = ArgumentParser(add_help=False, allow_abbrev=False)
+    config.add_argument("--config")
+    path = config.parse_known_args(argv)[0].config
     if path is not None:
-        argv = [*read_recipe(path, known), *argv]
+        recipe = read_recipe(path)
+        check_names(list(recipe), known, f"The recipe {path}")
+        from_recipe = []
+        for name, value in recipe.items():
+            if value is not None:
+                from_recipe += [f"--{name}", *(map(str, value) if isinstance(value, list) else [str(value)])]
+        argv = [*from_recipe, *argv]
     return parser.parse_args_into_dataclasses(argv)[0]

@@ -1,15 +1,44 @@
 """Image classification as a task for the training loop, with or without a teacher."""
 
+from dataclasses import dataclass, field
+from pathlib import Path
+
 import numpy as np
 import torch
-from data import ValidationImages
-from distillation import Teacher
+from accelerate import Accelerator
+from data import TrainingImages, ValidationImages, find_split
+from datasets import DatasetDict
+from distillation import TaughtImages, Teacher, build_teaching, prepare_teacher, write_answers
+from evaluation import evaluate_classifier
+from loop import TrainingArguments, build_loader, train
 from torch import nn
 from torch.nn import functional as F
-from transformers import PreTrainedModel
+from transformers import BaseImageProcessor, PreTrainedModel
 
 from cbsa_hf.figures import attention_grid
 from cbsa_hf.interpretability import attention_maps
+
+
+@dataclass(kw_only=True)
+class ClassificationArguments(TrainingArguments):
+    """Options of every script that trains a classifier."""
+
+    crop_sizes: list[int] | None = field(
+        default=None,
+        metadata={"help": "sides of the training crops, one for each equal part of the run; default: image_size"},
+    )
+    min_crop_scale: float = field(default=0.25, metadata={"help": "smallest share of an image's area in a crop"})
+    mixup_alpha: float = field(default=0.0, metadata={"help": "parameter of the mixtures of two images; 0 for none"})
+    label_smoothing: float = field(default=0.1, metadata={"help": "probability spread evenly over all classes"})
+    teacher: str | None = field(
+        default=None, metadata={"help": "efficientnet-lite0, 1 or 2, or an image classifier by folder or hub id"}
+    )
+    teacher_cache: str | None = field(
+        default=None,
+        metadata={"help": "folder for what the teacher says of whole images, once; default: it looks at every crop"},
+    )
+    logits_weight: float = field(default=1.0, metadata={"help": "weight of the teacher's class probabilities"})
+    maps_weight: float = field(default=3.0, metadata={"help": "weight of the teacher's feature maps"})
 
 
 class Classification(nn.Module):
@@ -94,3 +123,52 @@ def draw_attention(model: PreTrainedModel, dataset: ValidationImages, count: int
             grid = attention_grid(found[0], maps, "what CLS is tied to")
             pictures[f"validation/attention_{index}"] = np.asarray(grid)[None]
     return pictures
+
+
+def train_classifier(
+    args: ClassificationArguments,
+    accelerator: Accelerator,
+    model: PreTrainedModel,
+    processor: BaseImageProcessor,
+    splits: DatasetDict,
+):
+    """Train a CBSA classifier as the options say; see [`train`] for what it leaves behind and raises."""
+    train_split, validation_split = (find_split(splits, s) for s in (args.train_split, args.validation_split))
+    size = processor.size["height"]
+    augmentation = {
+        "dataset": train_split,
+        "max_corrupt": args.max_corrupt,
+        "processor": processor,
+        "crop_sizes": args.crop_sizes or [size],
+        "num_epochs": args.num_epochs,
+        "min_crop_scale": args.min_crop_scale,
+        "mixup_alpha": args.mixup_alpha,
+        "seed": args.seed,
+    }
+    train_images, teacher, teach = TrainingImages(**augmentation), None, None
+    if args.teacher is not None:
+        teacher = Teacher(args.teacher, processor.image_mean, processor.image_std, model.config.patch_size)
+        teacher = prepare_teacher(teacher, accelerator)
+        if args.teacher_cache is None:
+            teach = build_teaching(teacher, accelerator)
+        else:
+            answers = Path(args.teacher_cache)
+            with accelerator.main_process_first():
+                if not answers.exists():
+                    write_answers(teacher, train_images, processor, size, answers)
+            train_images = TaughtImages(teacher, answers, **augmentation)
+    validation_images = ValidationImages(validation_split, args.max_corrupt, processor)
+    validation_loader = accelerator.prepare(build_loader(validation_images, args, train=False))
+    train(
+        args,
+        accelerator,
+        Classification(model, args.label_smoothing, teacher, args.logits_weight, args.maps_weight),
+        processor,
+        train_images,
+        validate=lambda network: evaluate_classifier(
+            lambda pixel_values: network(pixel_values)["logits"], validation_loader, accelerator
+        ),
+        metric="accuracy",
+        teach=teach,
+        draw=lambda model: draw_attention(model, validation_images),
+    )

@@ -61,6 +61,11 @@ def find_columns(dataset: Dataset) -> tuple[str, str]:
     return images[0], labels[0]
 
 
+def class_names(dataset: Dataset) -> list[str]:
+    """Names of the classes, as the label column has them."""
+    return dataset.features[find_columns(dataset)[1]].names
+
+
 def find_mask_columns(dataset: Dataset) -> tuple[str, str]:
     """
     Names of the image and of the mask column: the mask is the image column named like one.
@@ -91,21 +96,22 @@ class LabelledImages(torch.utils.data.Dataset):
     Rows of a data set whose images may be broken: those are skipped, named in the log, and counted.
 
     Args:
-        dataset: rows with an image and a label.
+        dataset: rows with an image, and a label or mask.
+        columns: names of the two columns.
         max_corrupt: how many broken images are too many to go on.
     """
 
-    def __init__(self, dataset: Dataset, max_corrupt: int):
+    def __init__(self, dataset: Dataset, columns: tuple[str, str], max_corrupt: int):
         self.dataset = dataset
-        self.image_column, self.label_column = find_columns(dataset)
+        self.image_column, self.label_column = columns
         self.max_corrupt = max_corrupt
         self.corrupt = torch.zeros(len(dataset), dtype=torch.bool).share_memory_()  # written by the workers
 
     def __len__(self) -> int:
         return len(self.dataset)
 
-    def read(self, index: int) -> tuple[PILImage.Image, int] | None:
-        """Image in RGB and label; None when the image is broken."""
+    def read(self, index: int) -> tuple[PILImage.Image, int | PILImage.Image] | None:
+        """Image in RGB, and label or mask; None when the row is broken."""
         try:
             row = self.dataset[index]
             return to_rgb(row[self.image_column]), row[self.label_column]
@@ -114,6 +120,13 @@ class LabelledImages(torch.utils.data.Dataset):
                 logger.warning("Skipped image %d, which cannot be read: %s", index, error)
             self.corrupt[index] = True
             return None
+
+    def read_next(self, index: int) -> tuple[int, PILImage.Image, int | PILImage.Image]:
+        """That row, or the next that can be read: its index, and what [`read`] says."""
+        while (found := self.read(index)) is None:
+            self.check()
+            index = (index + 1) % len(self)
+        return index, *found
 
     def check(self):
         """A ValueError when too many images were broken."""
@@ -150,7 +163,8 @@ class TrainingImages(LabelledImages):
     antialiased call.
 
     Args:
-        dataset, max_corrupt: see [`LabelledImages`].
+        dataset: rows with an image and a label.
+        max_corrupt: see [`LabelledImages`].
         processor: says how pixels are scaled and normalised.
         crop_sizes: sides of the square crops in pixels, one for each of as many equal parts of the run.
         num_epochs: length of the run.
@@ -171,7 +185,7 @@ class TrainingImages(LabelledImages):
         mixup_alpha: float,
         seed: int,
     ):
-        super().__init__(dataset, max_corrupt)
+        super().__init__(dataset, find_columns(dataset), max_corrupt)
         self.num_labels = dataset.features[self.label_column].num_classes
         self.processor = processor
         self.crop_sizes = crop_sizes
@@ -197,10 +211,7 @@ class TrainingImages(LabelledImages):
 
     def random_crop(self, index: int, random: np.random.Generator) -> Crop:
         """A crop of that image, or of the next that can be read."""
-        while (found := self.read(index)) is None:
-            self.check()
-            index = (index + 1) % len(self)
-        image, label = found
+        index, image, label = self.read_next(index)
         left, upper, right, lower = self.random_box(*image.size, random)
         box = left / image.width, upper / image.height, right / image.width, lower / image.height
         return Crop(index, image, label, box, flipped=random.random() < 0.5)
@@ -235,7 +246,7 @@ class ValidationImages(LabelledImages):
     """The same rows, each as the processor alone makes it; a broken image is black and its label -100."""
 
     def __init__(self, dataset: Dataset, max_corrupt: int, processor: BaseImageProcessor):
-        super().__init__(dataset, max_corrupt)
+        super().__init__(dataset, find_columns(dataset), max_corrupt)
         self.processor = processor
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:

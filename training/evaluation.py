@@ -2,12 +2,16 @@
 
 from collections.abc import Callable
 
+import numpy as np
 import torch
 from accelerate import Accelerator
-from metrics import Accuracy
+from metrics import Accuracy, MeanIoU, count_pixels
+from PIL import Image
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
+
+from cbsa_hf import SlidingWindowSegmenter
 
 
 @torch.no_grad()
@@ -34,3 +38,37 @@ def evaluate_classifier(
         metric.add_batch(predictions=predictions[counted].cpu(), references=labels[counted].cpu())
         losses.append(loss[counted].cpu())
     return {**metric.compute(), "loss": torch.cat(losses).mean().item()}
+
+
+def evaluate_segmenter(
+    segmenter: SlidingWindowSegmenter,
+    read: Callable[[int], tuple[Image.Image, np.ndarray] | None],
+    num_images: int,
+    accelerator: Accelerator,
+) -> dict[str, float]:
+    """
+    Mean IoU, pixel accuracy and the IoU of each class, each image counted once by however many processes, at its own
+    size.
+
+    Args:
+        segmenter: of a model for semantic segmentation.
+        read: index -> image and labels (height, width); None for a broken image, which is left out.
+        num_images: how many there are.
+        accelerator: whose processes share the work.
+    """
+    config = segmenter.model.config
+    metric = MeanIoU(keep_in_memory=True)
+    indices = accelerator.prepare(DataLoader(range(num_images), batch_size=accelerator.num_processes))
+    for index in tqdm(indices, desc="validation", leave=False, disable=not accelerator.is_main_process):
+        counts = np.zeros((3, config.num_labels), dtype=np.int64)
+        if (found := read(index.item())) is not None:
+            image, labels = found
+            with accelerator.autocast():
+                predicted = segmenter(image)
+            counts = count_pixels(predicted, labels, config.num_labels, config.semantic_loss_ignore_index)
+        counts = accelerator.gather_for_metrics(torch.from_numpy(counts).unsqueeze(0).to(accelerator.device))
+        intersection, predicted, labelled = counts.cpu().unbind(1)
+        metric.add_batch(intersection=intersection, predicted=predicted, labelled=labelled)
+    scores = metric.compute()
+    by_class = {f"iou/{config.id2label[i]}": value for i, value in enumerate(scores.pop("iou"))}
+    return {**scores, **by_class}

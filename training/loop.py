@@ -35,6 +35,10 @@ LOG_STEPS = 10
 class TrainingArguments:
     """Options of every training script."""
 
+    dataset_name: str = field(metadata={"help": "hub id, local folder or Parquet file"})
+    dataset_config_name: str | None = field(default=None, metadata={"help": "configuration, where there are several"})
+    train_split: str = field(default="train", metadata={"help": "split to train on"})
+    validation_split: str = field(default="validation", metadata={"help": "split to validate on"})
     output_dir: str = field(metadata={"help": "where checkpoints, logs and the trained model go"})
     num_epochs: int = field(default=30, metadata={"help": "passes over the training split"})
     batch_size: int = field(default=64, metadata={"help": "images per step, over all processes together"})
@@ -146,10 +150,10 @@ def seed_step(seed: int, step: int, process: int):
     torch.manual_seed(int(np.random.SeedSequence((seed, step, process)).generate_state(1)[0]))
 
 
-def check_loss(value: float, step: int):
+def check_finite(name: str, value: float, step: int):
     """A ValueError when it is not a finite number."""
     if not math.isfinite(value):
-        raise ValueError(f"The loss is {value} at step {step}; lower `--learning_rate`. Older checkpoints are kept.")
+        raise ValueError(f"The {name} is {value} at step {step}; lower `--learning_rate`. Older checkpoints are kept.")
 
 
 def split_batch(batch: dict[str, torch.Tensor], parts: int) -> list[dict[str, torch.Tensor]]:
@@ -201,7 +205,7 @@ def train(
             `task.model` is the model to be saved.
         processor: the model's image processor.
         train_data: with `set_epoch`, and `check` for what it met and could not read.
-        validate: the task or its average, in evaluation mode -> metrics, with `loss` among them.
+        validate: the task or its average, in evaluation mode -> metrics.
         metric: which of them is looked at, the larger the better.
         teach: pixels -> what the task is called with besides the batch.
         draw: model -> pictures by name, each (1, height, width, 3), for the log.
@@ -272,7 +276,7 @@ def train(
             saves = stops or (args.checkpointing_steps is not None and progress.step % args.checkpointing_steps == 0)
             if progress.step % LOG_STEPS == 0 or saves or validates:
                 values = {name: accelerator.gather(loss).mean().item() for name, loss in losses.items()}
-                check_loss(values["loss"], progress.step)  # before a checkpoint is written
+                check_finite("loss", values["loss"], progress.step)  # before a checkpoint is written
                 train_data.check()
                 bar.set_postfix(loss=f"{values['loss']:.3f}")
                 values |= {"lr": scheduler.get_last_lr()[-1], "data_wait": progress.waited / progress.seconds}
@@ -284,7 +288,8 @@ def train(
         network = (task if average is None else average.module).eval()
         if validates:
             progress.metrics = validate(network)
-            check_loss(progress.metrics["loss"], progress.step)
+            for name in progress.metrics.keys() & {metric, "loss"}:
+                check_finite(name, progress.metrics[name], progress.step)
             if progress.best is None or progress.metrics[metric] > progress.best:
                 progress.best, progress.best_step = progress.metrics[metric], progress.step
             progress.seconds = seconds_before + time.time() - started

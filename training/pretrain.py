@@ -8,15 +8,12 @@ Train a CBSA image classifier from scratch, with or without a teacher.
 
 import sys
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from arguments import parse_arguments
-from classification import Classification, draw_attention
-from data import TrainingImages, ValidationImages, find_columns, find_split, load_images
-from distillation import TaughtImages, Teacher, build_teaching, prepare_teacher, write_answers
-from evaluation import evaluate_classifier
+from classification import ClassificationArguments, train_classifier
+from data import class_names, find_split, load_images
 from huggingface_hub.errors import StrictDataclassError
-from loop import TrainingArguments, build_accelerator, build_loader, train
+from loop import build_accelerator
 from transformers import AutoConfig, AutoModelForImageClassification, PreTrainedConfig, ViTImageProcessorPil
 from transformers.utils.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
@@ -25,11 +22,7 @@ from cbsa_hf.modeling_cbsa import to_pair
 
 
 @dataclass(kw_only=True)
-class Arguments(TrainingArguments):
-    dataset_name: str = field(metadata={"help": "hub id, local folder or Parquet file"})
-    dataset_config_name: str | None = field(default=None, metadata={"help": "configuration, where there are several"})
-    train_split: str = field(default="train", metadata={"help": "split to train on"})
-    validation_split: str = field(default="validation", metadata={"help": "split to validate on"})
+class Arguments(ClassificationArguments):
     config_name: str = field(
         default="cbt-tiny", metadata={"help": f"one of {', '.join(PRESETS)}; or a configuration by hub id or path"}
     )
@@ -42,22 +35,6 @@ class Arguments(TrainingArguments):
     patch_size: int | None = field(
         default=None, metadata={"help": "side of a patch in pixels; default: as configured"}
     )
-    crop_sizes: list[int] | None = field(
-        default=None,
-        metadata={"help": "sides of the training crops, one for each equal part of the run; default: image_size"},
-    )
-    min_crop_scale: float = field(default=0.25, metadata={"help": "smallest share of an image's area in a crop"})
-    mixup_alpha: float = field(default=0.0, metadata={"help": "parameter of the mixtures of two images; 0 for none"})
-    label_smoothing: float = field(default=0.1, metadata={"help": "probability spread evenly over all classes"})
-    teacher: str | None = field(
-        default=None, metadata={"help": "efficientnet-lite0, 1 or 2, or an image classifier by folder or hub id"}
-    )
-    teacher_cache: str | None = field(
-        default=None,
-        metadata={"help": "folder for what the teacher says of whole images, once; default: it looks at every crop"},
-    )
-    logits_weight: float = field(default=1.0, metadata={"help": "weight of the teacher's class probabilities"})
-    maps_weight: float = field(default=3.0, metadata={"help": "weight of the teacher's feature maps"})
 
 
 def build_config(args: Arguments, names: list[str]) -> PreTrainedConfig:
@@ -85,9 +62,7 @@ def build_config(args: Arguments, names: list[str]) -> PreTrainedConfig:
 def main(args: Arguments):
     accelerator = build_accelerator(args)
     splits = load_images(args.dataset_name, args.dataset_config_name)
-    train_split, validation_split = (find_split(splits, s) for s in (args.train_split, args.validation_split))
-    _, label_column = find_columns(train_split)
-    config = build_config(args, train_split.features[label_column].names)
+    config = build_config(args, class_names(find_split(splits, args.train_split)))
     model = AutoModelForImageClassification.from_config(config)
     height, width = to_pair(config.image_size)
     processor = ViTImageProcessorPil(
@@ -96,43 +71,7 @@ def main(args: Arguments):
         image_std=IMAGENET_DEFAULT_STD,
         do_convert_rgb=True,
     )
-    augmentation = {
-        "dataset": train_split,
-        "max_corrupt": args.max_corrupt,
-        "processor": processor,
-        "crop_sizes": args.crop_sizes or [height],
-        "num_epochs": args.num_epochs,
-        "min_crop_scale": args.min_crop_scale,
-        "mixup_alpha": args.mixup_alpha,
-        "seed": args.seed,
-    }
-    train_images, teacher, teach = TrainingImages(**augmentation), None, None
-    if args.teacher is not None:
-        teacher = Teacher(args.teacher, processor.image_mean, processor.image_std, config.patch_size)
-        teacher = prepare_teacher(teacher, accelerator)
-        if args.teacher_cache is None:
-            teach = build_teaching(teacher, accelerator)
-        else:
-            answers = Path(args.teacher_cache)
-            with accelerator.main_process_first():
-                if not answers.exists():
-                    write_answers(teacher, train_images, processor, height, answers)
-            train_images = TaughtImages(teacher, answers, **augmentation)
-    validation_images = ValidationImages(validation_split, args.max_corrupt, processor)
-    validation_loader = accelerator.prepare(build_loader(validation_images, args, train=False))
-    train(
-        args,
-        accelerator,
-        Classification(model, args.label_smoothing, teacher, args.logits_weight, args.maps_weight),
-        processor,
-        train_images,
-        validate=lambda network: evaluate_classifier(
-            lambda pixel_values: network(pixel_values)["logits"], validation_loader, accelerator
-        ),
-        metric="accuracy",
-        teach=teach,
-        draw=lambda model: draw_attention(model, validation_images),
-    )
+    train_classifier(args, accelerator, model, processor, splits)
 
 
 if __name__ == "__main__":
