@@ -30,7 +30,7 @@ def watching(model: PreTrainedModel) -> Iterator[PreTrainedModel]:
     training = {module: module.training for module in model.modules()}
     model.eval()
     try:
-        with torch.inference_mode():
+        with torch.no_grad():
             yield model.base_model
     finally:
         for module, mode in training.items():

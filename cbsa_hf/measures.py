@@ -31,7 +31,8 @@ def effective_count(weights: torch.Tensor) -> torch.Tensor:
     for k equal ones. (..., n) -> (...), in float64.
     """
     weights = weights.double()
-    return torch.special.entr(weights / weights.sum(-1, keepdim=True)).sum(-1).exp()
+    total = weights.sum(-1, keepdim=True).clamp_min(torch.finfo(weights.dtype).tiny)
+    return torch.special.entr(weights / total).sum(-1).exp()
 
 
 def effective_rank(matrix: torch.Tensor) -> torch.Tensor:
@@ -94,39 +95,42 @@ class LayerMeasures:
 MEASURES = [field.name for field in fields(LayerMeasures) if field.name != "eps"]
 
 
-def measure_batch(encoder: torch.nn.Module, pixel_values: torch.Tensor, eps: float) -> dict[str, torch.Tensor]:
+def basis_coding_rate(attention: SharedProjectionSelfAttention, tokens: torch.Tensor, eps: float) -> torch.Tensor:
+    """Of tokens (batch, N, d) in the basis of each head -> (batch, heads)."""
+    return coding_rate(attention.split_heads(attention.proj(tokens)), eps)
+
+
+def measure_batch(encoder: PreTrainedModel, pixel_values: torch.Tensor, eps: float) -> dict[str, torch.Tensor]:
     """The tensors of [`LayerMeasures`] for one batch; those that the model does not have are left out."""
     grid = patch_grid(encoder, pixel_values)
-    attention = encoder.layers[0].attention
+    operator = encoder.layers[0].attention
     outputs = encoder(
         pixel_values.to(encoder.device),
         interpolate_pos_encoding=True,
         output_hidden_states=True,
-        output_attentions=not attention.map_is_gram,
-        output_representative_attentions=attention.has_factor,
+        output_attentions=not operator.map_is_gram,
+        output_representative_attentions=operator.has_factor,
     )
     found = {name: [] for name in MEASURES}
     for index, layer in enumerate(encoder.layers):
-        before, end = outputs.hidden_states[index : index + 2]
-        normalised = layer.layernorm_before(before)
-        after = before + layer.attention(normalised, grid)[0]
+        before, code = outputs.hidden_states[index : index + 2]
+        operator_input = layer.layernorm_before(before)
+        after = before + layer.attention(operator_input, grid)[0]
         if isinstance(layer.attention, SharedProjectionSelfAttention):
-
-            def rate(tokens: torch.Tensor, attention=layer.attention) -> torch.Tensor:
-                return coding_rate(attention.split_heads(attention.proj(tokens)), eps)
-
-            found["coding_rate_before"].append(rate(before))
-            found["coding_rate_after"].append(rate(after))
-            found["normalised_coding_rate_before"].append(rate(normalised))
-            found["normalised_coding_rate_after"].append(rate(layer.layernorm_before(after)))
-        code_input = layer.layernorm_after(after)
-        for name, tokens in (("before", code_input), ("after", end)):
+            for name, tokens in {
+                "coding_rate_before": before,
+                "coding_rate_after": after,
+                "normalised_coding_rate_before": operator_input,
+                "normalised_coding_rate_after": layer.layernorm_before(after),
+            }.items():
+                found[name].append(basis_coding_rate(layer.attention, tokens, eps))
+        for name, tokens in {"before": layer.layernorm_after(after), "after": code}.items():
             found[f"zeros_{name}"].append((tokens == 0).double().mean((1, 2)))
             found[f"sparsity_{name}"].append(hoyer_sparsity(tokens.double()))
-        if attention.has_factor:
-            found["factor_rank"].append(effective_rank(outputs.representative_attentions[index]))
-        if attention.map_is_gram:  # its singular values are those of the factor, squared
+        if operator.has_factor:
             singular_values = torch.linalg.svdvals(outputs.representative_attentions[index].double())
+            found["factor_rank"].append(effective_count(singular_values))
+        if operator.map_is_gram:  # the map's singular values are those of the factor, squared
             found["map_rank"].append(effective_count(singular_values.square()))
         else:
             found["map_rank"].append(effective_rank(outputs.attentions[index]))
