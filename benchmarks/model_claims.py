@@ -209,6 +209,8 @@ def robustness(bench: Workbench) -> Finding:
 
     def add_row(name: str, curves: torch.Tensor) -> torch.Tensor:
         """Curves (samples, 1 + scales) of accuracy, without noise first; returns the share that is kept."""
+        if (curves[:, 0] == 0).any():
+            raise ValueError(f"The {name} gets no image right; does it know the classes of {bench.dataset_name}?")
         kept = curves[:, 1:] / curves[:, :1]
         rows.append([name, spread(curves[:, 0]), *(spread(kept[:, i], 2) for i in range(len(scales)))])
         return kept
