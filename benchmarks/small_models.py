@@ -13,6 +13,7 @@ from PIL import Image
 from torch.nn import functional as F
 
 from cbsa_hf import CBSAConfig, CBSAForImageClassification
+from cbsa_hf.attention_cbsa import LearnedRepresentatives
 
 
 @dataclass(frozen=True)
@@ -117,13 +118,19 @@ def remember(folder: Path, key: dict, build) -> CBSAForImageClassification:
 
 
 def small_model(
-    data: Thumbnails, recipe: Recipe, seed: int, folder: Path, name: str, **values
+    data: Thumbnails, recipe: Recipe, seed: int, folder: Path, name: str, learned_std: float = 1.0, **values
 ) -> CBSAForImageClassification:
-    """A model of those configuration values trained from that seed; from the folder if it was trained before."""
+    """
+    A model of those configuration values trained from that seed; from the folder if one of that name was trained
+    before. Learned representatives start with that standard deviation.
+    """
 
     def build() -> CBSAForImageClassification:
         torch.manual_seed(seed)
         model = CBSAForImageClassification(recipe.config(data.num_labels, **values))
+        for module in model.modules():
+            if isinstance(module, LearnedRepresentatives):
+                torch.nn.init.normal_(module.weight, std=learned_std)
         return train(model, data, recipe, recipe.num_epochs, seed)
 
     key = {"name": f"{name}-{seed}", "recipe": asdict(recipe), "images": len(data.labels), "values": values}

@@ -4,6 +4,7 @@ import numpy as np
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from PIL import Image
 
 from .figures import overlay_heat, overlay_signed, render
@@ -83,6 +84,8 @@ def line_panels(panels: list[dict], width: float = 4.0, height: float = 3.0) -> 
             plot_spread(axis, np.asarray(panel["positions"]), np.asarray(values), label)
         scale = panel.get("scale", "linear")
         axis.set(title=panel["title"], xlabel=panel["x"], ylabel=panel["y"], xscale=scale, yscale=scale)
+        if scale == "linear" and all(isinstance(position, int) for position in panel["positions"]):
+            axis.xaxis.set_major_locator(MaxNLocator(integer=True))
         axis.grid(alpha=0.3)
         axis.legend(fontsize=8)
     figure.tight_layout(pad=0.6)

@@ -1,6 +1,7 @@
 """Looking inside: against closed forms, dense algebra in the test, and the model's own updates."""
 
 import itertools
+import json
 from copy import deepcopy
 
 import numpy as np
@@ -18,7 +19,7 @@ from cbsa_hf.measures import (
     measure_layers,
     noisy_projections,
 )
-from cbsa_hf.report import inspect_photo
+from cbsa_hf.report import inspect_photo, save_report
 from cbsa_hf.synthetic import (
     distance_to_subspaces,
     draw_union_of_subspaces,
@@ -265,6 +266,23 @@ def test_looking_changes_nothing(tiny_model, photo, shipped):
     assert [module.training for module in model.modules()] == modes
     assert [(dict(m._forward_hooks), dict(m._forward_pre_hooks)) for m in model.modules()] == hooks
     assert all(parameter.grad is None and parameter.requires_grad for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("name", ["tssa", "linear", "softmax", "agent"])
+def test_report_of_the_family(changed, photo, shipped, tmp_path, name):
+    """What an attention type does not have is null, and its pictures are not there."""
+    report = inspect_photo(photo, changed(attention_type=name), shipped[1], long_side=48, patch=(0, 1))
+    save_report(report, tmp_path / "report")
+    numbers = json.loads((tmp_path / "report" / "report.json").read_text())
+    assert sorted(path.name for path in (tmp_path / "report").iterdir()) == [
+        "attention.png",
+        "measures.png",
+        "report.json",
+    ]
+    assert numbers["exact_map"] is None
+    assert numbers["representatives"] is None
+    assert numbers["attention"]["exact"] == (name != "tssa")
+    assert (numbers["measures"]["coding_rate_after"] is None) == (name in ("softmax", "agent"))
 
 
 def test_synthetic_tokens_are_compressed():
