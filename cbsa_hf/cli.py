@@ -173,7 +173,9 @@ def build_parser() -> argparse.ArgumentParser:
     )
     command.set_defaults(run=attention)
 
-    command = commands.add_parser("inspect", parents=[common], help="look inside: pictures and numbers of every layer")
+    command = commands.add_parser(
+        "inspect", parents=[common, sized], help="look inside: pictures and numbers of every layer"
+    )
     command.add_argument("-o", "--output", type=Path, required=True, help="the folder to write")
     command.add_argument(
         "--patch",
