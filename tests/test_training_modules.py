@@ -19,7 +19,7 @@ sys.path.insert(0, str(ROOT / "training"))
 
 from arguments import parse_arguments
 from data import TrainingImages
-from distillation import AutoTeacher, TaughtImages, Teacher, write_answers
+from distillation import AutoTeacher, EfficientNetLite, TaughtImages, Teacher, write_answers
 from metrics import MeanIoU, count_pixels
 from optimization import build_optimizer, build_scheduler, parameter_groups
 from pretrain import Arguments
@@ -172,6 +172,17 @@ class TestDistillation:
                 assert error < 0.02  # neighbouring crops differ by 0.1 and more
                 wrong = (item[f"teacher_map_{i}"] - F.avg_pool2d(pixels, size).flip(2)).abs().mean()
                 assert error < wrong
+
+    def test_efficientnet_lite(self):
+        """The package's own logits, and maps of stride 16 and 32 of the pixels it is given."""
+        teacher = EfficientNetLite(0).eval()
+        pixels = torch.randn(1, 3, 64, 96, generator=torch.Generator().manual_seed(0))
+        with torch.no_grad():
+            logits, (fine, coarse) = teacher(pixels)
+            torch.testing.assert_close(logits, teacher.network(pixels))
+        assert fine.shape == (1, 112, 4, 6)
+        assert coarse.shape == (1, 1280, 2, 3)
+        assert teacher.widths == [112, 1280]
 
     def test_any_classifier_teaches(self, tmp_path):
         config = ViTConfig(

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DataLoaderConfiguration, set_seed
+from accelerate.utils import DataLoaderConfiguration, DistributedType, set_seed
 from card import write_card
 from checkpoints import Progress, checkpoint_path, find_checkpoint, load_state, save_checkpoint
 from optimization import OPTIMIZERS, SCHEDULES, build_optimizer, build_scheduler, parameter_groups
@@ -109,7 +109,7 @@ def build_accelerator(args: TrainingArguments) -> Accelerator:
     Accelerate as every script uses it; everything random that follows is seeded.
 
     Raises:
-        ValueError: the batch cannot be divided among processes and parts.
+        ValueError: the batch cannot be divided among processes and parts, or an average of sharded weights is asked for.
     """
     accelerator = Accelerator(
         log_with=None if args.report_to == "none" else args.report_to,
@@ -125,6 +125,8 @@ def build_accelerator(args: TrainingArguments) -> Accelerator:
             f"`--batch_size {args.batch_size}` is not a multiple of {parts}: {accelerator.num_processes} processes "
             f"times `--gradient_accumulation_steps {args.gradient_accumulation_steps}`."
         )
+    if args.ema_decay is not None and accelerator.distributed_type == DistributedType.FSDP:
+        raise ValueError("`--ema_decay` is not for weights that FSDP shards; leave it out, or do not shard.")
     set_seed(args.seed)
     return accelerator
 
