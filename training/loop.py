@@ -109,7 +109,7 @@ def build_accelerator(args: TrainingArguments) -> Accelerator:
     Accelerate as every script uses it; everything random that follows is seeded.
 
     Raises:
-        ValueError: the batch cannot be divided among processes and parts, or an average of sharded weights is asked for.
+        ValueError: the batch cannot be divided among processes and parts; or sharded weights are to be averaged.
     """
     accelerator = Accelerator(
         log_with=None if args.report_to == "none" else args.report_to,
