@@ -6,6 +6,7 @@ from transformers import (
     AutoImageProcessor,
     AutoModel,
     AutoModelForImageClassification,
+    AutoModelForSemanticSegmentation,
     ViTImageProcessorPil,
 )
 
@@ -17,12 +18,15 @@ from .measures import accuracy_under_noise, coding_rate, measure_layers
 from .modeling_cbsa import (
     CBSABackbone,
     CBSAForImageClassification,
+    CBSAForSemanticSegmentation,
     CBSAImageClassifierOutput,
     CBSAModel,
     CBSAModelOutput,
     CBSAPreTrainedModel,
+    CBSASemanticSegmenterOutput,
 )
 from .presets import PRESETS, preset_path
+from .sliding_window import SlidingWindowSegmenter
 from .zero_shot import ZeroShotSegmentation, ZeroShotSegmenter
 
 
@@ -31,6 +35,7 @@ __version__ = "0.1.0"
 AutoConfig.register("cbsa", CBSAConfig)
 AutoModel.register(CBSAConfig, CBSAModel)
 AutoModelForImageClassification.register(CBSAConfig, CBSAForImageClassification)
+AutoModelForSemanticSegmentation.register(CBSAConfig, CBSAForSemanticSegmentation)
 AutoBackbone.register(CBSAConfig, CBSABackbone)
 AutoImageProcessor.register(CBSAConfig, image_processor_classes={"pil": ViTImageProcessorPil})
 
@@ -38,6 +43,7 @@ AutoImageProcessor.register(CBSAConfig, image_processor_classes={"pil": ViTImage
 CBSAConfig.register_for_auto_class()
 CBSAModel.register_for_auto_class("AutoModel")
 CBSAForImageClassification.register_for_auto_class("AutoModelForImageClassification")
+CBSAForSemanticSegmentation.register_for_auto_class("AutoModelForSemanticSegmentation")
 CBSABackbone.register_for_auto_class("AutoBackbone")
 
 __all__ = [
@@ -45,11 +51,14 @@ __all__ = [
     "CBSABackbone",
     "CBSAConfig",
     "CBSAForImageClassification",
+    "CBSAForSemanticSegmentation",
     "CBSAImageClassifierOutput",
     "CBSAModel",
     "CBSAModelOutput",
     "CBSAPreTrainedModel",
+    "CBSASemanticSegmenterOutput",
     "ContractAndBroadcastSelfAttention",
+    "SlidingWindowSegmenter",
     "ZeroShotSegmentation",
     "ZeroShotSegmenter",
     "accuracy_under_noise",

@@ -1,20 +1,23 @@
 """Configuration of the CBSA models."""
 
 from huggingface_hub.dataclasses import strict
-from transformers import PreTrainedConfig
+from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 from transformers.backbone_utils import BackboneConfigMixin
 
 from .attention_cbsa import ATTENTIONS
+from .mask_decoder_cbsa import DECODERS
 
 
 FEED_FORWARD_TYPES = ("ista", "mlp")
 PATCH_EMBEDDING_TYPES = ("conv_stem", "patchify", "linear")
 REPRESENTATIVES_TYPES = ("pool", "learned")
 POOLED_TOKENS = ("patches", "all_but_last")
+POSITION_INTERPOLATIONS = ("bicubic", "bilinear")
 AUTO_MAP = {
     "AutoConfig": "configuration_cbsa.CBSAConfig",
     "AutoModel": "modeling_cbsa.CBSAModel",
     "AutoModelForImageClassification": "modeling_cbsa.CBSAForImageClassification",
+    "AutoModelForSemanticSegmentation": "modeling_cbsa.CBSAForSemanticSegmentation",
     "AutoBackbone": "modeling_cbsa.CBSABackbone",
 }
 
@@ -23,7 +26,8 @@ AUTO_MAP = {
 class CBSAConfig(BackboneConfigMixin, PreTrainedConfig):
     r"""
     Describes a Contract-and-Broadcast Transformer (CBT), or a member of the family around it: a patch embedding, then
-    layers of an attention and a feed-forward block. The defaults are the published tiny CBT (arXiv 2509.16875).
+    layers of an attention and a feed-forward block; and the decoder that makes a segmenter of it. The defaults are the
+    published tiny CBT (arXiv 2509.16875).
 
     Args:
         hidden_size (`int`, defaults to 192): Width of the tokens.
@@ -46,11 +50,29 @@ class CBSAConfig(BackboneConfigMixin, PreTrainedConfig):
             do, `"all_but_last"` of all tokens, which reads CLS as the first patch and misses the last one.
         ista_step_size (`float`, defaults to 0.1): Step of the ISTA feed-forward.
         ista_threshold (`float`, defaults to 0.1): Weight lambda of its sparsity penalty.
+        drop_path_rate (`float`, defaults to 0.0):
+            Share of the images in a batch that skip the last layer's updates in training (stochastic depth); it rises
+            from 0 at the first layer. ISTA, which has no skip connection, is never skipped.
         image_size (`int` or `(int, int)`, defaults to 224): Height and width in pixels that positions are made for.
         patch_size (`int`, defaults to 16): Side of a patch in pixels; for the stem a power of two.
+        position_interpolation (`str`, defaults to `"bicubic"`):
+            How positions are made for other sizes: `"bicubic"`, as the published classifiers do, or `"bilinear"`, as
+            the published segmenters do.
         num_channels (`int`, defaults to 3): Channels of the image.
         layer_norm_eps (`float`, defaults to 1e-5): Epsilon of every LayerNorm.
         initializer_range (`float`, defaults to 0.02): Standard deviation of the initial weights.
+        decoder_type (`str`, defaults to `"cbsa"`):
+            What makes masks of the tokens: `"cbsa"`, `"mssa"`, `"softmax"` (Segmenter) or `"linear"`.
+            `mask_decoder_cbsa.py` defines each.
+        decoder_num_layers (`int`, defaults to 3): Number of its layers.
+        decoder_num_heads (`int`, defaults to 3): Number of their heads.
+        decoder_head_dim (`int`, *optional*): Dimension of one of these; when not given 100 for `"cbsa"` and `"mssa"`,
+            and the width of the tokens divided by the number of heads for `"softmax"`.
+        decoder_representatives_size (`int` or `(int, int)`, defaults to 10): Its grid of representatives, for
+            `"cbsa"`.
+        semantic_loss_ignore_index (`int`, defaults to 255): Label of the pixels that do not count.
+        backbone_config (`PreTrainedConfig` or `dict`, *optional*): Another backbone of Transformers for the segmenter,
+            such as a `Dinov2Config`, in place of the encoder; all that describes the encoder has no effect then.
         out_features (`list[str]`, *optional*): Stages whose feature maps a backbone returns: `"stem"` for the
             embeddings, `"stage1"`, `"stage2"`, ... for the layers; the last layer alone when not given.
         out_indices (`list[int]`, *optional*): The same by number, 0 for `"stem"`.
@@ -70,6 +92,7 @@ class CBSAConfig(BackboneConfigMixin, PreTrainedConfig):
     """
 
     model_type = "cbsa"
+    sub_configs = {"backbone_config": AutoConfig}
 
     hidden_size: int = 192
     num_hidden_layers: int = 12
@@ -84,12 +107,22 @@ class CBSAConfig(BackboneConfigMixin, PreTrainedConfig):
     pooled_tokens: str = "patches"
     ista_step_size: float | int = 0.1
     ista_threshold: float | int = 0.1
+    drop_path_rate: float | int = 0.0
     image_size: int | list[int] | tuple[int, int] = 224
     patch_size: int = 16
+    position_interpolation: str = "bicubic"
     num_channels: int = 3
     layer_norm_eps: float = 1e-5
     initializer_range: float = 0.02
+    decoder_type: str = "cbsa"
+    decoder_num_layers: int = 3
+    decoder_num_heads: int = 3
+    decoder_head_dim: int | None = None
+    decoder_representatives_size: int | list[int] | tuple[int, int] = 10
+    semantic_loss_ignore_index: int = 255
+    backbone_config: dict | PreTrainedConfig | None = None
     output_representative_attentions: bool = False
+    output_decoder_attentions: bool = False
     _out_features: list[str] | None = None
     _out_indices: list[int] | None = None
 
@@ -98,6 +131,14 @@ class CBSAConfig(BackboneConfigMixin, PreTrainedConfig):
             self.head_dim = self.hidden_size // self.num_attention_heads
         if self.intermediate_size is None:
             self.intermediate_size = 4 * self.hidden_size
+        if isinstance(self.backbone_config, dict):
+            model_type = self.backbone_config.get("model_type")
+            if model_type not in CONFIG_MAPPING:
+                raise ValueError(
+                    f"`backbone_config` has the `model_type` {model_type!r}, which Transformers does not know; give "
+                    "the configuration of one of its backbones, such as 'dinov2'."
+                )
+            self.backbone_config = CONFIG_MAPPING[model_type].from_dict(self.backbone_config)
         self.stage_names = ["stem"] + [f"stage{idx}" for idx in range(1, self.num_hidden_layers + 1)]
         self.set_output_features_output_indices(
             out_indices=kwargs.pop("out_indices", None), out_features=kwargs.pop("out_features", None)
@@ -118,11 +159,13 @@ class CBSAConfig(BackboneConfigMixin, PreTrainedConfig):
             "head_dim",
             "intermediate_size",
             "num_channels",
+            "decoder_num_layers",
+            "decoder_num_heads",
         ):
             value = getattr(self, name)
             if value is None or value < 1:
                 raise ValueError(f"`{name}` is {value}, and has to be at least 1.")
-        for name in ("image_size", "representatives_size"):
+        for name in ("image_size", "representatives_size", "decoder_representatives_size"):
             value = getattr(self, name)
             sides = [value] if isinstance(value, int) else list(value)
             if len(sides) not in (1, 2) or min(sides) < 1:
@@ -136,6 +179,8 @@ class CBSAConfig(BackboneConfigMixin, PreTrainedConfig):
             ("patch_embedding_type", PATCH_EMBEDDING_TYPES),
             ("representatives_type", REPRESENTATIVES_TYPES),
             ("pooled_tokens", POOLED_TOKENS),
+            ("position_interpolation", POSITION_INTERPOLATIONS),
+            ("decoder_type", DECODERS),
         ):
             value = getattr(self, name)
             if value not in allowed:
@@ -175,10 +220,23 @@ class CBSAConfig(BackboneConfigMixin, PreTrainedConfig):
                 f"{patch_size}, because the stem doubles its width at every convolution but the first."
             )
 
+    def validate_drop_path_rate(self):
+        if not 0 <= self.drop_path_rate < 1:
+            raise ValueError(f"`drop_path_rate` is {self.drop_path_rate}, and has to be from 0 to below 1.")
+
     def validate_ista(self):
         for name in ("ista_step_size", "ista_threshold"):
             if getattr(self, name) < 0:
                 raise ValueError(f"`{name}` is {getattr(self, name)}, and must not be negative.")
+
+    def validate_decoder(self):
+        if self.decoder_head_dim is not None and self.decoder_head_dim < 1:
+            raise ValueError(f"`decoder_head_dim` is {self.decoder_head_dim}, and has to be at least 1.")
+        if isinstance(self.backbone_config, CBSAConfig):
+            raise ValueError(
+                "`backbone_config` is a `CBSAConfig`; a CBSA encoder is described by this configuration itself, so "
+                "leave `backbone_config` out."
+            )
 
 
 __all__ = ["CBSAConfig"]

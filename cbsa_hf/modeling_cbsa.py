@@ -5,11 +5,17 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 from torch.nn import functional as F
-from transformers import PreTrainedModel
+from transformers import AutoBackbone, PreTrainedModel
 from transformers import initialization as init
 from transformers.backbone_utils import BackboneMixin, filter_output_hidden_states
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.modeling_outputs import BackboneOutput, BaseModelOutputWithPooling, ImageClassifierOutput
+from transformers.modeling_outputs import (
+    BackboneOutput,
+    BaseModelOutputWithPooling,
+    ImageClassifierOutput,
+    ModelOutput,
+    SemanticSegmenterOutput,
+)
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, is_torchdynamo_exporting
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
@@ -25,6 +31,7 @@ from .attention_cbsa import (
     to_pair,
 )
 from .configuration_cbsa import CBSAConfig
+from .mask_decoder_cbsa import DECODERS, ClassTokenMaskDecoder
 
 
 @dataclass
@@ -53,6 +60,25 @@ class CBSAImageClassifierOutput(ImageClassifierOutput):
     """
 
     representative_attentions: tuple[torch.FloatTensor, ...] | None = None
+
+
+@dataclass
+class CBSASemanticSegmenterOutput(SemanticSegmenterOutput):
+    """
+    Output of [`CBSAForSemanticSegmentation`].
+
+    Args:
+        loss: the mean cross-entropy of the pixels that count, when labels were given.
+        logits: (batch, num_labels, height, width), at the size of `pixel_values`.
+        hidden_states, attentions, representative_attentions: the encoder's, see [`CBSAModelOutput`]; of another
+            backbone what that returns.
+        decoder_attentions: per layer of the decoder the pair `reads, writes`, each (batch, heads, num_labels, grid
+            height, grid width): how much each class token reads from each patch, and writes to it. For `"cbsa"` they
+            are equal, since `A^T A` is symmetric. With `output_decoder_attentions=True`.
+    """
+
+    representative_attentions: tuple[torch.FloatTensor, ...] | None = None
+    decoder_attentions: tuple[tuple[torch.FloatTensor, torch.FloatTensor], ...] | None = None
 
 
 class CBSAConvStem(nn.Module):
@@ -145,6 +171,7 @@ class CBSAEmbeddings(nn.Module):
         self.image_size = to_pair(config.image_size)
         self.patch_size = config.patch_size
         self.num_channels = config.num_channels
+        self.position_interpolation = config.position_interpolation
         self.patch_embeddings = PATCH_EMBEDDINGS[config.patch_embedding_type](config)
         self.grid = self.patch_embeddings.grid(*self.image_size)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, config.hidden_size))
@@ -166,13 +193,15 @@ class CBSAEmbeddings(nn.Module):
             )
 
     def interpolate_pos_encoding(self, grid: tuple[int, int]) -> torch.Tensor:
-        """Positions of CLS and a grid of any size, bicubic from the trained grid -> (1, 1 + patches, hidden_size)."""
+        """Positions of CLS and a grid of any size, from those of the trained grid -> (1, 1 + patches, hidden_size)."""
         # An exported graph is for every size; at the trained one it interpolates by the identity.
         if not is_torchdynamo_exporting() and grid == self.grid:
             return self.position_embeddings
         cls_position, patch_positions = self.position_embeddings.split([1, self.grid[0] * self.grid[1]], dim=1)
         patch_positions = patch_positions.transpose(1, 2).unflatten(2, self.grid)
-        patch_positions = F.interpolate(patch_positions, size=grid, mode="bicubic", align_corners=False)
+        patch_positions = F.interpolate(
+            patch_positions, size=grid, mode=self.position_interpolation, align_corners=False
+        )
         return torch.cat([cls_position, patch_positions.flatten(2).transpose(1, 2)], dim=1)
 
     def forward(
@@ -238,11 +267,26 @@ def build_attention(config: CBSAConfig) -> SelfAttention:
     return attention(config.hidden_size, config.num_attention_heads, config.head_dim, representatives)
 
 
+class CBSADropPath(nn.Module):
+    """In training, zero for a random share of a batch (batch, ...), the rest scaled up (arXiv 1603.09382)."""
+
+    def __init__(self, rate: float):
+        super().__init__()
+        self.rate = rate
+
+    def forward(self, update: torch.Tensor) -> torch.Tensor:
+        if not self.training or self.rate == 0:
+            return update
+        kept = update.new_empty(update.shape[0], *[1] * (update.ndim - 1)).bernoulli_(1 - self.rate)
+        return update * kept / (1 - self.rate)
+
+
 class CBSALayer(GradientCheckpointingLayer):
     """`h = z + attention(LN(z))`, then `z' = ista(LN(h))`, or `z' = h + mlp(LN(h))`."""
 
-    def __init__(self, config: CBSAConfig):
+    def __init__(self, config: CBSAConfig, drop_path_rate: float = 0.0):
         super().__init__()
+        self.drop_path = CBSADropPath(drop_path_rate)
         self.layernorm_before = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.attention = build_attention(config)
         self.layernorm_after = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
@@ -256,9 +300,9 @@ class CBSALayer(GradientCheckpointingLayer):
         output_factor: bool = False,
     ) -> torch.Tensor:
         update, _, _ = self.attention(self.layernorm_before(hidden_states), grid, output_attentions, output_factor)
-        hidden_states = hidden_states + update
+        hidden_states = hidden_states + self.drop_path(update)
         update = self.feed_forward(self.layernorm_after(hidden_states))
-        return hidden_states + update if self.feed_forward.has_skip else update
+        return hidden_states + self.drop_path(update) if self.feed_forward.has_skip else update
 
 
 class CBSAPreTrainedModel(PreTrainedModel):
@@ -267,7 +311,7 @@ class CBSAPreTrainedModel(PreTrainedModel):
     main_input_name = "pixel_values"
     input_modalities = ("image",)
     supports_gradient_checkpointing = True
-    _no_split_modules = ["CBSAEmbeddings", "CBSALayer"]
+    _no_split_modules = ["CBSAEmbeddings", "CBSALayer", *(decoder.__name__ for decoder in DECODERS.values())]
     _can_compile_fullgraph = True
     _can_record_outputs = {
         "hidden_states": CBSALayer,
@@ -295,6 +339,13 @@ class CBSAPreTrainedModel(PreTrainedModel):
             init.normal_(module.weight)
         elif isinstance(module, CBSAISTA):
             init.kaiming_uniform_(module.weight)
+        elif isinstance(module, ClassTokenMaskDecoder):
+            init.trunc_normal_(module.class_embeddings, std=self.config.initializer_range)
+
+    def is_wanted(self, name: str, kwargs: dict) -> bool:
+        """Whether that output is asked for: by the keyword if it was given, else by the configuration."""
+        value = kwargs.get(name)
+        return getattr(self.config, name) if value is None else value
 
 
 class CBSAModel(CBSAPreTrainedModel):
@@ -302,15 +353,16 @@ class CBSAModel(CBSAPreTrainedModel):
 
     def __init__(self, config: CBSAConfig):
         super().__init__(config)
+        if config.backbone_config is not None:
+            raise ValueError(
+                f"This configuration is of a segmenter with a backbone of type {config.backbone_config.model_type!r}, "
+                "not with a CBSA encoder; use `CBSAForSemanticSegmentation`."
+            )
         self.embeddings = CBSAEmbeddings(config)
-        self.layers = nn.ModuleList([CBSALayer(config) for _ in range(config.num_hidden_layers)])
+        rates = torch.linspace(0, config.drop_path_rate, config.num_hidden_layers, device="cpu").tolist()
+        self.layers = nn.ModuleList([CBSALayer(config, rate) for rate in rates])
         self.layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.post_init()
-
-    def is_wanted(self, name: str, kwargs: dict) -> bool:
-        """Whether that output is asked for: by the keyword if it was given, else by the configuration."""
-        value = kwargs.get(name)
-        return getattr(self.config, name) if value is None else value
 
     @merge_with_config_defaults
     @capture_outputs(tie_last_hidden_states=False)
@@ -381,6 +433,92 @@ class CBSAForImageClassification(CBSAPreTrainedModel):
         )
 
 
+class CBSAForSemanticSegmentation(CBSAPreTrainedModel):
+    """
+    An encoder with a decoder that makes a mask for each class: the CBSA encoder, or the last feature map of the
+    backbone that `config.backbone_config` describes. Takes any size: the image is padded with zeros, right and bottom,
+    to whole patches, and the padding is removed from the logits.
+    """
+
+    # The loss is a mean over the pixels of one batch; `Trainer` has to average it over accumulated batches itself.
+    accepts_loss_kwargs = False
+
+    def __init__(self, config: CBSAConfig):
+        super().__init__(config)
+        if config.num_labels < 2:
+            raise ValueError(f"`num_labels` is {config.num_labels}; semantic segmentation takes two classes or more.")
+        if config.backbone_config is None:
+            self.cbsa = CBSAModel(config)
+            hidden_size = config.hidden_size
+        else:
+            self.backbone = AutoBackbone.from_config(config.backbone_config)
+            hidden_size = self.backbone.channels[-1]
+        # Backbones without patches, such as ResNet, take every size as it is.
+        self.patch_size = to_pair(getattr(config.backbone_config or config, "patch_size", 1))
+        self.decoder = DECODERS[config.decoder_type](config, hidden_size)
+        self.post_init()
+
+    def encode(self, pixel_values: torch.Tensor, kwargs: dict) -> tuple[torch.Tensor, tuple[int, int], ModelOutput]:
+        """Patch tokens (batch, patches, width), their grid, and all that the encoder returned."""
+        if self.config.backbone_config is None:
+            outputs = self.cbsa(pixel_values, interpolate_pos_encoding=True, **kwargs)
+            grid = self.cbsa.embeddings.patch_embeddings.grid(*pixel_values.shape[2:])
+            return outputs.last_hidden_state[:, 1:], grid, outputs
+        outputs = self.backbone.forward_with_filtered_kwargs(
+            pixel_values.to(self.dtype),
+            **{name: self.is_wanted(name, kwargs) for name in ("output_hidden_states", "output_attentions")},
+        )
+        feature_map = outputs.feature_maps[-1]
+        return feature_map.flatten(2).transpose(1, 2), tuple(feature_map.shape[2:]), outputs
+
+    @can_return_tuple
+    def forward(
+        self, pixel_values: torch.Tensor, labels: torch.Tensor | None = None, **kwargs: Unpack[TransformersKwargs]
+    ) -> CBSASemanticSegmenterOutput:
+        """
+        Args:
+            pixel_values: (batch, channels, height, width), normalised; any size.
+            labels: (batch, height, width) class indices, `config.semantic_loss_ignore_index` where a pixel does not
+                count; with them the output has the cross-entropy as `loss`.
+            output_*: see [`CBSAModel`] for the encoder's.
+            output_decoder_attentions (`bool`, *optional*): also return what the class tokens read and write; the
+                configuration's value counts when not given.
+
+        Raises:
+            ValueError: the sizes of image and labels differ, or the decoder has no class tokens.
+        """
+        batch_size, _, height, width = pixel_values.shape
+        if labels is not None and labels.shape != (batch_size, height, width):
+            raise ValueError(
+                f"`labels` has the shape {tuple(labels.shape)}; the pixels take {(batch_size, height, width)}."
+            )
+        output_attentions = self.is_wanted("output_decoder_attentions", kwargs)
+        if output_attentions and not self.decoder.has_class_tokens:
+            raise ValueError(
+                f"Decoder type {self.config.decoder_type!r} has no class tokens, so there are no `decoder_attentions`."
+            )
+
+        padded = F.pad(pixel_values, (0, -width % self.patch_size[1], 0, -height % self.patch_size[0]))
+        hidden_states, grid, outputs = self.encode(padded, kwargs)
+        masks, attentions = self.decoder(hidden_states, grid, output_attentions)
+        logits = F.interpolate(masks, size=padded.shape[2:], mode="bilinear", align_corners=False)
+        logits = logits[:, :, :height, :width]
+
+        loss = None
+        if labels is not None:
+            ignore_index = self.config.semantic_loss_ignore_index
+            loss = F.cross_entropy(logits.float(), labels, ignore_index=ignore_index, reduction="sum")
+            loss = loss / (labels != ignore_index).sum().clamp(min=1)  # 0, not NaN, where no pixel counts
+        return CBSASemanticSegmenterOutput(
+            loss=loss,
+            logits=logits,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            representative_attentions=outputs.get("representative_attentions"),
+            decoder_attentions=attentions,
+        )
+
+
 class CBSABackbone(BackboneMixin, CBSAPreTrainedModel):
     """
     The encoder as a backbone for detectors and segmenters: the feature maps of the stages in `config.out_features`,
@@ -416,8 +554,10 @@ class CBSABackbone(BackboneMixin, CBSAPreTrainedModel):
 __all__ = [
     "CBSABackbone",
     "CBSAForImageClassification",
+    "CBSAForSemanticSegmentation",
     "CBSAImageClassifierOutput",
     "CBSAModel",
     "CBSAModelOutput",
     "CBSAPreTrainedModel",
+    "CBSASemanticSegmenterOutput",
 ]

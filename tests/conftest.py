@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from transformers import SegformerImageProcessorPil
 
-from cbsa_hf import CBSAConfig, CBSAForImageClassification, load_checkpoint
+from cbsa_hf import CBSAConfig, CBSAForImageClassification, CBSAForSemanticSegmentation, load_checkpoint
 
 
 ROOT = Path(__file__).parents[1]
@@ -43,6 +44,30 @@ def tiny_model(tiny_config) -> CBSAForImageClassification:
             elif name.endswith(("running_mean", "bias", "position_embeddings", "cls_token")):
                 tensor.normal_()
     return model
+
+
+@pytest.fixture
+def tiny_segmenter(tiny_config) -> CBSAForSemanticSegmentation:
+    """Random weights that see all five classes in noise."""
+    torch.manual_seed(0)
+    names = ["sky", "tree", "road", "car", "sign"]
+    tiny_config.id2label = dict(enumerate(names))
+    tiny_config.label2id = {name: index for index, name in enumerate(names)}
+    tiny_config.decoder_representatives_size = 2
+    model = CBSAForSemanticSegmentation(tiny_config).eval()
+    with torch.no_grad():
+        model.cbsa.embeddings.position_embeddings.normal_()
+        model.decoder.class_embeddings.normal_()
+    return model
+
+
+@pytest.fixture
+def saved_segmenter(tiny_segmenter, tmp_path) -> Path:
+    """Its folder, with an image processor."""
+    folder = tmp_path / "segmenter"
+    tiny_segmenter.save_pretrained(folder)
+    SegformerImageProcessorPil(size={"height": 32, "width": 48}, do_convert_rgb=True).save_pretrained(folder)
+    return folder
 
 
 @pytest.fixture(scope="session")

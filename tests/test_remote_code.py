@@ -8,9 +8,9 @@ import sys
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import ViTImageProcessorPil
+from transformers import Dinov2Config, SegformerImageProcessorPil, ViTImageProcessorPil
 
-from cbsa_hf import CBSABackbone, CBSAConfig, CBSAForImageClassification, CBSAModel
+from cbsa_hf import CBSABackbone, CBSAConfig, CBSAForImageClassification, CBSAForSemanticSegmentation, CBSAModel
 
 
 STRANGER = """
@@ -44,11 +44,34 @@ if "pipeline" in sys.argv:
 save_file(outputs, f"{folder}/output.safetensors")
 """
 
+SEGMENTING_STRANGER = """
+import sys
 
-def run_stranger(folder, *args: str) -> dict[str, torch.Tensor]:
+sys.modules["cbsa_hf"] = None  # importing it raises ImportError
+
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from transformers import AutoModel, AutoModelForSemanticSegmentation, pipeline
+
+folder = sys.argv[1]
+pixel_values = load_file(f"{folder}/input.safetensors")["pixel_values"]
+outputs = {}
+for name in ("cbsa", "dinov2"):
+    model = AutoModelForSemanticSegmentation.from_pretrained(f"{folder}/{name}", trust_remote_code=True)
+    outputs[name] = model(pixel_values).logits.contiguous()
+encoder = AutoModel.from_pretrained(f"{folder}/cbsa", trust_remote_code=True)
+outputs["tokens"] = encoder(pixel_values, interpolate_pos_encoding=True).last_hidden_state
+segments = pipeline("image-segmentation", model=f"{folder}/cbsa", trust_remote_code=True)(Image.new("RGB", (70, 50)))
+outputs["pixels"] = torch.tensor(sum(segment["mask"].histogram()[255] for segment in segments))
+save_file(outputs, f"{folder}/output.safetensors")
+"""
+
+
+def run_stranger(folder, script: str, *args: str) -> dict[str, torch.Tensor]:
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
     environment["HF_MODULES_CACHE"] = str(folder / "modules")
-    command = [sys.executable, "-c", STRANGER, str(folder), *args]
+    command = [sys.executable, "-c", script, str(folder), *args]
     result = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     return load_file(folder / "output.safetensors")
@@ -62,7 +85,7 @@ def test_a_process_without_the_package_computes_the_same(tiny_model, noise, tmp_
     image = torch.frombuffer(bytearray(noise.tobytes()), dtype=torch.uint8).reshape(50, 70, 3)
     save_file({"pixel_values": pixel_values, "image": image}, tmp_path / "input.safetensors")
 
-    outputs = run_stranger(tmp_path, "pipeline")
+    outputs = run_stranger(tmp_path, STRANGER, "pipeline")
 
     expected = tiny_model.cbsa(pixel_values).last_hidden_state
     torch.testing.assert_close(outputs["logits"], tiny_model(pixel_values).logits)
@@ -76,7 +99,30 @@ def test_a_process_without_the_package_computes_the_same(tiny_model, noise, tmp_
     torch.testing.assert_close(again(pixel_values).logits, outputs["logits"])
 
 
-@pytest.mark.parametrize("model_class", [CBSAModel, CBSAForImageClassification, CBSABackbone])
+def test_segmentation_without_the_package(tiny_config, tmp_path):
+    dinov2 = Dinov2Config(hidden_size=24, num_hidden_layers=1, num_attention_heads=2, image_size=28)
+    models = {
+        "cbsa": CBSAForSemanticSegmentation(tiny_config).eval(),
+        "dinov2": CBSAForSemanticSegmentation(CBSAConfig(num_labels=5, backbone_config=dinov2)).eval(),
+    }
+    for name, model in models.items():
+        model.save_pretrained(tmp_path / name)
+    SegformerImageProcessorPil(size={"height": 32, "width": 48}).save_pretrained(tmp_path / "cbsa")
+    pixel_values = torch.randn(2, 3, 40, 56)
+    save_file({"pixel_values": pixel_values}, tmp_path / "input.safetensors")
+
+    outputs = run_stranger(tmp_path, SEGMENTING_STRANGER)
+
+    for name, model in models.items():
+        torch.testing.assert_close(outputs[name], model(pixel_values).logits)
+    expected = models["cbsa"].cbsa(pixel_values, interpolate_pos_encoding=True).last_hidden_state
+    torch.testing.assert_close(outputs["tokens"], expected)
+    assert outputs["pixels"] == 70 * 50  # every pixel has one class
+
+
+@pytest.mark.parametrize(
+    "model_class", [CBSAModel, CBSAForImageClassification, CBSAForSemanticSegmentation, CBSABackbone]
+)
 def test_whatever_is_saved_names_every_class(tiny_config, model_class, tmp_path):
     model_class(tiny_config).save_pretrained(tmp_path)
     auto_map = json.loads((tmp_path / "config.json").read_text())["auto_map"]
@@ -84,11 +130,13 @@ def test_whatever_is_saved_names_every_class(tiny_config, model_class, tmp_path)
         "AutoConfig": "configuration_cbsa.CBSAConfig",
         "AutoModel": "modeling_cbsa.CBSAModel",
         "AutoModelForImageClassification": "modeling_cbsa.CBSAForImageClassification",
+        "AutoModelForSemanticSegmentation": "modeling_cbsa.CBSAForSemanticSegmentation",
         "AutoBackbone": "modeling_cbsa.CBSABackbone",
     }
     assert {path.name for path in tmp_path.glob("*.py")} == {
         "attention_cbsa.py",
         "configuration_cbsa.py",
+        "mask_decoder_cbsa.py",
         "modeling_cbsa.py",
     }
 

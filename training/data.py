@@ -1,10 +1,18 @@
 """Labelled images from the Hub or from local files, as tensors for training and for validation."""
 
+import logging
+from dataclasses import dataclass
+
 import numpy as np
 import torch
 from datasets import ClassLabel, Dataset, DatasetDict, Image, load_dataset
 from PIL import Image as PILImage
 from transformers import BaseImageProcessor
+
+from cbsa_hf.images import to_rgb
+
+
+logger = logging.getLogger(__name__)
 
 
 def load_images(name: str, config_name: str | None = None) -> DatasetDict:
@@ -53,6 +61,11 @@ def find_columns(dataset: Dataset) -> tuple[str, str]:
     return images[0], labels[0]
 
 
+def class_names(dataset: Dataset) -> list[str]:
+    """Names of the classes, as the label column has them."""
+    return dataset.features[find_columns(dataset)[1]].names
+
+
 def find_mask_columns(dataset: Dataset) -> tuple[str, str]:
     """
     Names of the image and of the mask column: the mask is the image column named like one.
@@ -78,37 +91,112 @@ def to_tensor(image: PILImage.Image, processor: BaseImageProcessor) -> torch.Ten
     return torch.from_numpy(pixels).permute(2, 0, 1)
 
 
-class TrainingImages(torch.utils.data.Dataset):
+class LabelledImages(torch.utils.data.Dataset):
     """
-    Random resized crops and horizontal flips: the augmentation of the published recipe.
+    Rows of a data set whose images may be broken: those are skipped, named in the log, and counted.
+
+    Args:
+        dataset: rows with an image, and a label or mask.
+        columns: names of the two columns.
+        max_corrupt: how many broken images are too many to go on.
+    """
+
+    def __init__(self, dataset: Dataset, columns: tuple[str, str], max_corrupt: int):
+        self.dataset = dataset
+        self.image_column, self.label_column = columns
+        self.max_corrupt = max_corrupt
+        self.corrupt = torch.zeros(len(dataset), dtype=torch.bool).share_memory_()  # written by the workers
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def read(self, index: int) -> tuple[PILImage.Image, int | PILImage.Image] | None:
+        """Image in RGB, and label or mask; None when the row is broken."""
+        try:
+            row = self.dataset[index]
+            return to_rgb(row[self.image_column]), row[self.label_column]
+        except (OSError, SyntaxError, PILImage.DecompressionBombError) as error:  # broken PNG chunks: SyntaxError
+            if not self.corrupt[index]:
+                logger.warning("Skipped image %d, which cannot be read: %s", index, error)
+            self.corrupt[index] = True
+            return None
+
+    def read_next(self, index: int) -> tuple[int, PILImage.Image, int | PILImage.Image]:
+        """That row, or the next that can be read: its index, and what [`read`] says."""
+        while (found := self.read(index)) is None:
+            self.check()
+            index = (index + 1) % len(self)
+        return index, *found
+
+    def check(self):
+        """A ValueError when too many images were broken."""
+        count = int(self.corrupt.sum())
+        if count > self.max_corrupt:
+            raise ValueError(
+                f"{count} images cannot be read (the log names them), more than `--max_corrupt {self.max_corrupt}`."
+            )
+
+
+@dataclass
+class Crop:
+    """
+    Args:
+        index: of the image in the data set.
+        image: the whole image, in RGB.
+        label: its class.
+        box: left, upper, right and lower side of the crop, from 0 to 1 across the image.
+        flipped: whether it is seen in a mirror.
+    """
+
+    index: int
+    image: PILImage.Image
+    label: int
+    box: tuple[float, float, float, float]
+    flipped: bool
+
+
+class TrainingImages(LabelledImages):
+    """
+    Random resized crops and horizontal flips: the augmentation of the published recipe; and mixtures of two images.
 
     What is drawn depends on seed, epoch and index alone, not on workers or processes. PIL crops and resizes in one
-    antialiased call; the augmentations of torchvision and kornia want tensors of one size, and these images have any.
+    antialiased call.
 
     Args:
         dataset: rows with an image and a label.
+        max_corrupt: see [`LabelledImages`].
         processor: says how pixels are scaled and normalised.
-        crop_size: side of the square crops in pixels.
+        crop_sizes: sides of the square crops in pixels, one for each of as many equal parts of the run.
+        num_epochs: length of the run.
         min_crop_scale: smallest share of the image's area in a crop; the largest is 1.
+        mixup_alpha: parameter of the Beta distribution that the mixtures' weights come from (arXiv 1710.09412); 0 for
+            no mixtures. With mixtures the labels are probabilities (num_labels,).
         seed: seed of the run.
     """
 
     def __init__(
-        self, dataset: Dataset, processor: BaseImageProcessor, crop_size: int, min_crop_scale: float, seed: int
+        self,
+        dataset: Dataset,
+        max_corrupt: int,
+        processor: BaseImageProcessor,
+        crop_sizes: list[int],
+        num_epochs: int,
+        min_crop_scale: float,
+        mixup_alpha: float,
+        seed: int,
     ):
-        self.dataset = dataset
-        self.image_column, self.label_column = find_columns(dataset)
+        super().__init__(dataset, find_columns(dataset), max_corrupt)
+        self.num_labels = dataset.features[self.label_column].num_classes
         self.processor = processor
-        self.crop_size = crop_size
+        self.crop_sizes = crop_sizes
+        self.num_epochs = num_epochs
         self.min_crop_scale = min_crop_scale
+        self.mixup_alpha = mixup_alpha
         self.seed = seed
-        self.epoch = 0
+        self.epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # read by workers that outlive an epoch
 
     def set_epoch(self, epoch: int):
-        self.epoch = epoch
-
-    def __len__(self) -> int:
-        return len(self.dataset)
+        self.epoch.fill_(epoch)
 
     def random_box(self, width: int, height: int, random: np.random.Generator) -> tuple[int, int, int, int]:
         """A box (left, upper, right, lower) of random area, of aspect 3/4 to 4/3, at a random place."""
@@ -121,23 +209,48 @@ class TrainingImages(torch.utils.data.Dataset):
                 return left, upper, left + w, upper + h
         return 0, 0, width, height
 
-    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        random = np.random.default_rng((self.seed, self.epoch, index))
-        row = self.dataset[index]
-        image = row[self.image_column].convert("RGB")
-        box = self.random_box(*image.size, random)
-        image = image.resize((self.crop_size, self.crop_size), PILImage.Resampling.BILINEAR, box=box)
-        if random.random() < 0.5:
+    def random_crop(self, index: int, random: np.random.Generator) -> Crop:
+        """A crop of that image, or of the next that can be read."""
+        index, image, label = self.read_next(index)
+        left, upper, right, lower = self.random_box(*image.size, random)
+        box = left / image.width, upper / image.height, right / image.width, lower / image.height
+        return Crop(index, image, label, box, flipped=random.random() < 0.5)
+
+    def tensors(self, crop: Crop, size: int) -> dict[str, torch.Tensor]:
+        """What is mixed in a mixture: `pixel_values` (3, size, size)."""
+        width, height = crop.image.size
+        box = crop.box[0] * width, crop.box[1] * height, crop.box[2] * width, crop.box[3] * height
+        image = crop.image.resize((size, size), PILImage.Resampling.BILINEAR, box=box)
+        if crop.flipped:
             image = image.transpose(PILImage.Transpose.FLIP_LEFT_RIGHT)
-        return {"pixel_values": to_tensor(image, self.processor), "labels": torch.tensor(row[self.label_column])}
+        return {"pixel_values": to_tensor(image, self.processor)}
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        epoch = int(self.epoch)
+        random = np.random.default_rng((self.seed, epoch, index))
+        size = self.crop_sizes[epoch * len(self.crop_sizes) // self.num_epochs]
+        crop = self.random_crop(index, random)
+        tensors = self.tensors(crop, size)
+        if not self.mixup_alpha:
+            return {**tensors, "labels": torch.tensor(crop.label)}
+        weight = random.beta(self.mixup_alpha, self.mixup_alpha)
+        other = self.random_crop(int(random.integers(len(self))), random)
+        mixed = {name: torch.lerp(tensor, tensors[name], weight) for name, tensor in self.tensors(other, size).items()}
+        labels = torch.zeros(self.num_labels)
+        labels[crop.label] += weight
+        labels[other.label] += 1 - weight
+        return {**mixed, "labels": labels}
 
 
-def validation_images(dataset: Dataset, processor: BaseImageProcessor) -> Dataset:
-    """The same rows, each as the processor alone makes it: `pixel_values` and `labels`."""
-    image_column, label_column = find_columns(dataset)
+class ValidationImages(LabelledImages):
+    """The same rows, each as the processor alone makes it; a broken image is black and its label -100."""
 
-    def transform(rows: dict) -> dict:
-        inputs = processor(rows[image_column], return_tensors="pt")
-        return {"pixel_values": inputs["pixel_values"], "labels": torch.tensor(rows[label_column])}
+    def __init__(self, dataset: Dataset, max_corrupt: int, processor: BaseImageProcessor):
+        super().__init__(dataset, find_columns(dataset), max_corrupt)
+        self.processor = processor
 
-    return dataset.with_transform(transform)
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        found = self.read(index)
+        image, label = (PILImage.new("RGB", (1, 1)), -100) if found is None else found
+        pixels = self.processor(image, return_tensors="pt")["pixel_values"][0]
+        return {"pixel_values": pixels, "labels": torch.tensor(label)}

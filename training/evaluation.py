@@ -1,31 +1,74 @@
 """One pass over labelled images: the number that every script reports."""
 
+from collections.abc import Callable
+
+import numpy as np
 import torch
 from accelerate import Accelerator
-from metrics import Accuracy
+from metrics import Accuracy, MeanIoU, count_pixels
+from PIL import Image
 from torch.nn import functional as F
+from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
-from transformers import PreTrainedModel
+
+from cbsa_hf import SlidingWindowSegmenter
 
 
 @torch.no_grad()
 def evaluate_classifier(
-    model: PreTrainedModel, dataloader: torch.utils.data.DataLoader, accelerator: Accelerator
+    classify: Callable[[torch.Tensor], torch.Tensor], dataloader: DataLoader, accelerator: Accelerator
 ) -> dict[str, float]:
     """
-    Accuracy and mean cross-entropy over a prepared dataloader, each image counted once by however many processes.
+    Accuracy and mean cross-entropy over a prepared dataloader, each image counted once by however many processes;
+    images whose label is -100 are left out.
 
-    The model is left in evaluation mode.
+    Args:
+        classify: pixels -> logits.
+        dataloader: batches of `pixel_values` and `labels`.
+        accelerator: that prepared the dataloader.
     """
-    model.eval()
     metric = Accuracy(keep_in_memory=True)
     losses = []
-    progress = tqdm(dataloader, desc="validation", leave=False, disable=not accelerator.is_main_process)
-    for batch in progress:
+    for batch in tqdm(dataloader, desc="validation", leave=False, disable=not accelerator.is_main_process):
         with accelerator.autocast():
-            logits = model(batch["pixel_values"], interpolate_pos_encoding=True).logits
-        loss = F.cross_entropy(logits.float(), batch["labels"], reduction="none")
+            logits = classify(batch["pixel_values"]).float()
+        loss = F.cross_entropy(logits, batch["labels"], reduction="none")
         predictions, labels, loss = accelerator.gather_for_metrics((logits.argmax(-1), batch["labels"], loss))
-        metric.add_batch(predictions=predictions.cpu(), references=labels.cpu())
-        losses.append(loss.cpu())
+        counted = labels != -100
+        metric.add_batch(predictions=predictions[counted].cpu(), references=labels[counted].cpu())
+        losses.append(loss[counted].cpu())
     return {**metric.compute(), "loss": torch.cat(losses).mean().item()}
+
+
+def evaluate_segmenter(
+    segmenter: SlidingWindowSegmenter,
+    read: Callable[[int], tuple[Image.Image, np.ndarray] | None],
+    num_images: int,
+    accelerator: Accelerator,
+) -> dict[str, float]:
+    """
+    Mean IoU, pixel accuracy and the IoU of each class, each image counted once by however many processes, at its own
+    size.
+
+    Args:
+        segmenter: of a model for semantic segmentation.
+        read: index -> image and labels (height, width); None for a broken image, which is left out.
+        num_images: how many there are.
+        accelerator: whose processes share the work.
+    """
+    config = segmenter.model.config
+    metric = MeanIoU(keep_in_memory=True)
+    indices = accelerator.prepare(DataLoader(range(num_images), batch_size=accelerator.num_processes))
+    for index in tqdm(indices, desc="validation", leave=False, disable=not accelerator.is_main_process):
+        counts = np.zeros((3, config.num_labels), dtype=np.int64)
+        if (found := read(index.item())) is not None:
+            image, labels = found
+            with accelerator.autocast():
+                predicted = segmenter(image)
+            counts = count_pixels(predicted, labels, config.num_labels, config.semantic_loss_ignore_index)
+        counts = accelerator.gather_for_metrics(torch.from_numpy(counts).unsqueeze(0).to(accelerator.device))
+        intersection, predicted, labelled = counts.cpu().unbind(1)
+        metric.add_batch(intersection=intersection, predicted=predicted, labelled=labelled)
+    scores = metric.compute()
+    by_class = {f"iou/{config.id2label[i]}": value for i, value in enumerate(scores.pop("iou"))}
+    return {**scores, **by_class}

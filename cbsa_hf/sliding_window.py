@@ -1,0 +1,198 @@
+"""Semantic segmentation of images larger than the training crop, a window at a time."""
+
+from collections.abc import Callable, Iterable, Sequence
+
+import numpy as np
+import torch
+from PIL import Image
+from torch.nn import functional as F
+from transformers import BaseImageProcessor, PreTrainedModel
+
+from .attention_cbsa import to_pair
+from .images import to_rgb
+
+
+ROWS_AT_A_TIME = 64  # of the result; any number gives the same
+
+
+def window_starts(length: int, window: int, stride: int) -> list[int]:
+    """Where windows begin along one side of an image that is at least as long: a stride apart, the last at the end."""
+    return [*range(0, length - window, stride), length - window]
+
+
+class LogitRows:
+    """
+    The logits of an image, averaged over the windows that see a pixel, from top to bottom: windows are computed when
+    their first row is asked for, and rows above the one asked for last are forgotten.
+
+    Args:
+        predict: windows, each (left, top, right, bottom) in pixels -> their logits, (K, height, width) each.
+        size: (height, width) of the image.
+        window: (height, width) of a window.
+        stride: (down, across).
+        num_labels: K.
+        device: where the logits are.
+    """
+
+    def __init__(
+        self,
+        predict: Callable[[list[tuple[int, int, int, int]]], Iterable[torch.Tensor]],
+        size: tuple[int, int],
+        window: tuple[int, int],
+        stride: tuple[int, int],
+        num_labels: int,
+        device: torch.device,
+    ):
+        self.predict = predict
+        self.size = size
+        self.window = [min(pair) for pair in zip(window, size, strict=True)]
+        starts = [window_starts(*sides) for sides in zip(size, self.window, stride, strict=True)]
+        # How many windows see a row, and how many a column; their product is how many see a pixel.
+        self.counts = [
+            sum(F.pad(torch.ones(w, device=device), (start, n - w - start)) for start in along)
+            for n, w, along in zip(size, self.window, starts, strict=True)
+        ]
+        self.tops, self.lefts = starts
+        self.sums = torch.zeros(num_labels, 0, size[1], device=device)  # of the rows from `first` on
+        self.first = 0
+
+    def compute_row_of_windows(self, first: int):
+        """The uppermost that is missing; rows above `first` are forgotten."""
+        top, (height, width) = self.tops.pop(0), self.window
+        first = min(first, top)
+        kept = self.sums[:, first - self.first :].clone()
+        self.sums = None  # lest two bands are in memory
+        self.sums = F.pad(kept, (0, 0, 0, top + height - first - kept.shape[1]))
+        self.first = first
+        boxes = [(left, top, left + width, top + height) for left in self.lefts]
+        for left, logits in zip(self.lefts, self.predict(boxes), strict=True):
+            self.sums[:, top - first :, left : left + width] += logits
+
+    def take(self, first: int, last: int) -> torch.Tensor:
+        """Logits (K, last - first, width) of the rows from `first` until before `last`."""
+        while self.tops and self.tops[0] < last:
+            self.compute_row_of_windows(first)
+        rows, columns = self.counts
+        return self.sums[:, first - self.first : last - self.first] / (rows[first:last, None] * columns)
+
+    def resized(self, first: int, last: int, size: tuple[int, int]) -> torch.Tensor:
+        """The rows from `first` until before `last` of `F.interpolate(logits, size, mode="bilinear")`."""
+        position = ((torch.arange(first, last) + 0.5) * (self.size[0] / size[0]) - 0.5).clamp(min=0)
+        above = position.long()
+        below = (above + 1).clamp(max=self.size[0] - 1)
+        rows = self.take(above[0].item(), below[-1].item() + 1)
+        weight = (position - above).unsqueeze(1).to(rows.device)
+        rows = torch.lerp(rows[:, above - above[0]], rows[:, below - above[0]], weight)
+        # Along the width alone.
+        return F.interpolate(rows.unsqueeze(0), size=(last - first, size[1]), mode="bilinear")[0]
+
+
+class SlidingWindowSegmenter:
+    """
+    The class of every pixel of an image of any size, by a model for semantic segmentation that sees one window of it
+    at a time. Where windows overlap, their logits are averaged. Where one covers the image, the result is that of the
+    model on the whole image.
+
+    In memory are the windows of one batch and logits for a band as wide as the image and as high as a window.
+
+    Args:
+        model: for semantic segmentation, of this library or any other in Transformers with `logits` by class.
+        processor: its image processor, which normalises the windows; they are not resized.
+        window: (height, width) of a window, or its side; the size that the processor resizes to when not given.
+        stride: (down, across) from one window to the next, or both; the window when not given, so that only the last
+            ones overlap.
+        batch_size: windows that the model sees at once.
+        long_side: pixels that the image's longer side is resized to first; its own size when not given.
+        scales: factors by which it is resized beyond that; logits are averaged over them.
+        flip: whether each window is also seen mirrored, and the logits averaged.
+
+    Raises:
+        ValueError: a size that is not positive, or a stride that leaves gaps.
+
+    Example:
+
+    ```python
+    >>> from cbsa_hf import CBSAForSemanticSegmentation, SlidingWindowSegmenter
+    >>> from PIL import Image
+    >>> from transformers import AutoImageProcessor
+
+    >>> model = CBSAForSemanticSegmentation.from_pretrained(folder)
+    >>> processor = AutoImageProcessor.from_pretrained(folder)
+    >>> segmenter = SlidingWindowSegmenter(model, processor)
+    >>> segmenter(Image.new("RGB", (4000, 3000))).shape
+    (3000, 4000)
+    ```
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        processor: BaseImageProcessor,
+        window: int | tuple[int, int] | None = None,
+        stride: int | tuple[int, int] | None = None,
+        batch_size: int = 1,
+        long_side: int | None = None,
+        scales: Sequence[float] = (1.0,),
+        flip: bool = False,
+    ):
+        if window is None:
+            window = processor.size["height"], processor.size["width"]
+        self.window = to_pair(window)
+        self.stride = self.window if stride is None else to_pair(stride)
+        if min(self.window) < 1:
+            raise ValueError(f"`window` is {self.window}; give a height and width of at least 1.")
+        if not all(1 <= step <= side for step, side in zip(self.stride, self.window, strict=True)):
+            raise ValueError(f"`stride` is {self.stride}; give at least 1 and at most the window, {self.window}.")
+        if batch_size < 1:
+            raise ValueError(f"`batch_size` is {batch_size}, and has to be at least 1.")
+        if long_side is not None and long_side < 1:
+            raise ValueError(f"`long_side` is {long_side}, and has to be at least 1.")
+        if not scales or min(scales) <= 0:
+            raise ValueError(f"`scales` is {scales}; give one factor or more, each above 0.")
+        self.model = model
+        self.processor = processor
+        self.batch_size = batch_size
+        self.long_side = long_side
+        self.scales = scales
+        self.flip = flip
+
+    def logit_rows(self, image: Image.Image, scale: float) -> LogitRows:
+        """The logits of an RGB image resized by that factor."""
+        height, width = (max(1, round(side * scale)) for side in (image.height, image.width))
+
+        def crop(left, top, right, bottom):
+            # What Pillow makes of a box is that part of the whole image, resized.
+            box = [
+                min(edge * full / resized, full)
+                for edge, full, resized in zip(
+                    (left, top, right, bottom), 2 * image.size, 2 * (width, height), strict=True
+                )
+            ]
+            return image.resize((right - left, bottom - top), self.processor.resample, box)
+
+        def predict(boxes):
+            for i in range(0, len(boxes), self.batch_size):
+                windows = [crop(*box) for box in boxes[i : i + self.batch_size]]
+                pixel_values = self.processor(windows, do_resize=False, return_tensors="pt")["pixel_values"]
+                pixel_values = pixel_values.to(self.model.device)
+                logits = self.model(pixel_values).logits.float()
+                if self.flip:
+                    logits = (logits + self.model(pixel_values.flip(3)).logits.float().flip(3)) / 2
+                yield from F.interpolate(logits, size=pixel_values.shape[2:], mode="bilinear")
+
+        num_labels, device = self.model.config.num_labels, self.model.device
+        return LogitRows(predict, (height, width), self.window, self.stride, num_labels, device)
+
+    @torch.inference_mode()
+    def __call__(self, image: Image.Image) -> np.ndarray:
+        """Class indices, (height, width) of one image of any size and mode."""
+        image = to_rgb(image)
+        base = 1 if self.long_side is None else self.long_side / max(image.size)
+        sources = [self.logit_rows(image, base * scale) for scale in self.scales]
+        size = image.height, image.width
+        labels = np.empty(size, dtype=np.min_scalar_type(self.model.config.num_labels - 1))
+        for first in range(0, image.height, ROWS_AT_A_TIME):
+            last = min(first + ROWS_AT_A_TIME, image.height)
+            logits = sum(source.resized(first, last, size) for source in sources)
+            labels[first:last] = logits.argmax(0).cpu()
+        return labels

@@ -1,0 +1,192 @@
+"""Sliding windows against the model on the whole image, and against logits averaged over a whole image in the test."""
+
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch.nn import functional as F
+from transformers import SegformerConfig, SegformerForSemanticSegmentation, SegformerImageProcessorPil
+
+from cbsa_hf import CBSAConfig, CBSAForSemanticSegmentation, SlidingWindowSegmenter
+from cbsa_hf.sliding_window import LogitRows
+
+
+@pytest.fixture
+def processor():
+    return SegformerImageProcessorPil(size={"height": 32, "width": 48}, do_convert_rgb=True)
+
+
+@pytest.fixture
+def picture() -> Image.Image:
+    """Noise in coarse and fine blocks, 131 x 97."""
+    random = np.random.default_rng(0)
+    coarse, fine = (random.integers(0, 256, (*size, 3), dtype=np.uint8) for size in ((7, 9), (97, 131)))
+    coarse = np.asarray(Image.fromarray(coarse).resize((131, 97), Image.Resampling.NEAREST))
+    return Image.fromarray(coarse // 2 + fine // 2)
+
+
+@torch.no_grad()
+def average_logits(model, processor, image, size, window, stride, flip) -> torch.Tensor:
+    """(K, *size of the image), over every window of the image resized to `size`, the whole of it in memory."""
+    resized = image.resize((size[1], size[0]), processor.resample)
+    pixel_values = processor(resized, do_resize=False, return_tensors="pt")["pixel_values"]
+    sums, counts = torch.zeros(model.config.num_labels, *size), torch.zeros(size)
+    height, width = min(window[0], size[0]), min(window[1], size[1])
+    for top in {min(i, size[0] - height) for i in range(0, size[0], stride[0])}:
+        for left in {min(i, size[1] - width) for i in range(0, size[1], stride[1])}:
+            part = slice(top, top + height), slice(left, left + width)
+            crop = pixel_values[(..., *part)]
+            logits = model(crop).logits[0]
+            if flip:
+                logits = (logits + model(crop.flip(3)).logits[0].flip(2)) / 2
+            sums[(..., *part)] += logits
+            counts[part] += 1
+    return F.interpolate((sums / counts)[None], size=(image.height, image.width), mode="bilinear")[0]
+
+
+def assert_labels(labels: np.ndarray, logits: torch.Tensor, tolerance: float):
+    """The label of every pixel has the largest logit, up to rounding, and there are several of them."""
+    assert labels.shape == logits.shape[1:]
+    chosen = logits.gather(0, torch.from_numpy(labels.astype(np.int64))[None])[0]
+    assert (logits.amax(0) - chosen).max() <= tolerance
+    assert len(np.unique(labels)) >= 3
+
+
+@pytest.mark.parametrize("window", [(97, 131), 200, (97, 1000)])
+def test_one_window_is_the_whole_image(tiny_segmenter, processor, picture, window):
+    labels = SlidingWindowSegmenter(tiny_segmenter, processor, window)(picture)
+    pixel_values = processor(picture, do_resize=False, return_tensors="pt")["pixel_values"]
+    with torch.no_grad():
+        expected = tiny_segmenter(pixel_values).logits[0].argmax(0)
+    assert labels.dtype == np.uint8
+    assert np.array_equal(labels, expected)
+
+
+@pytest.mark.parametrize(
+    ("window", "stride"),
+    [
+        (None, None),
+        ((32, 48), (32, 48)),
+        ((32, 48), (20, 31)),
+        (40, 7),
+        ((97, 30), (97, 30)),
+        ((16, 131), 16),
+        ((31, 25), (31, 1)),
+    ],
+)
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_overlaps_are_averaged(tiny_segmenter, processor, picture, window, stride, batch_size):
+    labels = SlidingWindowSegmenter(tiny_segmenter, processor, window, stride, batch_size)(picture)
+    pairs = [(32, 48) if window is None else window] * 2 if stride is None else [window, stride]
+    window, stride = ((pair, pair) if isinstance(pair, int) else pair for pair in pairs)
+    logits = average_logits(tiny_segmenter, processor, picture, (97, 131), window, stride, flip=False)
+    assert_labels(labels, logits, 1e-5)
+
+
+@pytest.mark.parametrize(
+    ("long_side", "scales", "flip"),
+    [
+        (None, [1], True),
+        (64, [1], False),
+        (524, [1], False),  # four times the image, so that rows between those that are read go to waste
+        (None, [0.5, 1, 1.75], True),
+        (96, [0.75, 1.5], False),
+    ],
+)
+def test_scales_and_flip(tiny_segmenter, processor, picture, long_side, scales, flip):
+    segmenter = SlidingWindowSegmenter(
+        tiny_segmenter, processor, (32, 48), (24, 24), long_side=long_side, scales=scales, flip=flip
+    )
+    logits = 0
+    for scale in scales:
+        factor = scale * (long_side or 131) / 131
+        size = (round(97 * factor), round(131 * factor))
+        logits = logits + average_logits(tiny_segmenter, processor, picture, size, (32, 48), (24, 24), flip)
+    assert_labels(segmenter(picture), logits / len(scales), 1e-3)
+
+
+@pytest.mark.parametrize("size", [(97, 131), (200, 262), (400, 60), (31, 300), (1, 1)])
+def test_rows_are_those_of_the_whole(size):
+    logits = torch.randn(5, 97, 131)
+
+    def predict(boxes):
+        return [logits[:, top:bottom, left:right] for left, top, right, bottom in boxes]
+
+    rows = LogitRows(predict, (97, 131), (32, 48), (19, 40), 5, logits.device)
+    starts = range(0, size[0], 10)
+    resized = torch.cat([rows.resized(i, min(i + 10, size[0]), size) for i in starts], dim=1)
+    expected = F.interpolate(logits[None], size=size, mode="bilinear")[0]
+    torch.testing.assert_close(resized, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_other_models_of_transformers(processor, picture):
+    """Such as SegFormer, whose logits are smaller than its input."""
+    torch.manual_seed(0)
+    config = SegformerConfig(
+        depths=[1, 1], hidden_sizes=[8, 8], num_attention_heads=[1, 1], num_encoder_blocks=2, decoder_hidden_size=8
+    )
+    model = SegformerForSemanticSegmentation(config).eval()
+    labels = SlidingWindowSegmenter(model, processor, 200)(picture)
+    with torch.no_grad():
+        outputs = model(processor(picture, do_resize=False, return_tensors="pt")["pixel_values"])
+    (expected,) = processor.post_process_semantic_segmentation(outputs, target_sizes=[(97, 131)])
+    assert np.array_equal(labels, expected)
+
+
+def test_any_mode(tiny_segmenter, processor, picture):
+    segmenter = SlidingWindowSegmenter(tiny_segmenter, processor)
+    grey = picture.convert("L")
+    assert np.array_equal(segmenter(grey), segmenter(grey.convert("RGB")))
+
+
+LARGE = """
+import resource
+import sys
+
+import numpy as np
+from PIL import Image
+from transformers import SegformerImageProcessorPil
+
+from cbsa_hf import CBSAForSemanticSegmentation, SlidingWindowSegmenter
+
+model = CBSAForSemanticSegmentation.from_pretrained(sys.argv[1]).eval()
+processor = SegformerImageProcessorPil(size={"height": 512, "width": 512})
+pixels = np.random.default_rng(0).integers(0, 256, (3000, 4000, 3), dtype=np.uint8)
+image = Image.fromarray(pixels)
+segmenter = SlidingWindowSegmenter(model, processor, batch_size=2, scales=[1, 0.2])
+segmenter(image.crop((0, 0, 300, 300)))
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+labels = segmenter(image)
+assert labels.shape == (3000, 4000) and labels.max() < 11
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 2**10)
+"""
+
+
+def test_memory_is_bounded(tiny_config, tmp_path):
+    """4000 x 3000 pixels in 11 classes, whose logits alone are 500 MiB, of which a band 512 rows high is 86 MiB."""
+    config = CBSAConfig(**tiny_config.to_dict() | {"id2label": {i: str(i) for i in range(11)}, "label2id": None})
+    CBSAForSemanticSegmentation(config).save_pretrained(tmp_path)
+    command = [sys.executable, "-c", LARGE, str(tmp_path)]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert float(result.stdout) < 600  # about 300, with two copies of the image among them
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"window": 0}, r"`window` is \(0, 0\); give a height and width of at least 1"),
+        ({"window": 8, "stride": 9}, r"`stride` is \(9, 9\); give at least 1 and at most the window, \(8, 8\)"),
+        ({"stride": (1, 0)}, r"`stride` is \(1, 0\)"),
+        ({"batch_size": 0}, "`batch_size` is 0, and has to be at least 1"),
+        ({"long_side": 0}, "`long_side` is 0, and has to be at least 1"),
+        ({"scales": []}, r"`scales` is \[\]; give one factor or more"),
+        ({"scales": [1, -1]}, r"`scales` is \[1, -1\]; give one factor or more, each above 0"),
+    ],
+)
+def test_bad_settings(tiny_segmenter, processor, values, message):
+    with pytest.raises(ValueError, match=message):
+        SlidingWindowSegmenter(tiny_segmenter, processor, **values)

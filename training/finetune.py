@@ -1,0 +1,65 @@
+"""
+Fine-tune a model on images with labels or with masks.
+
+    accelerate launch training/finetune.py --task semantic-segmentation --dataset_name ../shared/data/camvid \
+        --output_dir runs/camvid
+    accelerate launch training/finetune.py --task image-classification --dataset_name you/own --output_dir runs/own
+
+`--dataset_name` takes a hub id, a local folder or a Parquet file; `--config` a recipe. `--task TASK --help` shows the
+rest.
+"""
+
+import sys
+from dataclasses import dataclass, field
+
+from arguments import find_value, parse_arguments
+from classification import ClassificationArguments, train_classifier
+from data import class_names, find_split, load_images
+from loop import build_accelerator
+from segmentation import SegmentationArguments, train_segmenter
+from transformers import AutoImageProcessor, AutoModelForImageClassification
+
+from cbsa_hf import default_checkpoint
+
+
+@dataclass(kw_only=True)
+class FinetuningArguments(ClassificationArguments):
+    task: str = field(default="image-classification", metadata={"help": "what the model is to do"})
+    model_name_or_path: str | None = field(
+        default=None, metadata={"help": "classifier, folder or hub id; default: the shipped one"}
+    )
+
+
+def finetune_classifier(args: FinetuningArguments):
+    """Fine-tune a classifier, its head made anew where the classes differ."""
+    accelerator = build_accelerator(args)
+    splits = load_images(args.dataset_name, args.dataset_config_name)
+    names = class_names(find_split(splits, args.train_split))
+    source = args.model_name_or_path or default_checkpoint()
+    changes = {} if args.drop_path_rate is None else {"drop_path_rate": args.drop_path_rate}
+    try:
+        model = AutoModelForImageClassification.from_pretrained(
+            source,
+            id2label=dict(enumerate(names)),
+            label2id={name: i for i, name in enumerate(names)},
+            ignore_mismatched_sizes=True,
+            **changes,
+        )
+        processor = AutoImageProcessor.from_pretrained(source)
+    except OSError as error:
+        raise ValueError(f"{source} is neither a folder nor a hub id with a classifier.") from error
+    train_classifier(args, accelerator, model, processor, splits)
+
+
+TASKS = {
+    "image-classification": (FinetuningArguments, finetune_classifier),
+    "semantic-segmentation": (SegmentationArguments, train_segmenter),
+}
+
+
+if __name__ == "__main__":
+    try:
+        arguments_class, run = TASKS[find_value("task", TASKS)]
+        run(parse_arguments(arguments_class))
+    except ValueError as error:
+        sys.exit(f"finetune.py: {error}")

@@ -1,0 +1,74 @@
+"""Optimisers, what they decay, how fast each layer learns, and the schedule of the learning rate."""
+
+import math
+import re
+
+import torch
+from lion_pytorch import Lion
+from torch import nn
+from transformers import get_scheduler
+
+
+OPTIMIZERS = ("adamw", "lion", "sgd")
+SCHEDULES = ("cosine", "polynomial")
+LAYER = re.compile(r"\blayers?\.(\d+)\.")
+
+
+def is_decayed(name: str, parameter: nn.Parameter) -> bool:
+    """Matrices and kernels decay; norms, biases, steps, CLS, classes, positions and representatives do not."""
+    return parameter.ndim >= 2 and name.endswith("weight") and "representatives" not in name
+
+
+def depth(name: str, num_layers: int) -> int:
+    """0 for the embeddings, i + 1 for layer i, `num_layers + 1` for everything behind the encoder's layers."""
+    if "decoder" in name:
+        return num_layers + 1
+    if "embeddings" in name:
+        return 0
+    layer = LAYER.search(name)
+    return num_layers + 1 if layer is None else int(layer[1]) + 1
+
+
+def parameter_groups(
+    model: nn.Module, num_layers: int, learning_rate: float, weight_decay: float, layer_decay: float
+) -> list[dict]:
+    """
+    Groups for an optimiser, each with its own learning rate and decay.
+
+    Args:
+        model: whose parameters that need a gradient are grouped.
+        num_layers: number of layers of the encoder.
+        learning_rate: of what stands behind the layers.
+        weight_decay: of matrices and kernels.
+        layer_decay: factor on the learning rate from each layer to the one before it (arXiv 2106.08254); 1 for none.
+    """
+    groups = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            key = depth(name, num_layers), is_decayed(name, parameter)
+            groups.setdefault(key, []).append(parameter)
+    return [
+        {
+            "params": parameters,
+            "lr": learning_rate * layer_decay ** (num_layers + 1 - level),
+            "weight_decay": weight_decay if decayed else 0.0,
+        }
+        for (level, decayed), parameters in sorted(groups.items(), key=lambda item: item[0])
+    ]
+
+
+def build_optimizer(name: str, groups: list[dict], learning_rate: float) -> torch.optim.Optimizer:
+    """One of [`OPTIMIZERS`] over the groups; each optimiser's other settings are its usual ones."""
+    if name == "lion":
+        return Lion(groups, lr=learning_rate)
+    if name == "sgd":
+        return torch.optim.SGD(groups, lr=learning_rate, momentum=0.9)
+    return torch.optim.AdamW(groups, lr=learning_rate)
+
+
+def build_scheduler(
+    name: str, optimizer: torch.optim.Optimizer, num_steps: int, num_warmup_steps: float
+) -> torch.optim.lr_scheduler.LRScheduler:
+    """Linear warm-up, then one of [`SCHEDULES`] down to 0; the polynomial's power is 0.9, as the segmenters use it."""
+    settings = {"power": 0.9, "lr_end": 0.0} if name == "polynomial" else None
+    return get_scheduler(name, optimizer, math.ceil(num_warmup_steps), num_steps, scheduler_specific_kwargs=settings)

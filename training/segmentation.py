@@ -1,0 +1,269 @@
+"""Semantic segmentation as a task for the training loop."""
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from data import LabelledImages, find_mask_columns, find_split, load_images
+from evaluation import evaluate_segmenter
+from kornia import augmentation
+from loop import TrainingArguments, build_accelerator, train
+from PIL import Image
+from torch import nn
+from torch.nn import functional as F
+from transformers import (
+    AutoImageProcessor,
+    AutoModelForSemanticSegmentation,
+    BaseImageProcessor,
+    PreTrainedModel,
+    SegformerImageProcessorPil,
+)
+
+from cbsa_hf import SlidingWindowSegmenter, default_checkpoint
+from cbsa_hf.attention_cbsa import to_pair
+from cbsa_hf.mask_decoder_cbsa import DECODERS
+
+
+IGNORED = 255
+
+
+@dataclass(kw_only=True)
+class SegmentationArguments(TrainingArguments):
+    """Options of `finetune.py --task semantic-segmentation`."""
+
+    task: str = field(default="semantic-segmentation", metadata={"help": "what the model is to do"})
+    model_name_or_path: str | None = field(
+        default=None, metadata={"help": "encoder or segmenter, folder or hub id; default: the shipped classifier"}
+    )
+    id2label: str | None = field(
+        default=None, metadata={"help": "JSON file with the names of the classes; default: id2label.json in the data"}
+    )
+    reduce_labels: bool = field(
+        default=False, metadata={"help": "whether label 0 does not count and the others move down by one (ADE20K)"}
+    )
+    decoder_type: str | None = field(
+        default=None, metadata={"help": f"{', '.join(DECODERS)}; default: as the model says"}
+    )
+    crop_size: list[int] = field(
+        default_factory=lambda: [512], metadata={"help": "height and width of the training crops in pixels, or a side"}
+    )
+    min_resize_ratio: float = field(default=0.5, metadata={"help": "least factor that images are resized by"})
+    max_resize_ratio: float = field(default=2.0, metadata={"help": "largest factor that images are resized by"})
+    photometric_distortion: bool = field(default=True, metadata={"help": "whether colours are distorted at random"})
+    class_balanced: bool = field(default=False, metadata={"help": "whether rare classes weigh more"})
+    window: list[int] | None = field(
+        default=None, metadata={"help": "height and width of the windows of validation; default: crop_size"}
+    )
+
+
+def read_names(path: str | None, dataset_name: str) -> dict[int, str]:
+    """
+    The classes of a data set by number.
+
+    Args:
+        path: of a JSON file that maps numbers to names.
+        dataset_name: where to look for `id2label.json` when no path is given.
+
+    Raises:
+        ValueError: no such file, or not such a mapping.
+    """
+    file = Path(path) if path is not None else Path(dataset_name) / "id2label.json"
+    try:
+        names = json.loads(file.read_text())
+        return {int(number): str(name) for number, name in names.items()}
+    except OSError as error:
+        raise ValueError(
+            f"The names of the classes are not in {file}; give a JSON file like {{'0': 'sky', ...}} as `--id2label`."
+        ) from error
+    except (ValueError, AttributeError) as error:
+        raise ValueError(f"{file} is not a JSON file that maps numbers to names of classes.") from error
+
+
+def read_mask(mask: Image.Image, num_labels: int, reduce_labels: bool) -> np.ndarray:
+    """
+    Class indices (height, width), [`IGNORED`] where a pixel does not count.
+
+    Raises:
+        ValueError: an index that no class has.
+    """
+    labels = np.asarray(mask).astype(np.int64)
+    if reduce_labels:
+        labels = np.where(labels == 0, IGNORED, labels - 1)
+        labels[labels == IGNORED - 1] = IGNORED
+    largest = labels[labels != IGNORED].max(initial=0)
+    if labels.ndim != 2 or largest >= num_labels:
+        raise ValueError(
+            f"A mask of shape {labels.shape} has the label {largest}; masks are grey, with labels below {num_labels} "
+            f"(the classes named) and {IGNORED} for pixels that do not count."
+        )
+    return labels
+
+
+class MaskedImages(LabelledImages):
+    """
+    Images with masks, as they are.
+
+    Args:
+        dataset, max_corrupt: see [`LabelledImages`].
+        num_labels, reduce_labels: see [`read_mask`].
+    """
+
+    def __init__(self, dataset, max_corrupt: int, num_labels: int, reduce_labels: bool):
+        super().__init__(dataset, find_mask_columns(dataset), max_corrupt)
+        self.num_labels = num_labels
+        self.reduce_labels = reduce_labels
+
+    def read(self, index: int) -> tuple[Image.Image, np.ndarray] | None:
+        """Image in RGB and class indices (height, width); None when the row is broken."""
+        found = super().read(index)
+        return None if found is None else (found[0], read_mask(found[1], self.num_labels, self.reduce_labels))
+
+
+class TrainingMasks(MaskedImages):
+    """
+    Random resizing, crops, flips and distorted colours, of image and mask together; what is drawn depends on seed,
+    epoch and index alone. Outside the image, pixels are black and do not count.
+
+    Args:
+        dataset, max_corrupt, num_labels, reduce_labels: see [`MaskedImages`].
+        processor: says how pixels are normalised.
+        crop_size: (height, width) of the crops in pixels.
+        resize_ratios: least and largest factor.
+        photometric_distortion: whether brightness, contrast, saturation and hue vary.
+        seed: seed of the run.
+    """
+
+    def __init__(
+        self,
+        dataset,
+        max_corrupt: int,
+        num_labels: int,
+        reduce_labels: bool,
+        processor: BaseImageProcessor,
+        crop_size: tuple[int, int],
+        resize_ratios: tuple[float, float],
+        photometric_distortion: bool,
+        seed: int,
+    ):
+        super().__init__(dataset, max_corrupt, num_labels, reduce_labels)
+        self.resize_ratios = resize_ratios
+        self.seed = seed
+        self.epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # read by workers that outlive an epoch
+        colours = [augmentation.ColorJitter(0.3, 0.3, 0.3, 0.05)] if photometric_distortion else []
+        self.augment = augmentation.AugmentationSequential(
+            augmentation.RandomCrop(crop_size, pad_if_needed=True),
+            augmentation.RandomHorizontalFlip(),
+            *colours,
+            data_keys=["image", "mask"],
+        )
+        self.normalise = augmentation.Normalize(
+            torch.tensor(processor.image_mean), torch.tensor(processor.image_std), keepdim=True
+        )
+
+    def set_epoch(self, epoch: int):
+        self.epoch.fill_(epoch)
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        seeds = np.random.SeedSequence((self.seed, int(self.epoch), index))
+        _, image, labels = self.read_next(index)
+        ratio = np.random.default_rng(seeds).uniform(*self.resize_ratios)
+        size = [max(1, round(side * ratio)) for side in image.size]
+        pixels = torch.from_numpy(np.array(image.resize(size, Image.Resampling.BILINEAR))).permute(2, 0, 1) / 255
+        # One more than the label, so that what padding adds, 0, is what does not count.
+        mask = np.where(labels == IGNORED, 0, labels + 1).astype(np.float32)
+        mask = torch.from_numpy(np.array(Image.fromarray(mask).resize(size, Image.Resampling.NEAREST)))
+        with torch.random.fork_rng(devices=[]):  # kornia draws from torch's own generator
+            torch.manual_seed(int(seeds.generate_state(1)[0]))
+            pixels, mask = self.augment(pixels[None], mask[None, None])
+        labels = mask[0, 0].long() - 1
+        return {"pixel_values": self.normalise(pixels)[0], "labels": labels.where(labels >= 0, IGNORED)}
+
+
+class Segmentation(nn.Module):
+    """
+    Cross-entropy over the pixels that count.
+
+    Args:
+        model: for semantic segmentation.
+        class_weights: (num_labels,) weights of the classes; all the same when None.
+    """
+
+    def __init__(self, model: PreTrainedModel, class_weights: torch.Tensor | None):
+        super().__init__()
+        self.model = model
+        self.register_buffer("class_weights", class_weights, persistent=False)
+
+    def forward(self, pixel_values: torch.Tensor, labels: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Pixels (batch, channels, height, width) and class indices (batch, height, width) -> the loss."""
+        logits = self.model(pixel_values).logits.float()
+        return {"loss": F.cross_entropy(logits, labels, weight=self.class_weights, ignore_index=IGNORED)}
+
+
+def class_weights(images: MaskedImages) -> torch.Tensor:
+    """
+    For each class `1 / ln(1.02 + its share of the pixels)` (ENet, arXiv 1606.02147): rare classes weigh more, at most
+    about 70 times as much. Median frequency over frequency, which has no bound, cost the large classes of CamVid more
+    than it won for the small ones.
+    """
+    counts = np.zeros(images.num_labels)
+    for index in range(len(images)):
+        if (found := images.read(index)) is not None:
+            counts += np.bincount(found[1][found[1] != IGNORED], minlength=images.num_labels)
+    return torch.from_numpy(1 / np.log(1.02 + counts / counts.sum())).float()
+
+
+def load_segmenter(args: SegmentationArguments, names: dict[int, str]) -> tuple[PreTrainedModel, BaseImageProcessor]:
+    """The model to fine-tune, and an image processor of its normalisation; a ValueError when there is none."""
+    source = args.model_name_or_path or default_checkpoint()
+    changes = {"decoder_type": args.decoder_type, "drop_path_rate": args.drop_path_rate}
+    try:
+        model = AutoModelForSemanticSegmentation.from_pretrained(
+            source,
+            id2label=names,
+            label2id={name: number for number, name in names.items()},
+            ignore_mismatched_sizes=True,
+            **{name: value for name, value in changes.items() if value is not None},
+        )
+        processor = AutoImageProcessor.from_pretrained(source)
+    except OSError as error:
+        raise ValueError(f"{source} is neither a folder nor a hub id with a model that can be fine-tuned.") from error
+    height, width = to_pair(args.crop_size if len(args.crop_size) == 2 else args.crop_size[0])
+    processor = SegformerImageProcessorPil(
+        size={"height": height, "width": width},
+        image_mean=processor.image_mean,
+        image_std=processor.image_std,
+        do_reduce_labels=args.reduce_labels,
+        do_convert_rgb=True,
+    )
+    return model, processor
+
+
+def train_segmenter(args: SegmentationArguments):
+    """Train a segmenter as the options say; see [`train`] for what it leaves behind and raises."""
+    accelerator = build_accelerator(args)
+    splits = load_images(args.dataset_name, args.dataset_config_name)
+    train_split, validation_split = (find_split(splits, s) for s in (args.train_split, args.validation_split))
+    names = read_names(args.id2label, args.dataset_name)
+    model, processor = load_segmenter(args, names)
+    crop_size = processor.size["height"], processor.size["width"]
+    masks = {"max_corrupt": args.max_corrupt, "num_labels": len(names), "reduce_labels": args.reduce_labels}
+    train_images = TrainingMasks(
+        train_split,
+        **masks,
+        processor=processor,
+        crop_size=crop_size,
+        resize_ratios=(args.min_resize_ratio, args.max_resize_ratio),
+        photometric_distortion=args.photometric_distortion,
+        seed=args.seed,
+    )
+    validation_images = MaskedImages(validation_split, **masks)
+
+    def validate(network: Segmentation) -> dict[str, float]:
+        model = accelerator.unwrap_model(network, keep_torch_compile=False).model
+        segmenter = SlidingWindowSegmenter(model, processor, window=args.window or crop_size)
+        return evaluate_segmenter(segmenter, validation_images.read, len(validation_images), accelerator)
+
+    weights = class_weights(train_images) if args.class_balanced else None
+    train(args, accelerator, Segmentation(model, weights), processor, train_images, validate, metric="mean_iou")
