@@ -8,11 +8,12 @@ from pathlib import Path
 
 import torch
 from small_models import accuracy, with_attention
+from transformers import PreTrainedModel
 from workbench import FAILS, FAMILY, HOLDS, NOT_RUN, OPEN, Finding, Workbench, not_run, sign_verdict, spread, table
 
 from cbsa_hf import default_checkpoint, load_checkpoint
 from cbsa_hf.charts import line_panels
-from cbsa_hf.measures import accuracy_under_noise, measure_layers
+from cbsa_hf.measures import accuracy_under_noise, measure_layers, noisy_projections
 
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -211,12 +212,13 @@ def robustness(bench: Workbench) -> Finding:
     scales = [0.25, 0.5, 0.75, 1.0, 1.5]
     retained, rows = {}, []
 
-    def add_row(name: str, curves: torch.Tensor) -> torch.Tensor:
+    def add_row(name: str, model: PreTrainedModel, curves: torch.Tensor) -> torch.Tensor:
         """Curves (samples, 1 + scales) of accuracy, without noise first; returns the share that is kept."""
+        sizes = [weight.square().mean().sqrt().item() for weight in noisy_projections(model, 0).values()]
         if (curves[:, 0] == 0).any():
             raise ValueError(f"The {name} gets no image right; does it know the classes of {bench.dataset_name}?")
         kept = curves[:, 1:] / curves[:, :1]
-        rows.append([name, spread(curves[:, 0]), *(spread(kept[:, i], 2) for i in range(len(scales)))])
+        rows.append([name, spread(curves[:, 0]), spread(sizes), *(spread(kept[:, i], 2) for i in range(len(scales)))])
         return kept
 
     batches = bench.validation_set.batches()[:4]
@@ -226,7 +228,7 @@ def robustness(bench: Workbench) -> Finding:
             model = bench.small(name, seed, attention_type=name)
             noisy = [accuracy_under_noise(model, batches, [0, *scales], seed=draw) for draw in range(3)]
             curves.append(torch.tensor(noisy).mean(0))
-        retained[name] = add_row(f"small {name}", torch.stack(curves))
+        retained[name] = add_row(f"small {name}", model, torch.stack(curves))
     lead = (retained["cbsa"] - retained["softmax"]).mean(1).tolist()
     listed = ", ".join(f"{value:+.3f}" for value in lead)
     reason = f"share of the accuracy kept, mean over scales, cbsa minus softmax per seed: {listed}."
@@ -237,7 +239,7 @@ def robustness(bench: Workbench) -> Finding:
         model, processor = load_checkpoint(folder)
         photos = bench.photos(processor, 2 * bench.num_images)
         curves = [accuracy_under_noise(model, photos, [0, *scales], seed=draw) for draw in range(3)]
-        kept[name] = add_row(f"checkpoint {name}", torch.tensor(curves))
+        kept[name] = add_row(f"checkpoint {name}", model, torch.tensor(curves))
     if {"cbsa", "softmax"} <= kept.keys():
         lead = (kept["cbsa"] - kept["softmax"]).mean(1).tolist()
         listed = ", ".join(f"{value:+.3f}" for value in lead)
@@ -261,7 +263,7 @@ def robustness(bench: Workbench) -> Finding:
         f"square; three draws. Small models on {len(batches) * 256} images at most, checkpoints on "
         f"{2 * bench.num_images}. " + bench.describe_small()
     )
-    header = ["model", "accuracy", *(f"kept at {scale}" for scale in scales)]
+    header = ["model", "accuracy", "root mean square of the weights", *(f"kept at {scale}" for scale in scales)]
     picture = ("Mean and standard deviation.", line_panels(panels))
     return Finding(run, verdicts, [table(header, rows)], picture)
 
