@@ -498,11 +498,12 @@ class CBSAForSemanticSegmentation(CBSAPreTrainedModel):
                 f"Decoder type {self.config.decoder_type!r} has no class tokens, so there are no `decoder_attentions`."
             )
 
-        padded = F.pad(pixel_values, (0, -width % self.patch_size[1], 0, -height % self.patch_size[0]))
+        rows, columns = -height % self.patch_size[0], -width % self.patch_size[1]
+        padded = F.pad(pixel_values, (0, columns, 0, rows))
         hidden_states, grid, outputs = self.encode(padded, kwargs)
         masks, attentions = self.decoder(hidden_states, grid, output_attentions)
         logits = F.interpolate(masks, size=padded.shape[2:], mode="bilinear", align_corners=False)
-        logits = logits[:, :, :height, :width]
+        logits = F.pad(logits, (0, -columns, 0, -rows))  # a slice would tie an exported graph to sizes that need one
 
         loss = None
         if labels is not None:

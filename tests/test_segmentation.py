@@ -1,10 +1,12 @@
 """Semantic segmentation: the decoders, the model around them, and what it is at home in."""
 
 import numpy as np
+import onnxruntime
 import pytest
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from PIL import Image
+from torch.export import Dim
 from torch.nn import functional as F
 from transformers import (
     AutoImageProcessor,
@@ -284,6 +286,44 @@ def test_compiles_without_graph_breaks(tiny_config, decoder):
     expected, outputs = model(pixel_values, **wanted), compiled(pixel_values, **wanted)
     torch.testing.assert_close(outputs.logits, expected.logits)
     torch.testing.assert_close(outputs.decoder_attentions, expected.decoder_attentions)
+
+
+def test_exports_for_every_size(tiny_config, tmp_path):
+    one_layer = {"num_hidden_layers": 1, "decoder_num_layers": 1, "out_features": None, "out_indices": None}
+    model = make_model(tiny_config, **one_layer)
+    exported = torch.export.export(
+        model,
+        (torch.randn(2, 3, 43, 57),),
+        dynamic_shapes={"pixel_values": {0: Dim.DYNAMIC, 2: Dim.DYNAMIC, 3: Dim.DYNAMIC}},
+    )
+    torch.onnx.export(exported, output_names=["logits"], dynamo=True).save(tmp_path / "model.onnx")
+    session = onnxruntime.InferenceSession(tmp_path / "model.onnx")
+    module = exported.module()
+    for shape in [(2, 3, 32, 48), (1, 3, 33, 47), (3, 3, 64, 24)]:
+        pixel_values = torch.randn(shape)
+        with torch.no_grad():
+            expected = model(pixel_values).logits
+            torch.testing.assert_close(module(pixel_values).logits, expected, rtol=1e-4, atol=1e-4)
+        (logits,) = session.run(["logits"], {"pixel_values": pixel_values.numpy()})
+        np.testing.assert_allclose(logits, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_half_precision(tiny_segmenter, saved_segmenter):
+    """Logits, which a LayerNorm makes of size 1, are within 0.2 of float32 in bfloat16."""
+    model = CBSAForSemanticSegmentation.from_pretrained(saved_segmenter, dtype=torch.bfloat16)
+    pixel_values, labels = torch.randn(1, 3, 33, 47), torch.randint(0, 5, (1, 33, 47))
+    outputs, expected = model(pixel_values, labels=labels), tiny_segmenter(pixel_values, labels=labels)
+    assert (outputs.logits.dtype, outputs.loss.dtype) == (torch.bfloat16, torch.float32)
+    torch.testing.assert_close(outputs.logits.float(), expected.logits, rtol=0, atol=0.2)
+    torch.testing.assert_close(outputs.loss, expected.loss, rtol=0.05, atol=0)
+
+
+def test_device_map(tiny_segmenter, saved_segmenter, tmp_path):
+    model = CBSAForSemanticSegmentation.from_pretrained(
+        saved_segmenter, device_map={"cbsa": "cpu", "decoder": "disk"}, offload_folder=tmp_path / "offload"
+    )
+    pixel_values = torch.randn(1, 3, 33, 47)
+    torch.testing.assert_close(model(pixel_values).logits, tiny_segmenter(pixel_values).logits)
 
 
 def test_trainer_learns(tiny_config, tmp_path):

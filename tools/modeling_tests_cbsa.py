@@ -9,7 +9,7 @@ import torch
 from transformers import ViTConfig, ViTForImageClassification, ViTModel
 from transformers.models.auto import modeling_auto
 
-from cbsa_hf import CBSABackbone, CBSAConfig, CBSAForImageClassification, CBSAModel
+from cbsa_hf import CBSABackbone, CBSAConfig, CBSAForImageClassification, CBSAForSemanticSegmentation, CBSAModel
 
 from ...test_backbone_common import BackboneTesterMixin
 from ...test_configuration_common import ConfigTester
@@ -19,6 +19,7 @@ from ...test_modeling_common import ModelTesterMixin, floats_tensor, ids_tensor
 # The common tests recognise a class by these names.
 modeling_auto.MODEL_MAPPING_NAMES["cbsa"] = "CBSAModel"
 modeling_auto.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES["cbsa"] = "CBSAForImageClassification"
+modeling_auto.MODEL_FOR_SEMANTIC_SEGMENTATION_MAPPING_NAMES["cbsa"] = "CBSAForSemanticSegmentation"
 modeling_auto.MODEL_FOR_BACKBONE_MAPPING_NAMES["cbsa"] = "CBSABackbone"
 
 
@@ -89,7 +90,7 @@ class ViTModelTest(VisionModelTest, unittest.TestCase):
 
 class CBSAModelTest(VisionModelTest, unittest.TestCase):
     config_class = CBSAConfig
-    all_model_classes = (CBSAForImageClassification, CBSAModel)
+    all_model_classes = (CBSAForImageClassification, CBSAForSemanticSegmentation, CBSAModel)
 
     @unittest.skip("The map A^T A is made to be looked at; the output is not computed from it, so it has no gradient")
     def test_retain_grad_hidden_states_attentions(self):
