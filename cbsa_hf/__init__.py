@@ -13,7 +13,8 @@ from transformers import (
 from .attention_cbsa import ContractAndBroadcastSelfAttention
 from .checkpoint import default_checkpoint, load_checkpoint
 from .configuration_cbsa import CBSAConfig
-from .interpretability import attention_maps
+from .interpretability import attention_maps, exact_maps
+from .measures import accuracy_under_noise, coding_rate, measure_layers
 from .modeling_cbsa import (
     CBSABackbone,
     CBSAForImageClassification,
@@ -60,8 +61,12 @@ __all__ = [
     "SlidingWindowSegmenter",
     "ZeroShotSegmentation",
     "ZeroShotSegmenter",
+    "accuracy_under_noise",
     "attention_maps",
+    "coding_rate",
     "default_checkpoint",
+    "exact_maps",
     "load_checkpoint",
+    "measure_layers",
     "preset_path",
 ]

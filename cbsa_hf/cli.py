@@ -1,4 +1,4 @@
-"""The `cbsa` command: segment a photo, show what the layers attend to, convert and publish checkpoints."""
+"""The `cbsa` command: segment a photo, look inside the layers, convert and publish checkpoints."""
 
 import argparse
 import sys
@@ -14,6 +14,7 @@ from .figures import attention_grid, overlay_mask
 from .hub import push_checkpoint
 from .images import open_image, to_pixel_values
 from .interpretability import attention_maps
+from .report import inspect_photo, save_report
 from .zero_shot import ZeroShotSegmenter
 
 
@@ -23,6 +24,14 @@ def check_output(path: Path):
         raise ValueError(f"The output {path} has to end in .png.")
     if not path.parent.is_dir():
         raise ValueError(f"There is no folder {path.parent} to write {path.name} to.")
+
+
+def check_folder(path: Path):
+    """A ValueError, before any work is done, when that is no new or empty folder."""
+    if not path.parent.is_dir():
+        raise ValueError(f"There is no folder {path.parent} to write {path.name} to.")
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise ValueError(f"{path} exists and is not an empty folder; name a new one.")
 
 
 def save_png(image: Image.Image, path: Path):
@@ -54,12 +63,18 @@ def attention(args: argparse.Namespace):
     print(f"{args.output}: {maps.shape[0]} layers x {maps.shape[1]} heads, {maps.shape[2]} x {maps.shape[3]} patches.")
 
 
+def inspect(args: argparse.Namespace):
+    check_folder(args.output)
+    image = open_image(args.photo)
+    report = inspect_photo(image, *load_checkpoint(args.checkpoint), args.long_side, args.patch)
+    report.numbers = {"photo": args.photo.name, **report.numbers}
+    save_report(report, args.output)
+    print(f"{args.output}: report.json and {len(report.pictures)} pictures.")
+
+
 def convert(args: argparse.Namespace):
     output = args.output
-    if not output.parent.is_dir():
-        raise ValueError(f"There is no folder {output.parent} to write {output.name} to.")
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise ValueError(f"{output} exists and is not an empty folder; name a new one.")
+    check_folder(output)
     conversion = convert_checkpoint(args.source, args.origin, args.attention, args.num_heads)
     if args.verify:
         differences = compare_outputs(conversion.model, args.verify)
@@ -99,18 +114,32 @@ def build_parser() -> argparse.ArgumentParser:
 
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument("photo", type=Path, metavar="PHOTO", help="an image file")
-    common.add_argument("-o", "--output", type=Path, required=True, help="the picture to write, a .png")
     common.add_argument("--checkpoint", help="a folder or hub id; default: the checkpoint in this package")
     common.add_argument(
         "--long-side", type=positive, default=256, help="pixels of the longer side that the model sees (%(default)s)"
     )
+    picture = argparse.ArgumentParser(add_help=False)
+    picture.add_argument("-o", "--output", type=Path, required=True, help="the picture to write, a .png")
 
-    command = commands.add_parser("segment", parents=[common], help="find the foreground, without labels")
+    command = commands.add_parser("segment", parents=[common, picture], help="find the foreground, without labels")
     command.add_argument("--mask", type=Path, help="the mask to write, a .png; default: OUTPUT_mask.png")
     command.set_defaults(run=segment)
 
-    command = commands.add_parser("attention", parents=[common], help="draw the attention of every layer and head")
+    command = commands.add_parser(
+        "attention", parents=[common, picture], help="draw the attention of every layer and head"
+    )
     command.set_defaults(run=attention)
+
+    command = commands.add_parser("inspect", parents=[common], help="look inside: pictures and numbers of every layer")
+    command.add_argument("-o", "--output", type=Path, required=True, help="the folder to write")
+    command.add_argument(
+        "--patch",
+        type=int,
+        nargs=2,
+        metavar=("ROW", "COLUMN"),
+        help="the patch whose attention is shown, counted from 0; default: CLS",
+    )
+    command.set_defaults(run=inspect)
 
     command = commands.add_parser("convert", help="make a CBSA model of another library's checkpoint")
     command.add_argument("source", metavar="SOURCE", help="a file of weights, a folder, or a hub id")

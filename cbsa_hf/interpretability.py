@@ -1,10 +1,58 @@
-"""What a trained model attends to."""
+"""
+What a trained model attends to: maps over the patches, and what the representatives read and write.
+
+Of the token-to-token views only one is exact: the map `A^T A` that the paper shows ([`attention_maps`]) leaves out the
+contraction; the product of what the representatives write and read is the update itself ([`exact_maps`]).
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
 
 import torch
+from torch.nn import functional as F
 from transformers import PreTrainedModel
 
+from .attention_cbsa import (
+    ContractAndBroadcastSelfAttention,
+    PooledRepresentatives,
+    TokenStatisticsSelfAttention,
+    adaptive_bins,
+)
 
-@torch.inference_mode()
+
+@contextmanager
+def watching(model: PreTrainedModel) -> Iterator[PreTrainedModel]:
+    """
+    The encoder of a model with any head, in evaluation mode and without gradients; afterwards every module is in the
+    mode that it was in, so that batch norm has counted nothing of what was shown.
+    """
+    training = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield model.base_model
+    finally:
+        for module, mode in training.items():
+            module.training = mode
+
+
+def patch_grid(model: PreTrainedModel, pixel_values: torch.Tensor) -> tuple[int, int]:
+    """(height, width) of the patches of that input."""
+    return model.base_model.embeddings.patch_embeddings.grid(*pixel_values.shape[2:])
+
+
+def token_index(grid: tuple[int, int], patch: tuple[int, int] | None) -> int:
+    """Which token (row, column) of the patch grid is, None for CLS; a ValueError outside the grid."""
+    if patch is None:
+        return 0
+    if 0 <= patch[0] < grid[0] and 0 <= patch[1] < grid[1]:
+        return 1 + patch[0] * grid[1] + patch[1]
+    raise ValueError(
+        f"Patch {tuple(patch)} lies outside the grid of {grid[0]} x {grid[1]} patches; rows and columns count from 0."
+    )
+
+
 def attention_maps(
     model: PreTrainedModel, pixel_values: torch.Tensor, patch: tuple[int, int] | None = None
 ) -> torch.Tensor:
@@ -12,7 +60,8 @@ def attention_maps(
     How strongly one token is tied to every patch: its row of the token-to-token map in each layer and head.
 
     Where that map is `A^T A`, the row is computed from the factor alone, `a^T A` with a the token's column: in time
-    linear in the number of tokens. For other attention types the whole map is built.
+    linear in the number of tokens. For other attention types the whole map is built. [`map_is_exact`] says whether the
+    map is what the update is made with; for `cbsa` it is not, see [`exact_maps`].
 
     Args:
         model: a CBSA model with any head.
@@ -25,20 +74,119 @@ def attention_maps(
     Raises:
         ValueError: `patch` lies outside the grid.
     """
-    encoder = model.base_model
-    grid = encoder.embeddings.patch_embeddings.grid(*pixel_values.shape[2:])
-    if patch is None:
-        token = 0
-    elif 0 <= patch[0] < grid[0] and 0 <= patch[1] < grid[1]:
-        token = 1 + patch[0] * grid[1] + patch[1]
-    else:
-        raise ValueError(f"Patch {patch} lies outside the grid of {grid[0]} x {grid[1]} patches.")
+    grid = patch_grid(model, pixel_values)
+    token = token_index(grid, patch)
     pixel_values = pixel_values.to(model.device)
-    if encoder.layers[0].attention.map_is_gram:
-        outputs = encoder(pixel_values, interpolate_pos_encoding=True, output_representative_attentions=True)
-        factors = torch.stack(outputs.representative_attentions)  # (layers, batch, heads, m, tokens)
-        rows = (factors[..., token].unsqueeze(-2) @ factors).squeeze(-2)
+    with watching(model) as encoder:
+        if encoder.layers[0].attention.map_is_gram:
+            outputs = encoder(pixel_values, interpolate_pos_encoding=True, output_representative_attentions=True)
+            factors = torch.stack(outputs.representative_attentions)  # (layers, batch, heads, m, tokens)
+            rows = (factors[..., token].unsqueeze(-2) @ factors).squeeze(-2)
+        else:
+            outputs = encoder(pixel_values, interpolate_pos_encoding=True, output_attentions=True)
+            rows = torch.stack([token_map[:, :, token] for token_map in outputs.attentions])
+        return rows[..., 1:].unflatten(-1, grid).cpu()
+
+
+def map_is_exact(model: PreTrainedModel) -> bool:
+    """
+    Whether the model's `attentions` times the values are its attention updates before the output layer: not for
+    `cbsa`, where the map leaves out the contraction, nor for `tssa`, whose update uses no map.
+    """
+    attention = model.base_model.layers[0].attention
+    return not isinstance(attention, (ContractAndBroadcastSelfAttention, TokenStatisticsSelfAttention))
+
+
+@dataclass
+class ExactMap:
+    """
+    One layer's attention as it is, with the softmaxes frozen: the update before the output layer is
+    `writes^T (reads W + initial)`, and the token-to-token map `writes^T reads` is the `kappa A^T S (P + eta A)` of the
+    derivation, S the contraction among the representatives and P the pooling.
+
+    Args:
+        factor: (batch, heads, m, N), A: how each representative spreads its attention; rows sum to 1.
+        reads: (batch, heads, m, N), `P + eta A`: how much of each token a representative holds in the end.
+        writes: (batch, heads, m, N), `kappa S^T A`: how much of what a representative holds each token is given.
+        values: (batch, heads, N, p), the projected tokens W.
+        initial: (heads, m, p), what learned representatives hold of themselves; 0 where they are pooled.
+    """
+
+    factor: torch.Tensor
+    reads: torch.Tensor
+    writes: torch.Tensor
+    values: torch.Tensor
+    initial: torch.Tensor
+
+    def row(self, token: int) -> torch.Tensor:
+        """What one token is given of every token, (batch, heads, N), signed; linear in N."""
+        return (self.writes[..., token].unsqueeze(-2) @ self.reads).squeeze(-2)
+
+    def column(self, token: int) -> torch.Tensor:
+        """What one token gives to every token, (batch, heads, N), signed; linear in N."""
+        return (self.reads[..., token].unsqueeze(-2) @ self.writes).squeeze(-2)
+
+    def dense(self) -> torch.Tensor:
+        """The whole map, (batch, heads, N, N): quadratic in N."""
+        return self.writes.transpose(2, 3) @ self.reads
+
+    def update(self) -> torch.Tensor:
+        """The update of the tokens before the output layer, (batch, heads, N, p); linear in N."""
+        return self.writes.transpose(2, 3) @ (self.reads @ self.values + self.initial)
+
+
+def pooling_matrix(
+    pool: PooledRepresentatives, grid: tuple[int, int], num_tokens: int, like: torch.Tensor
+) -> torch.Tensor:
+    """The product with this matrix (m, N) makes the initial representatives of the tokens: P."""
+    rows, columns = (adaptive_bins(n, m, like) for n, m in zip(grid, pool.size, strict=True))
+    matrix = torch.kron(rows, columns)  # (m, patches)
+    return F.pad(matrix, (pool.first_token, num_tokens - pool.first_token - matrix.shape[1]))
+
+
+def exact_map(
+    attention: ContractAndBroadcastSelfAttention, hidden_states: torch.Tensor, grid: tuple[int, int]
+) -> ExactMap:
+    """What the operator does to (batch, N, d), already normalised, as the product of writing and reading."""
+    _, _, factor = attention(hidden_states, grid, output_factor=True)
+    values = attention.split_heads(attention.proj(hidden_states))
+    initial = attention.representatives(values, grid)
+    representatives = initial + attention.step_rep * (factor @ values)
+    contraction = attention.attend(representatives, representatives)
+    reads = attention.step_rep * factor
+    if isinstance(attention.representatives, PooledRepresentatives):
+        reads = reads + pooling_matrix(attention.representatives, grid, values.shape[2], values)
+        initial = torch.zeros_like(initial[0])
     else:
-        outputs = encoder(pixel_values, interpolate_pos_encoding=True, output_attentions=True)
-        rows = torch.stack([token_map[:, :, token] for token_map in outputs.attentions])
-    return rows[..., 1:].unflatten(-1, grid).cpu()
+        initial = initial[0]
+    writes = attention.step_x * contraction.transpose(2, 3) @ factor
+    return ExactMap(factor, reads, writes, values, initial)
+
+
+def exact_maps(model: PreTrainedModel, pixel_values: torch.Tensor) -> list[ExactMap]:
+    """
+    What every layer's attention does, without approximation.
+
+    Args:
+        model: a CBSA model with any head, its attention type `cbsa`.
+        pixel_values: (batch, channels, height, width) of any size.
+
+    Returns:
+        One [`ExactMap`] per layer, on the CPU; CLS is token 0, patch (row, column) is [`token_index`].
+
+    Raises:
+        ValueError: another attention type.
+    """
+    if not isinstance(model.base_model.layers[0].attention, ContractAndBroadcastSelfAttention):
+        hint = "`attention_maps` is exact there" if map_is_exact(model) else "its update uses no token-to-token map"
+        raise ValueError(
+            f"`exact_maps` is for attention type 'cbsa'; this is {model.config.attention_type!r}: {hint}."
+        )
+    grid = patch_grid(model, pixel_values)
+    with watching(model) as encoder:
+        outputs = encoder(pixel_values.to(model.device), interpolate_pos_encoding=True, output_hidden_states=True)
+        maps = [
+            exact_map(layer.attention, layer.layernorm_before(hidden_states), grid)
+            for layer, hidden_states in zip(encoder.layers, outputs.hidden_states[:-1], strict=True)
+        ]
+    return [ExactMap(*(getattr(found, field.name).cpu() for field in fields(ExactMap))) for found in maps]

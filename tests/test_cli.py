@@ -1,11 +1,17 @@
 """The `cbsa` command as a process would see it."""
 
+import json
+
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
-from cbsa_hf import ZeroShotSegmenter, default_checkpoint
+from cbsa_hf import ZeroShotSegmenter, attention_maps, default_checkpoint
 from cbsa_hf.cli import main
+from cbsa_hf.images import to_pixel_values
+from cbsa_hf.interpretability import exact_maps
+from cbsa_hf.report import Report
 
 
 @pytest.fixture
@@ -33,10 +39,48 @@ def test_attention(photo_file, tmp_path):
     assert len(set(picture.convert("L").resize((64, 64)).tobytes())) > 30
 
 
+@pytest.mark.parametrize("patch", [None, (1, 2)])
+def test_inspect(photo, photo_file, shipped, tmp_path, capsys, patch):
+    folder = tmp_path / "report"
+    folder.mkdir()  # an empty one may be there
+    arguments = [] if patch is None else ["--patch", *map(str, patch)]
+    assert main(["inspect", str(photo_file), "-o", str(folder), "--long-side", "64", *arguments]) == 0
+    assert "report.json and 15 pictures" in capsys.readouterr().out
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["cat.png", "report"]
+    report = json.loads((folder / "report.json").read_text())
+    parts = ("attention", "exact_map", "measures")
+    pictures = [*(report[part]["picture"] for part in parts), *report["representatives"]["pictures"]]
+    assert sorted(path.name for path in folder.iterdir()) == sorted(["report.json", *pictures])
+    for name in pictures:
+        assert len(set(Image.open(folder / name).convert("L").resize((64, 64)).tobytes())) > 30
+
+    model, processor = shipped
+    pixel_values = to_pixel_values(photo, processor, 64, 8)
+    assert (report["input"], report["grid"]) == ([40, 64], [5, 8])
+    assert report["query"] == ("CLS" if patch is None else "patch (1, 2)")
+    probabilities = model(pixel_values, interpolate_pos_encoding=True).logits[0].softmax(-1)
+    assert report["predictions"][0]["probability"] == pytest.approx(probabilities.max().item(), rel=1e-4)
+    maps = attention_maps(model, pixel_values, patch)[:, 0]
+    assert report["attention"]["exact"] is False
+    np.testing.assert_allclose(report["attention"]["values"], maps, rtol=1e-4)
+    token = 0 if patch is None else 1 + 1 * 8 + 2
+    dense = torch.stack(
+        [layer.dense()[0, :, token, 1:].unflatten(-1, (5, 8)) for layer in exact_maps(model, pixel_values)]
+    )
+    assert report["exact_map"]["exact"] is True
+    np.testing.assert_allclose(report["exact_map"]["values"], dense, rtol=1e-3, atol=1e-5)
+    peaks = np.asarray(report["representatives"]["reads"][7]["peak"])
+    factor = exact_maps(model, pixel_values)[7].factor[0, ..., 1:]
+    assert (peaks @ [8, 1] == factor.argmax(-1).numpy()).all()
+    assert np.asarray(report["measures"]["coding_rate_after"]).shape == (12, 3)
+
+
 def make_bad_inputs(folder, photo_file):
     (folder / "text.png").write_text("no image")
     (folder / "cut.png").write_bytes(photo_file.read_bytes()[:20000])
     (folder / "empty").mkdir()
+    (folder / "full").mkdir()
+    (folder / "full" / "file.txt").write_text("mine")
     (folder / "vit").mkdir()
     (folder / "vit" / "config.json").write_text('{"model_type": "vit"}')
     broken = folder / "broken"
@@ -65,10 +109,45 @@ def make_bad_inputs(folder, photo_file):
 def test_bad_input(photo_file, tmp_path, monkeypatch, capsys, command, arguments, message):
     make_bad_inputs(tmp_path, photo_file)
     monkeypatch.chdir(tmp_path)
-    before = sorted(tmp_path.rglob("*"))
-    assert main([command, "-o", "out.png", *arguments]) == 2
+    check_refusal([command, "-o", "out.png", *arguments], message, tmp_path, capsys)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["nothing.png"], "There is no file"),
+        (["cut.png"], "is damaged"),
+        (["cat.png", "--checkpoint", "vit"], "holds a model of type vit"),
+        (["cat.png", "--checkpoint", "broken"], "cannot be read"),
+        (["cat.png", "--long-side", "64", "--patch", "5", "0"], "outside the grid of 5 x 8 patches"),
+        (["cat.png", "-o", "full"], "is not an empty folder"),
+        (["cat.png", "-o", "cat.png"], "is not an empty folder"),
+        (["cat.png", "-o", "no/folder"], "There is no folder"),
+    ],
+)
+def test_bad_input_of_inspect(photo_file, tmp_path, monkeypatch, capsys, arguments, message):
+    make_bad_inputs(tmp_path, photo_file)
+    monkeypatch.chdir(tmp_path)
+    check_refusal(["inspect", "-o", "report", *arguments], message, tmp_path, capsys)
+
+
+def test_inspect_that_fails_leaves_nothing(photo_file, tmp_path, monkeypatch, capsys):
+    def save(image, path, **options):
+        path.write_bytes(b"half a picture")
+        raise OSError("the disk is full")
+
+    monkeypatch.setattr(Image.Image, "save", save)
+    report = Report({}, {"attention.png": Image.new("RGB", (8, 8))})
+    monkeypatch.setattr("cbsa_hf.cli.inspect_photo", lambda *args: report)
+    check_refusal(["inspect", str(photo_file), "-o", str(tmp_path / "report")], "is full", tmp_path, capsys)
+
+
+def check_refusal(arguments, message, folder, capsys):
+    """One sentence and exit 2, and nothing is written."""
+    before = sorted(folder.rglob("*"))
+    assert main(arguments) == 2
     error = capsys.readouterr().err
     assert message in error
     assert error.startswith("cbsa: ")
     assert error.count("\n") == 1
-    assert sorted(tmp_path.rglob("*")) == before
+    assert sorted(folder.rglob("*")) == before

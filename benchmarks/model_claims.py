@@ -1,0 +1,299 @@
+"""The claims about trained models: 1, 2, 3, 4 and 7. A workbench in, a finding out."""
+
+import hashlib
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+from small_models import accuracy, with_attention
+from workbench import FAILS, FAMILY, HOLDS, NOT_RUN, OPEN, Finding, Workbench, not_run, sign_verdict, spread, table
+
+from cbsa_hf import default_checkpoint, load_checkpoint
+from cbsa_hf.charts import line_panels
+from cbsa_hf.measures import accuracy_under_noise, measure_layers
+
+
+ROOT = Path(__file__).resolve().parents[1]
+NO_DATA = "no `--dataset_name` was given."
+
+
+def digest_of(*paths: Path) -> str:
+    return hashlib.sha256(b"".join(path.read_bytes() for path in paths)).hexdigest()[:12]
+
+
+def score_masks(bench: Workbench, name: str, checkpoint: str) -> dict[str, float]:
+    """What `training/score.py` says of a checkpoint's masks; from the cache unless weights or code have changed."""
+    code = [ROOT / "training" / "score.py", ROOT / "cbsa_hf" / "zero_shot.py"]
+    digest = digest_of(Path(checkpoint) / "model.safetensors", Path(checkpoint) / "config.json", *code)
+    output = bench.cache / f"masks-{name}-{digest}.json"
+    if not output.is_file():
+        partial = output.with_suffix(".partial")
+        command = [sys.executable, str(code[0]), "--task", "zero-shot-segmentation", "--split", "train"]
+        command += ["--dataset_name", bench.masks_name, "--checkpoint", checkpoint, "--output", str(partial)]
+        process = subprocess.run(command, capture_output=True, text=True)
+        if process.returncode:
+            raise ValueError(f"Scoring the masks of {name} failed: {process.stderr.strip().splitlines()[-1]}")
+        partial.replace(output)
+    return {key: value for key, value in json.loads(output.read_text()).items() if isinstance(value, float)}
+
+
+def zero_shot_segmentation(bench: Workbench) -> Finding:
+    """Claim 1."""
+    parts = (
+        "Attention maps segment objects, better than trivial masks",
+        "CBT is ahead of CRATE and softmax attention",
+    )
+    run = "`training/score.py --task zero-shot-segmentation` on every checkpoint of the comparison, one seed each."
+    if bench.masks_name is None:
+        return not_run("no `--masks_name` was given.", *parts)
+    checkpoints = {"shipped": default_checkpoint(), **bench.compared()}
+    scores = {name: score_masks(bench, name, checkpoint) for name, checkpoint in checkpoints.items()}
+    names = list(dict.fromkeys(key for found in scores.values() for key in found))
+    rows = [[key, *(f"{found[key]:.3f}" if key in found else "" for found in scores.values())] for key in names]
+
+    ours, margin = scores.get("cbsa", scores["shipped"]).get("attention"), 0.02
+    trivial = max((scores["shipped"][key] for key in ("everything", "centred ellipse", "two colours")), default=None)
+    if ours is None or trivial is None:
+        verdicts = dict.fromkeys(parts, (OPEN, "the scores have no `attention`."))
+    else:
+        verdict = HOLDS if ours > trivial + margin else FAILS if ours < trivial else OPEN
+        verdicts = {parts[0]: (verdict, f"the attention of CLS has {ours:.3f}, the best trivial mask {trivial:.3f}.")}
+        others = {name: scores[name]["attention"] for name in ("mssa", "softmax") if name in scores}
+        if not others or "cbsa" not in scores:
+            verdicts[parts[1]] = (NOT_RUN, "it needs `--checkpoints` with `cbsa`, `mssa` and `softmax`.")
+        else:
+            ahead = [ours - other for other in others.values()]
+            verdict = HOLDS if min(ahead) > margin else FAILS if max(ahead) < -margin else OPEN
+            listed = ", ".join(f"{name} {value:.3f}" for name, value in others.items())
+            verdicts[parts[1]] = (verdict, f"cbsa has {ours:.3f}, {listed}; differences below {margin} count as none.")
+    return Finding(run, verdicts, [table(["mean IoU of the foreground", *scores], rows)])
+
+
+def objective(bench: Workbench) -> Finding:
+    """Claim 2."""
+    parts = (
+        "Attention lowers the coding rate, tokens normalised as the operator is given them",
+        "Attention lowers the coding rate, tokens as the residual stream has them",
+        "ISTA makes tokens sparser",
+    )
+    if bench.dataset_name is None:
+        return not_run(NO_DATA, *parts)
+    models = {"shipped": load_checkpoint()}
+    models |= {name: load_checkpoint(folder) for name, folder in bench.compared().items() if name != "softmax"}
+    measured = {}
+    for name, (model, processor) in models.items():
+        batches = [pixel_values for pixel_values, _ in bench.photos(processor, bench.num_images)]
+        measured[name] = measure_layers(model, batches)
+    small_images = [bench.validation_set.pixel_values[:256]]
+    for name in ("cbsa", "mssa", "tssa"):
+        for seed in bench.seeds:
+            model = bench.small(name, seed, attention_type=name)
+            measured[f"small {name}, seed {seed}"] = measure_layers(model, small_images)
+
+    rows, falls = [], {}
+    for name, found in measured.items():
+        changes = {
+            kind: getattr(found, f"{kind}_after") - getattr(found, f"{kind}_before")
+            for kind in ("normalised_coding_rate", "coding_rate")
+        }
+        falls[name] = {kind: (change.mean(0) < 0).double().mean().item() for kind, change in changes.items()}
+        rows.append(
+            [
+                name,
+                *(f"{change.mean():+.2f} ± {change.mean((1, 2)).std():.2f}" for change in changes.values()),
+                *(f"{share:.0%}" for share in falls[name].values()),
+                f"{found.zeros_after[:, 0].mean():.2f}, {found.zeros_after[:, -1].mean():.2f}",
+                f"{found.sparsity_before.mean():.2f}, {found.sparsity_after.mean():.2f}",
+            ]
+        )
+    header = ["model", "change, normalised", "change, as they are", "falls, normalised", "falls, as they are"]
+    header += ["zeros after ISTA, first and last layer", "Hoyer sparsity before and after"]
+
+    model, processor = models["shipped"]
+    few = [pixel_values for pixel_values, _ in bench.photos(processor, 16)]
+    eps_rows = []
+    for eps in (0.1, 0.5, 2.0):
+        found = measure_layers(model, few, eps)
+        shares = [
+            (getattr(found, f"{kind}_after").mean(0) < getattr(found, f"{kind}_before").mean(0)).double().mean()
+            for kind in ("normalised_coding_rate", "coding_rate")
+        ]
+        eps_rows.append([eps, *(f"{share:.0%}" for share in shares)])
+
+    shipped, verdicts = measured["shipped"], {}
+    for part, kind in zip(parts, ("normalised_coding_rate", "coding_rate"), strict=False):
+        share = falls["shipped"][kind]
+        verdict = HOLDS if share >= 0.9 else FAILS if share <= 0.1 else OPEN
+        verdicts[part] = (verdict, f"it falls in {share:.0%} of the shipped model's heads, by the mean over images.")
+    sparser = (shipped.sparsity_after.mean(0) > shipped.sparsity_before.mean(0)).double().mean().item()
+    reason = f"Hoyer sparsity rises in {sparser:.0%} of the layers, and {shipped.zeros_after.mean():.0%} become 0."
+    verdicts[parts[2]] = (HOLDS if sparser == 1 else FAILS if sparser == 0 else OPEN, reason)
+
+    layers = list(range(shipped.zeros_after.shape[1]))
+    change = {
+        "normalised": shipped.normalised_coding_rate_after - shipped.normalised_coding_rate_before,
+        "as they are": shipped.coding_rate_after - shipped.coding_rate_before,
+    }
+    panels = [
+        {
+            "title": "change of the coding rate by attention",
+            "y": "nats",
+            "lines": {name: values.mean(2).numpy() for name, values in change.items()},
+        },
+        {"title": "zeros after ISTA", "y": "share of entries", "lines": {"shipped": shipped.zeros_after.numpy()}},
+        {
+            "title": "Hoyer sparsity",
+            "y": "0 dense, 1 one entry",
+            "lines": {"before ISTA": shipped.sparsity_before.numpy(), "after": shipped.sparsity_after.numpy()},
+        },
+    ]
+    panels = [{"x": "layer", "positions": layers, **panel} for panel in panels]
+    run = (
+        f"`measure_layers` on {bench.num_images} validation images (256 for small models): the coding rate of the "
+        "tokens in the basis of each head before the attention step and after it, residual included, eps = 0.5, in "
+        f"nats. Changes are means over layers and heads, ± over images. {bench.describe_small()}"
+    )
+    eps_table = table(["eps, shipped model", "heads where it falls, normalised", "as they are"], eps_rows)
+    picture = ("The shipped model: mean and standard deviation over images.", line_panels(panels))
+    return Finding(run, verdicts, [table(header, rows), eps_table], picture)
+
+
+def pooled_representatives(bench: Workbench) -> Finding:
+    """Claim 3."""
+    claim = "Pooled representatives keep the attention at a higher rank than learned ones"
+    stds = (1.0, 0.02)  # this library's start, and the usual one of weights in vision transformers
+    parts = {std: f"{claim} that start with a standard deviation of {std:g}" for std in stds}
+    if bench.dataset_name is None:
+        return not_run(NO_DATA, *parts.values())
+    images = [bench.validation_set.pixel_values[:256]]
+    kinds = {"pooled": {"name": "cbsa"}}
+    for std in stds:
+        values = {"name": f"cbsa-learned-{std:g}", "representatives_type": "learned", "learned_std": std}
+        kinds[f"learned, from {std:g}"] = values
+    ranks, rows = {}, []
+    for kind, values in kinds.items():
+        models = [bench.small(seed=seed, attention_type="cbsa", **values) for seed in bench.seeds]
+        measured = [measure_layers(model, images) for model in models]
+        ranks[kind] = {
+            matrix: torch.stack([getattr(found, f"{matrix}_rank").mean((0, 2)) for found in measured])  # seeds, layers
+            for matrix in ("factor", "map")
+        }
+        scores = spread(accuracy(model, bench.validation_set) for model in models)
+        rows.append([kind, *(spread(ranks[kind][matrix].mean(1), 2) for matrix in ("factor", "map")), scores])
+    verdicts = {}
+    for std, part in parts.items():
+        differences = (ranks["pooled"]["map"] - ranks[f"learned, from {std:g}"]["map"]).mean(1).tolist()
+        listed = ", ".join(f"{difference:+.2f}" for difference in differences)
+        verdicts[part] = (sign_verdict(differences), f"pooled minus learned, rank of A^T A, per seed: {listed}.")
+    panels = [
+        {
+            "title": f"effective rank of {title}",
+            "x": "layer",
+            "y": f"of at most {bench.recipe.representatives_size**2}",
+            "positions": list(range(bench.recipe.num_layers)),
+            "lines": {kind: found[matrix].numpy() for kind, found in ranks.items()},
+        }
+        for matrix, title in (("factor", "A"), ("map", "$A^T A$"))
+    ]
+    run = f"Effective rank (exponential of the entropy of the singular values) on 256 images. {bench.describe_small()}"
+    header = ["representatives", "rank of A", "rank of A^T A", "accuracy"]
+    picture = ("Mean and standard deviation over seeds.", line_panels(panels))
+    return Finding(run, verdicts, [table(header, rows)], picture)
+
+
+def robustness(bench: Workbench) -> Finding:
+    """Claim 4."""
+    parts = ("cbsa loses less accuracy than softmax, small models", "the same, checkpoints of the comparison")
+    if bench.dataset_name is None:
+        return not_run(NO_DATA, *parts)
+    scales = [0.25, 0.5, 0.75, 1.0, 1.5]
+    retained, rows = {}, []
+
+    def add_row(name: str, curves: torch.Tensor) -> torch.Tensor:
+        """Curves (samples, 1 + scales) of accuracy, without noise first; returns the share that is kept."""
+        if (curves[:, 0] == 0).any():
+            raise ValueError(f"The {name} gets no image right; does it know the classes of {bench.dataset_name}?")
+        kept = curves[:, 1:] / curves[:, :1]
+        rows.append([name, spread(curves[:, 0]), *(spread(kept[:, i], 2) for i in range(len(scales)))])
+        return kept
+
+    batches = bench.validation_set.batches()[:4]
+    for name in FAMILY:
+        curves = []
+        for seed in bench.seeds:
+            model = bench.small(name, seed, attention_type=name)
+            noisy = [accuracy_under_noise(model, batches, [0, *scales], seed=draw) for draw in range(3)]
+            curves.append(torch.tensor(noisy).mean(0))
+        retained[name] = add_row(f"small {name}", torch.stack(curves))
+    lead = (retained["cbsa"] - retained["softmax"]).mean(1).tolist()
+    listed = ", ".join(f"{value:+.3f}" for value in lead)
+    reason = f"share of the accuracy kept, mean over scales, cbsa minus softmax per seed: {listed}."
+    verdicts = {parts[0]: (sign_verdict(lead), reason)}
+
+    kept = {}
+    for name, folder in bench.compared().items():
+        model, processor = load_checkpoint(folder)
+        photos = bench.photos(processor, 2 * bench.num_images)
+        curves = [accuracy_under_noise(model, photos, [0, *scales], seed=draw) for draw in range(3)]
+        kept[name] = add_row(f"checkpoint {name}", torch.tensor(curves))
+    if {"cbsa", "softmax"} <= kept.keys():
+        lead = (kept["cbsa"] - kept["softmax"]).mean(1).tolist()
+        listed = ", ".join(f"{value:+.3f}" for value in lead)
+        verdicts[parts[1]] = (sign_verdict(lead), f"the same, per draw of the noise: {listed}; one training seed.")
+    else:
+        verdicts[parts[1]] = (NOT_RUN, "it needs `--checkpoints` with `cbsa` and `softmax`.")
+    panels = [
+        {
+            "title": title,
+            "x": "noise / root mean square of the weights",
+            "y": "share of the accuracy kept",
+            "positions": [0, *scales],
+            "lines": {name: torch.cat([torch.ones(len(v), 1), v], dim=1).numpy() for name, v in found.items()},
+        }
+        for title, found in (("small models, over seeds", retained), ("checkpoints, over draws", kept))
+        if found
+    ]
+    run = (
+        "`accuracy_under_noise`: Gaussian noise on the matrices that project to queries, keys and values (one for the "
+        "white-box operators, three for softmax), its standard deviation the scale times each matrix's root mean "
+        f"square; three draws. Small models on {len(batches) * 256} images at most, checkpoints on "
+        f"{2 * bench.num_images}. " + bench.describe_small()
+    )
+    header = ["model", "accuracy", *(f"kept at {scale}" for scale in scales)]
+    picture = ("Mean and standard deviation.", line_panels(panels))
+    return Finding(run, verdicts, [table(header, rows)], picture)
+
+
+def adaptation(bench: Workbench) -> Finding:
+    """Claim 7."""
+    part = "Replacing the attention of a trained softmax model and fine-tuning loses little"
+    if bench.dataset_name is None:
+        return not_run(NO_DATA, part)
+    scores = {name: [] for name in ("before", "replaced", "tuned", "softmax tuned")}
+    for seed in bench.seeds:
+        model = bench.small("softmax", seed, attention_type="softmax")
+        replaced = with_attention(model, attention_type="agent")
+        scores["before"].append(accuracy(model, bench.validation_set))
+        scores["replaced"].append(accuracy(replaced, bench.validation_set))
+        for name, attention in (("tuned", "agent"), ("softmax tuned", "softmax")):
+            tuned = bench.adapted(model, f"softmax-to-{attention}", seed, attention_type=attention)
+            scores[name].append(accuracy(tuned, bench.validation_set))
+    losses = [control - tuned for tuned, control in zip(scores["tuned"], scores["softmax tuned"], strict=True)]
+    worst = max(losses)
+    verdict = HOLDS if worst < 0.02 else FAILS if min(losses) > 0.02 else OPEN
+    listed = ", ".join(f"{loss:+.3f}" for loss in losses)
+    reason = f"accuracy lost against softmax that was tuned as long, per seed: {listed}; up to 0.02 counts as little."
+    names = {
+        "before": "softmax, as trained",
+        "replaced": "its attention replaced by `agent`, the same weights",
+        "tuned": "and fine-tuned",
+        "softmax tuned": "softmax, fine-tuned as long",
+    }
+    run = (
+        "A small softmax model; `agent` takes its place with the same weights, and is fine-tuned for half as many "
+        f"epochs as it was trained, at a quarter of the rate. {bench.describe_small()}"
+    )
+    rows = [[names[name], spread(found)] for name, found in scores.items()]
+    return Finding(run, {part: (verdict, reason)}, [table(["model", "accuracy"], rows)])

@@ -1,0 +1,117 @@
+"""What the claims are checked with, and what comes out: findings with verdicts, tables and pictures."""
+
+import statistics
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from data import find_columns, find_split, load_images
+from PIL import Image
+from small_models import Recipe, Thumbnails, fine_tuned, make_thumbnails, small_model
+from transformers import BaseImageProcessor, PreTrainedModel
+
+
+HOLDS, FAILS, OPEN, NOT_RUN = "holds here", "does not hold here", "cannot tell", "not run"
+FAMILY = ("cbsa", "mssa", "tssa", "softmax")  # the comparison's folders, and the small models that are trained
+
+
+@dataclass
+class Finding:
+    """
+    Args:
+        run: what was run, a sentence or more.
+        verdicts: for each part of the claim, its verdict and why.
+        tables: Markdown.
+        picture: what it shows, and the picture.
+    """
+
+    run: str
+    verdicts: dict[str, tuple[str, str]]
+    tables: list[str] = field(default_factory=list)
+    picture: tuple[str, Image.Image] | None = None
+
+
+@dataclass
+class Workbench:
+    """What the claims are checked with; images are loaded and models trained when they are asked for."""
+
+    cache: Path
+    dataset_name: str | None = None
+    masks_name: str | None = None
+    checkpoints: Path | None = None
+    recipe: Recipe = field(default_factory=Recipe)
+    seeds: tuple[int, ...] = (0, 1, 2)
+    num_images: int = 64
+
+    @cached_property
+    def splits(self):
+        return load_images(self.dataset_name)
+
+    def thumbnails(self, split: str) -> Thumbnails:
+        dataset = find_split(self.splits, split)
+        return make_thumbnails(dataset, *find_columns(dataset), self.recipe.image_size)
+
+    @cached_property
+    def training_set(self) -> Thumbnails:
+        return self.thumbnails("train")
+
+    @cached_property
+    def validation_set(self) -> Thumbnails:
+        return self.thumbnails("validation")
+
+    def photos(self, processor: BaseImageProcessor, count: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """Validation images at even distances, in batches of 16, and their labels."""
+        dataset = find_split(self.splits, "validation")
+        image_column, label_column = find_columns(dataset)
+        rows = dataset[range(0, len(dataset), max(1, len(dataset) // count))]
+        images = [image.convert("RGB") for image in rows[image_column][:count]]
+        pixel_values = processor(images, return_tensors="pt")["pixel_values"]
+        return [*zip(pixel_values.split(16), torch.tensor(rows[label_column][:count]).split(16), strict=True)]
+
+    def small(self, name: str, seed: int, **values) -> PreTrainedModel:
+        """A small model of that name, trained or from the cache."""
+        return small_model(self.training_set, self.recipe, seed, self.cache, name, **values)
+
+    def adapted(self, model: PreTrainedModel, name: str, seed: int, **values) -> PreTrainedModel:
+        """The model with that attention, fine-tuned or from the cache."""
+        return fine_tuned(model, self.training_set, self.recipe, seed, self.cache, name, **values)
+
+    def compared(self) -> dict[str, str]:
+        """The folders of the comparison that are there, by attention type."""
+        if self.checkpoints is None:
+            return {}
+        return {name: str(self.checkpoints / name) for name in FAMILY if (self.checkpoints / name).is_dir()}
+
+    def describe_small(self) -> str:
+        recipe = self.recipe
+        return (
+            f"Small models: {recipe.num_layers} layers of width {recipe.hidden_size}, {recipe.num_heads} heads, ISTA, "
+            f"{recipe.representatives_size} x {recipe.representatives_size} representatives, on images of "
+            f"{recipe.image_size} px with patches of {recipe.patch_size} px; {len(self.training_set.labels)} training "
+            f"images, {recipe.num_epochs} epochs; {len(self.seeds)} seeds; measured on "
+            f"{len(self.validation_set.labels)} validation images."
+        )
+
+
+def table(header: list[str], rows: list[list]) -> str:
+    """In Markdown."""
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
+
+
+def spread(values, digits: int = 3) -> str:
+    """Mean ± standard deviation of some numbers."""
+    values = [float(value) for value in values]
+    return f"{statistics.mean(values):.{digits}f} ± {statistics.stdev(values) if len(values) > 1 else 0:.{digits}f}"
+
+
+def sign_verdict(differences: list[float]) -> str:
+    """Over seeds: the claim holds where every one says so, and fails where every one says the opposite."""
+    if all(difference > 0 for difference in differences):
+        return HOLDS
+    return FAILS if all(difference < 0 for difference in differences) else OPEN
+
+
+def not_run(reason: str, *parts: str) -> Finding:
+    return Finding("", dict.fromkeys(parts, (NOT_RUN, reason)))

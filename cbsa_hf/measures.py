@@ -1,0 +1,200 @@
+"""
+Whether the layers do what their objective says: coding rates, sparsity and ranks, and accuracy under perturbation.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, fields
+
+import torch
+from torch.func import functional_call
+from transformers import PreTrainedModel
+
+from .attention_cbsa import SharedProjectionSelfAttention
+from .interpretability import patch_grid, watching
+
+
+def coding_rate(tokens: torch.Tensor, eps: float = 0.5) -> torch.Tensor:
+    """
+    `R(X) = 1/2 logdet(I + p / (n eps^2) X^T X)`, in nats: what it takes to code the rows of X up to the error eps.
+
+    (..., n, p) -> (...), in float64.
+    """
+    n, p = tokens.shape[-2:]
+    tokens = tokens.double()
+    gram = tokens.transpose(-1, -2) @ tokens * (p / (n * eps**2))
+    return torch.linalg.slogdet(gram + torch.eye(p, dtype=gram.dtype, device=gram.device)).logabsdet / 2
+
+
+def effective_count(weights: torch.Tensor) -> torch.Tensor:
+    """
+    Over how many entries non-negative weights are spread: the exponential of the entropy of their shares, which is k
+    for k equal ones. (..., n) -> (...), in float64.
+    """
+    weights = weights.double()
+    total = weights.sum(-1, keepdim=True).clamp_min(torch.finfo(weights.dtype).tiny)
+    return torch.special.entr(weights / total).sum(-1).exp()
+
+
+def effective_rank(matrix: torch.Tensor) -> torch.Tensor:
+    """The [`effective_count`] of the singular values (Roy and Vetterli, 2007). (..., rows, columns) -> (...)."""
+    return effective_count(torch.linalg.svdvals(matrix.double()))
+
+
+def hoyer_sparsity(tokens: torch.Tensor) -> torch.Tensor:
+    """
+    `(sqrt(n) - |x|_1 / |x|_2) / (sqrt(n) - 1)` of each token x of n entries, averaged (Hoyer, 2004): 0 when all
+    entries are as large, 1 when one alone is not zero. (..., tokens, n) -> (...).
+    """
+    root = tokens.shape[-1] ** 0.5
+    ratio = tokens.norm(p=1, dim=-1) / tokens.norm(dim=-1).clamp_min(torch.finfo(tokens.dtype).tiny)
+    return ((root - ratio) / (root - 1)).mean(-1)
+
+
+@dataclass
+class LayerMeasures:
+    """
+    Numbers of every image, layer and, where it says so, head. Coding rates are of the tokens projected by the head's
+    basis, and there are none (None) where query, key and value have projections of their own.
+
+    Args:
+        eps: error of the coding rates.
+        coding_rate_before: (images, layers, heads), of the tokens that the attention step gets.
+        coding_rate_after: (images, layers, heads), of the tokens that it leaves, residual included.
+        normalised_coding_rate_before, normalised_coding_rate_after: the same behind the layer's LayerNorm, which takes
+            away the tokens' lengths: what the operator itself is given, and would be given again.
+        zeros_before, zeros_after: (images, layers), share of entries that are exactly 0 before and after the
+            feed-forward block (ISTA).
+        sparsity_before, sparsity_after: (images, layers), [`hoyer_sparsity`] there.
+        factor_rank: (images, layers, heads), effective rank of the factor A; None where there is none.
+        map_rank: (images, layers, heads), effective rank of the token-to-token map, `A^T A` for cbsa.
+    """
+
+    eps: float
+    coding_rate_before: torch.Tensor | None
+    coding_rate_after: torch.Tensor | None
+    normalised_coding_rate_before: torch.Tensor | None
+    normalised_coding_rate_after: torch.Tensor | None
+    zeros_before: torch.Tensor
+    zeros_after: torch.Tensor
+    sparsity_before: torch.Tensor
+    sparsity_after: torch.Tensor
+    factor_rank: torch.Tensor | None
+    map_rank: torch.Tensor
+
+    def summary(self) -> dict[str, dict[str, list] | None]:
+        """Mean and standard deviation over the images (0 for a single one), as lists over layers and heads."""
+        found = {name: getattr(self, name) for name in MEASURES}
+        return {
+            name: None
+            if value is None
+            else {"mean": value.mean(0).tolist(), "std": value.std(0, correction=0).tolist()}
+            for name, value in found.items()
+        }
+
+
+MEASURES = [field.name for field in fields(LayerMeasures) if field.name != "eps"]
+
+
+def basis_coding_rate(attention: SharedProjectionSelfAttention, tokens: torch.Tensor, eps: float) -> torch.Tensor:
+    """Of tokens (batch, N, d) in the basis of each head -> (batch, heads)."""
+    return coding_rate(attention.split_heads(attention.proj(tokens)), eps)
+
+
+def measure_batch(encoder: PreTrainedModel, pixel_values: torch.Tensor, eps: float) -> dict[str, torch.Tensor]:
+    """The tensors of [`LayerMeasures`] for one batch; those that the model does not have are left out."""
+    grid = patch_grid(encoder, pixel_values)
+    operator = encoder.layers[0].attention
+    outputs = encoder(
+        pixel_values.to(encoder.device),
+        interpolate_pos_encoding=True,
+        output_hidden_states=True,
+        output_attentions=not operator.map_is_gram,
+        output_representative_attentions=operator.has_factor,
+    )
+    found = {name: [] for name in MEASURES}
+    for index, layer in enumerate(encoder.layers):
+        before, code = outputs.hidden_states[index : index + 2]
+        operator_input = layer.layernorm_before(before)
+        after = before + layer.attention(operator_input, grid)[0]
+        if isinstance(layer.attention, SharedProjectionSelfAttention):
+            for name, tokens in {
+                "coding_rate_before": before,
+                "coding_rate_after": after,
+                "normalised_coding_rate_before": operator_input,
+                "normalised_coding_rate_after": layer.layernorm_before(after),
+            }.items():
+                found[name].append(basis_coding_rate(layer.attention, tokens, eps))
+        for name, tokens in {"before": layer.layernorm_after(after), "after": code}.items():
+            found[f"zeros_{name}"].append((tokens == 0).double().mean((1, 2)))
+            found[f"sparsity_{name}"].append(hoyer_sparsity(tokens.double()))
+        if operator.has_factor:
+            singular_values = torch.linalg.svdvals(outputs.representative_attentions[index].double())
+            found["factor_rank"].append(effective_count(singular_values))
+        if operator.map_is_gram:  # the map's singular values are those of the factor, squared
+            found["map_rank"].append(effective_count(singular_values.square()))
+        else:
+            found["map_rank"].append(effective_rank(outputs.attentions[index]))
+    return {name: torch.stack(values, dim=1).cpu() for name, values in found.items() if values}
+
+
+def measure_layers(model: PreTrainedModel, batches: Iterable[torch.Tensor], eps: float = 0.5) -> LayerMeasures:
+    """
+    Coding rates before and after every attention step, sparsity before and after every feed-forward block, and the
+    ranks of the attention, image by image.
+
+    Args:
+        model: a CBSA model with any head.
+        batches: of `pixel_values`, (batch, channels, height, width) of any size.
+        eps: error of the coding rates, in the units of the projected tokens.
+    """
+    with watching(model) as encoder:
+        measured = [measure_batch(encoder, pixel_values, eps) for pixel_values in batches]
+    if not measured:
+        raise ValueError("There are no images to measure; give one batch of `pixel_values` at least.")
+    found = {name: torch.cat([m[name] for m in measured]) for name in measured[0]}
+    return LayerMeasures(eps=eps, **(dict.fromkeys(MEASURES) | found))
+
+
+def noisy_projections(
+    model: PreTrainedModel, scale: float, generator: torch.Generator | None = None
+) -> dict[str, torch.Tensor]:
+    """
+    Copies of the weights that project tokens to queries, keys and values in every layer, by name, with Gaussian noise
+    added: its standard deviation is `scale` times the root mean square of each matrix.
+    """
+    noisy = {}
+    for name, weight in model.named_parameters():
+        if name.endswith(("attention.proj.weight", "q_proj.weight", "k_proj.weight", "v_proj.weight")):
+            noise = torch.randn(weight.shape, generator=generator).to(weight)
+            noisy[name] = weight.detach() + scale * weight.detach().square().mean().sqrt() * noise
+    return noisy
+
+
+def accuracy_under_noise(
+    model: PreTrainedModel,
+    batches: Iterable[tuple[torch.Tensor, torch.Tensor]],
+    scales: Iterable[float],
+    seed: int = 0,
+) -> list[float]:
+    """
+    Accuracy of a classifier for each scale of the noise of [`noisy_projections`]; its own weights are not touched.
+
+    Args:
+        model: a CBSA classifier.
+        batches: pairs of `pixel_values` and labels (batch,); gone through once per scale.
+        scales: of the noise, relative to the weights; the noise is the same but for its scale.
+        seed: of the noise.
+    """
+    accuracies = []
+    with watching(model):
+        for scale in scales:
+            weights = noisy_projections(model, scale, torch.Generator().manual_seed(seed))
+            hits = [
+                functional_call(
+                    model, weights, (pixel_values.to(model.device),), {"interpolate_pos_encoding": True}
+                ).logits.argmax(-1)
+                == labels.to(model.device)
+                for pixel_values, labels in batches
+            ]
+            accuracies.append(torch.cat(hits).double().mean().item())
+    return accuracies
