@@ -29,6 +29,10 @@ class Cut(NamedTuple):
     values: torch.Tensor
     vectors: torch.Tensor
 
+    def leading(self, count: int) -> "Cut":
+        """The constant vector and the `count` next: the coarsest parts of the affinity."""
+        return Cut(self.degrees, self.values[: 1 + count], self.vectors[:, : 1 + count])
+
 
 def cut_factored(factor: torch.Tensor) -> Cut:
     """

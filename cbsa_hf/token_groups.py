@@ -8,28 +8,27 @@ from transformers import PreTrainedModel
 
 from .attention_cbsa import ContractAndBroadcastSelfAttention
 from .interpretability import attention_maps, patch_grid, watching
-from .spectral import cut_dense, cut_factored, k_means, landmark_factor, stack_factors, visits
+from .spectral import Cut, cut_dense, cut_factored, k_means, landmark_factor, stack_factors, visits
 
 
 LANDMARKS = 8  # a side, as many as the representatives of the published models
 TEMPERATURE = 0.1
+FOREGROUND_VECTORS = 4
 SMALLEST_SHARE = 1e-12  # of a representative's attention, lest a patch has none at all
 
 
 @dataclass
 class Grouping:
     """
-    Groups of the patches.
+    Groups of the patches, on their grid (height, width).
 
     Args:
-        members: (k, height, width) of the grid, how much each patch belongs to each group.
-        scores: (k,), how much each group is foreground, which it is above 0.
-        saliency: (height, width), how much each patch is.
+        members: (k, height, width), how much each patch belongs to each group.
+        saliency: (height, width), how much each patch is foreground, which it is above 0.
         tokens: (height, width, hidden_size), the patches after the final LayerNorm.
     """
 
     members: torch.Tensor
-    scores: torch.Tensor
     saliency: torch.Tensor
     tokens: torch.Tensor
 
@@ -47,11 +46,24 @@ def smallest_share(values: torch.Tensor, mass: float) -> torch.Tensor:
     return values[min(int(count), len(values)) - 1]
 
 
-def border(grid: tuple[int, int]) -> torch.Tensor:
-    """(N,), 1 for the patches along the border of the grid, 0 for the others; row by row."""
+def surroundings(grid: tuple[int, int]) -> torch.Tensor:
+    """
+    (N,), 1 for the patches along the top and the sides of a grid, 0 for others, row by row. What a photo is of often
+    stands at its bottom.
+    """
     target = torch.ones(grid, dtype=torch.float64)
-    target[1:-1, 1:-1] = 0
+    target[1:, 1:-1] = 0
     return target.flatten()
+
+
+def foreground(cut: Cut, target: torch.Tensor) -> torch.Tensor:
+    """
+    How much more rarely than on average random walks over the affinity visit the target, by the cut's leading vectors;
+    in standard deviations over the starts, (N,).
+    """
+    rarely = -visits(cut.leading(FOREGROUND_VECTORS), target)
+    rarely = rarely - rarely.mean()
+    return rarely / rarely.std(correction=0).clamp_min(1e-9)
 
 
 @dataclass
@@ -116,38 +128,35 @@ def encode(
     return tokens, (attention + attention.mT) / 2
 
 
+def attention_of_heads(model: PreTrainedModel, pixel_values: torch.Tensor, layer: int | None) -> torch.Tensor:
+    """
+    The attention of CLS to the patches in one layer, or on average over all, (heads, height, width); sums of 1.
+
+    A median over 5 x 5 patches is taken: in classifiers trained without register tokens single patches, often of plain
+    background, draw much of the attention (arXiv 2309.16588).
+    """
+    maps = attention_maps(model, pixel_values).double()  # (layers, 1, heads, height, width)
+    maps = maps / maps.sum((3, 4), keepdim=True)  # every layer and head has the same say
+    maps = median_filter(maps.mean(0) if layer is None else maps[layer], size=5)[0]
+    return maps / maps.sum((1, 2), keepdim=True)
+
+
 def group_by_attention(model: PreTrainedModel, pixel_values: torch.Tensor, options: Options) -> Grouping:
     """
     Foreground by the attention of CLS, after DINO's visualisation (arXiv 2104.14294): its row of the token-to-token
     map is a map over the patches, and the foreground is where most of its mass lies. There are two groups, whatever
     `num_segments`.
-
-    A median over 5 x 5 patches comes between: in classifiers trained without register tokens single patches, often of
-    plain background, draw much of the attention (arXiv 2309.16588).
     """
     tokens, _ = encode(model, pixel_values, options, wants_attention=False)
-    maps = attention_maps(model, pixel_values).double()  # (layers, 1, heads, height, width)
-    maps = maps / maps.sum((3, 4), keepdim=True)  # every layer and head has the same say
-    maps = median_filter(maps.mean(0) if options.layer is None else maps[options.layer], size=5)[0]
+    maps = attention_of_heads(model, pixel_values, options.layer)
     saliency = maps.mean(0) if options.head is None else maps[options.head]
     saliency = saliency / smallest_share(saliency, options.mass) - 1
-    inside = saliency >= 0
-    scores = torch.stack([saliency[inside].mean(), saliency[~inside].mean()])
-    return Grouping(torch.stack([saliency, torch.zeros_like(saliency)]), scores.nan_to_num(), saliency, tokens)
+    return Grouping(torch.stack([saliency, -saliency]), saliency, tokens)
 
 
-def group_by_labels(labels: torch.Tensor, saliency: torch.Tensor, tokens: torch.Tensor) -> Grouping:
-    """Groups by one label per patch, each scored by the mean of `saliency`; both (N,)."""
-    members = F.one_hot(labels.unique(return_inverse=True)[1]).double().T
-    scores = members @ saliency / members.sum(1)
-    grid = tokens.shape[:2]
-    return Grouping(members.unflatten(1, grid), scores, saliency.unflatten(0, grid), tokens)
-
-
-def standardise(values: torch.Tensor) -> torch.Tensor:
-    """The values less their mean, in standard deviations; all 0 if they are equal."""
-    values = values - values.mean()
-    return values / values.std(correction=0).clamp_min(1e-9)
+def k_way(cut: Cut, k: int) -> torch.Tensor:
+    """Clusters by the leading vectors of a cut: (N,), from 0."""
+    return k_means(cut.vectors[:, 1:k], k)
 
 
 def group_by_cut(model: PreTrainedModel, pixel_values: torch.Tensor, options: Options) -> Grouping:
@@ -155,8 +164,8 @@ def group_by_cut(model: PreTrainedModel, pixel_values: torch.Tensor, options: Op
     The normalised cut of the tokens' affinity: patches are clustered by its first eigenvectors. The affinity is that
     of their features through landmarks, that of the attention, or a mixture.
 
-    A group is foreground if random walks over the affinity that start in it visit the image's border more rarely than
-    on average: background is what the border consists of, and what looks like it.
+    Foreground is what random walks over the affinity lead away from the surroundings: the surroundings are what the
+    image's top and sides consist of, and what looks like it.
     """
     weight = options.attention_weight
     tokens, attention = encode(model, pixel_values, options, wants_attention=weight > 0)
@@ -170,8 +179,8 @@ def group_by_cut(model: PreTrainedModel, pixel_values: torch.Tensor, options: Op
     else:
         attention = (attention / attention.mean((1, 2), keepdim=True)).mean(0) / len(features.T)
         cut = cut_dense((1 - weight) * features.T @ features + weight * attention)
-    labels = k_means(cut.vectors[:, 1 : options.num_segments], options.num_segments)
-    return group_by_labels(labels, standardise(-visits(cut, border(grid))), tokens)
+    members = F.one_hot(k_way(cut, options.num_segments)).T.unflatten(1, grid)
+    return Grouping(members, foreground(cut, surroundings(grid)).unflatten(0, grid), tokens)
 
 
 def contraction(model: PreTrainedModel, pixel_values: torch.Tensor, options: Options) -> torch.Tensor:
@@ -196,7 +205,7 @@ def group_by_representatives(model: PreTrainedModel, pixel_values: torch.Tensor,
     another; a patch belongs to the group whose representatives attend to it most. In attentions without
     representatives the tokens represent themselves, and their map is what merges them.
 
-    A group is foreground by the rule of [`group_by_cut`], the walk going over the representatives.
+    Foreground is found as in [`group_by_cut`], the walk going over the representatives.
     """
     tokens, attention = encode(model, pixel_values, options, wants_attention=True)
     grid = tuple(tokens.shape[:2])
@@ -209,9 +218,10 @@ def group_by_representatives(model: PreTrainedModel, pixel_values: torch.Tensor,
         affinity = (attention.mT @ attention if operator.map_is_gram else attention).mean(0)
         reads = torch.eye(len(affinity), dtype=affinity.dtype)
     cut = cut_dense(affinity)
-    follows = F.one_hot(k_means(cut.vectors[:, 1 : options.num_segments], options.num_segments)).double().T @ reads
-    saliency = standardise(-visits(cut, reads @ border(grid)) @ (reads / reads.sum(0)))
-    return group_by_labels(follows.argmax(0), saliency, tokens)
+    members = F.one_hot(k_way(cut, options.num_segments)).double().T @ reads
+    saliency = foreground(cut, reads @ surroundings(grid)) @ (reads / reads.sum(0))
+    saliency = saliency - saliency.mean()
+    return Grouping(members.unflatten(1, grid), saliency.unflatten(0, grid), tokens)
 
 
 METHODS = {

@@ -22,7 +22,7 @@ class Segment:
     """
     Args:
         mask: (height, width) of the image, bool.
-        score: how much the segment is foreground, which it is above 0.
+        score: how much it is foreground, the mean of its pixels' scores.
         name: the class that its patches show; None where none is known well enough.
         probability: of the likeliest class, named or not; None where the model has no classifier.
     """
@@ -37,10 +37,10 @@ class Segment:
 class ZeroShotSegmentation:
     """
     Args:
-        mask: (height, width) of the image, bool; True is foreground, the segments with a score above 0.
-        scores: (height, width), how much each pixel is foreground. For the method `attention` the attention of CLS,
-            divided by the least in the foreground, less 1; for others how much more rarely than on average a random
-            walk that starts there visits the image's border, in standard deviations.
+        mask: (height, width) of the image, bool; True is foreground, a score above 0.
+        scores: (height, width), how much each pixel is foreground. Method `attention`: the attention of CLS, divided
+            by the least in the foreground, less 1. Others: how much more rarely than on average a random walk from
+            there visits the surroundings, in standard deviations.
         segments: a partition of the image, the most foreground first.
     """
 
@@ -129,7 +129,7 @@ class ZeroShotSegmenter:
         """Class and probability of each group: the classifier on the mean of its tokens."""
         classifier = getattr(self.model, "classifier", None)
         if not isinstance(classifier, torch.nn.Linear):
-            return [(None, None)] * len(grouping.scores)
+            return [(None, None)] * len(grouping.members)
         members = F.one_hot(grouping.members.argmax(0).flatten(), len(grouping.members)).float().T
         tokens = members @ grouping.tokens.flatten(0, 1) / members.sum(1, keepdim=True).clamp_min(1)
         tokens = tokens.to(classifier.weight)
@@ -151,13 +151,13 @@ class ZeroShotSegmenter:
             patch = max(size) / max(grouping.saliency.shape)
             maps = follow_edges(maps, image, radius=max(1, round(patch)))
         labels, scores = maps[:-1].argmax(0).numpy(), maps[-1].numpy()
-        segments = [
-            Segment(labels == i, score, *name)
-            for i, (score, name) in enumerate(zip(grouping.scores.tolist(), self.name(grouping), strict=True))
-        ]
-        segments = sorted((s for s in segments if s.mask.any()), key=lambda segment: -segment.score)
-        mask = np.any([segment.mask for segment in segments if segment.score > 0] or [np.zeros(size, bool)], axis=0)
-        return ZeroShotSegmentation(mask, scores, segments)
+        segments = []
+        for i, (name, probability) in enumerate(self.name(grouping)):
+            mask = labels == i
+            if mask.any():
+                segments.append(Segment(mask, float(scores[mask].mean()), name, probability))
+        segments.sort(key=lambda segment: -segment.score)
+        return ZeroShotSegmentation(scores > 0, scores, segments)
 
     def __call__(
         self, images: ImageSource | Sequence[ImageSource]
