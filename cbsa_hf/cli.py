@@ -5,16 +5,18 @@ import sys
 from pathlib import Path
 
 import huggingface_hub
+import numpy as np
 import transformers
 from PIL import Image
 
 from .checkpoint import load_checkpoint
 from .convert_checkpoints import ORIGINS, compare_outputs, convert_checkpoint, model_card, save_conversion
-from .figures import attention_grid, overlay_mask
+from .figures import attention_grid, class_colours, class_legend, overlay_classes, overlay_mask
 from .hub import push_checkpoint
 from .images import open_image, to_pixel_values
 from .interpretability import attention_maps
 from .report import inspect_photo, save_report
+from .sliding_window import SlidingWindowSegmenter
 from .zero_shot import ZeroShotSegmenter
 
 
@@ -46,10 +48,36 @@ def segment(args: argparse.Namespace):
     check_output(args.output)
     check_output(mask_path)
     image = open_image(args.photo)
-    result = ZeroShotSegmenter(*load_checkpoint(args.checkpoint), long_side=args.long_side)(image)
-    save_png(overlay_mask(image, result.mask), args.output)
-    save_png(Image.fromarray(result.mask), mask_path)
-    print(f"{args.output} and {mask_path}: {result.mask.mean():.0%} of the pixels are foreground.")
+    if args.task == "semantic":
+        overlay, mask, found = find_classes(image, args.checkpoint, args.long_side)
+    else:
+        overlay, mask, found = find_foreground(image, args.checkpoint, args.long_side or 256)
+    save_png(overlay, args.output)
+    save_png(mask, mask_path)
+    print(f"{args.output} and {mask_path}: {found}.")
+
+
+def find_foreground(
+    image: Image.Image, checkpoint: str | None, long_side: int
+) -> tuple[Image.Image, Image.Image, str]:
+    """Overlay, mask, and what was found in words."""
+    mask = ZeroShotSegmenter(*load_checkpoint(checkpoint), long_side=long_side)(image).mask
+    return overlay_mask(image, mask), Image.fromarray(mask), f"{mask.mean():.0%} of the pixels are foreground"
+
+
+def find_classes(
+    image: Image.Image, checkpoint: str | None, long_side: int | None
+) -> tuple[Image.Image, Image.Image, str]:
+    """Overlay with a legend, class indices as a mask, and what was found in words."""
+    model, processor = load_checkpoint(checkpoint, "semantic-segmentation")
+    long_side = long_side or max(processor.size["height"], processor.size["width"])
+    labels = SlidingWindowSegmenter(model, processor, long_side=long_side)(image)
+    names = model.config.id2label
+    mask = Image.fromarray(labels)
+    if labels.dtype == np.uint8:
+        mask.putpalette(class_colours(len(names)).tobytes())  # so that it is more than shades of black to look at
+    found = ", ".join(text for _, text in class_legend(labels, names))
+    return overlay_classes(image, labels, names), mask, found
 
 
 def attention(args: argparse.Namespace):
@@ -115,22 +143,39 @@ def build_parser() -> argparse.ArgumentParser:
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument("photo", type=Path, metavar="PHOTO", help="an image file")
     common.add_argument("--checkpoint", help="a folder or hub id; default: the checkpoint in this package")
-    common.add_argument(
+    sized = argparse.ArgumentParser(add_help=False)
+    sized.add_argument(
         "--long-side", type=positive, default=256, help="pixels of the longer side that the model sees (%(default)s)"
     )
     picture = argparse.ArgumentParser(add_help=False)
     picture.add_argument("-o", "--output", type=Path, required=True, help="the picture to write, a .png")
 
-    command = commands.add_parser("segment", parents=[common, picture], help="find the foreground, without labels")
+    command = commands.add_parser(
+        "segment", parents=[common, picture], help="find the foreground, or the class of every pixel"
+    )
+    command.add_argument(
+        "--task",
+        choices=["foreground", "semantic"],
+        default="foreground",
+        help="foreground: by the attention of a classifier, which needed no masks; semantic: by a segmenter",
+    )
+    command.add_argument(
+        "--long-side",
+        type=positive,
+        help="pixels of the longer side that the model sees; default: 256, or for --task semantic those of the image "
+        "processor; more than that is seen through sliding windows",
+    )
     command.add_argument("--mask", type=Path, help="the mask to write, a .png; default: OUTPUT_mask.png")
     command.set_defaults(run=segment)
 
     command = commands.add_parser(
-        "attention", parents=[common, picture], help="draw the attention of every layer and head"
+        "attention", parents=[common, picture, sized], help="draw the attention of every layer and head"
     )
     command.set_defaults(run=attention)
 
-    command = commands.add_parser("inspect", parents=[common], help="look inside: pictures and numbers of every layer")
+    command = commands.add_parser(
+        "inspect", parents=[common, sized], help="look inside: pictures and numbers of every layer"
+    )
     command.add_argument("-o", "--output", type=Path, required=True, help="the folder to write")
     command.add_argument(
         "--patch",

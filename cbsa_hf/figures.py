@@ -6,9 +6,10 @@ import numpy as np
 import torch
 from matplotlib import colormaps
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import hsv_to_rgb
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
-from PIL import Image, ImageFilter
+from PIL import Image, ImageDraw, ImageFilter, ImageFont
 
 
 MASK_COLOUR = (255, 64, 96)
@@ -24,6 +25,55 @@ def overlay_mask(image: Image.Image, mask: np.ndarray) -> Image.Image:
     edge = np.asarray(solid.filter(ImageFilter.MaxFilter(2 * radius + 1))) > np.asarray(solid)
     blended[edge] = 255
     return Image.fromarray(blended.astype(np.uint8))
+
+
+def class_colours(num_classes: int) -> np.ndarray:
+    """A colour for each class, (num_classes, 3) uint8: hues by the golden ratio, neighbours in number far apart."""
+    index = np.arange(num_classes)
+    hue, saturation, value = (0.6 + index * 0.618034) % 1, (0.9, 0.55, 0.75), (0.95, 1.0, 0.6)
+    hsv = np.stack([hue, np.resize(saturation, num_classes), np.resize(value, num_classes)], axis=1)
+    return (hsv_to_rgb(hsv) * 255).round().astype(np.uint8)
+
+
+def class_legend(labels: np.ndarray, names: dict[int, str]) -> list[tuple[int, str]]:
+    """The classes in a label map, those with most pixels first: index, and name with the share of the pixels."""
+    shares = np.bincount(labels.ravel()) / labels.size
+    order = np.argsort(-shares, kind="stable")[: np.count_nonzero(shares)].tolist()
+    return [(i, f"{names[i]} {shares[i]:.0%}" if shares[i] >= 0.005 else f"{names[i]} <1%") for i in order]
+
+
+def overlay_classes(image: Image.Image, labels: np.ndarray, names: dict[int, str]) -> Image.Image:
+    """
+    The photo tinted and outlined by class, above its legend.
+
+    Args:
+        image: the photo, RGB.
+        labels: (height, width) of the photo, class indices.
+        names: of all classes.
+    """
+    colours = class_colours(len(names))
+    blended = np.array(Image.blend(image, Image.fromarray(colours[labels]), 0.6))
+    blended[:, 1:][labels[:, 1:] != labels[:, :-1]] = 255
+    blended[1:][labels[1:] != labels[:-1]] = 255
+
+    size = max(12, round(max(image.size) / 40))  # of the text and of the fields of colour
+    font = ImageFont.load_default(size)
+    left, top = size, size // 2
+    entries = []
+    for index, text in class_legend(labels, names):
+        right = left + 3 * size // 2 + round(font.getlength(text))
+        if right > image.width and left > size:
+            left, right, top = size, right - left + size, top + 3 * size // 2
+        entries.append((left, image.height + top, index, text))
+        left = right + size
+    width = max(image.width, round(max(font.getlength(text) for *_, text in entries)) + 3 * size)
+    picture = Image.new("RGB", (width, image.height + top + 2 * size), "white")
+    picture.paste(Image.fromarray(blended))
+    draw = ImageDraw.Draw(picture)
+    for left, top, index, text in entries:
+        draw.rectangle((left, top + size // 8, left + size, top + size + size // 8), tuple(colours[index].tolist()))
+        draw.text((left + 3 * size // 2, top), text, "black", font)
+    return picture
 
 
 def overlay_heat(image: Image.Image, heat: np.ndarray) -> Image.Image:

@@ -4,6 +4,8 @@ Decoders for semantic segmentation: the encoder's patch tokens and their grid in
 One class a decoder, one table by name at the end; to add one, write a class and enter it there.
 """
 
+from collections import OrderedDict
+
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -78,8 +80,13 @@ class MaskDecoderLayer(GradientCheckpointingLayer):
         self.attention = attention(hidden_size, config.decoder_num_heads, head_dim, representatives)
         if has_mlp:
             self.layernorm_after = nn.LayerNorm(hidden_size, eps=config.layer_norm_eps)
-            self.fc1 = nn.Linear(hidden_size, 4 * hidden_size)
-            self.fc2 = nn.Linear(4 * hidden_size, hidden_size)
+            self.feed_forward = nn.Sequential(
+                OrderedDict(
+                    fc1=nn.Linear(hidden_size, 4 * hidden_size),
+                    gelu=nn.GELU(),
+                    fc2=nn.Linear(4 * hidden_size, hidden_size),
+                )
+            )
         self.has_mlp = has_mlp
 
     def forward(
@@ -101,7 +108,7 @@ class MaskDecoderLayer(GradientCheckpointingLayer):
         )
         hidden_states = hidden_states + update
         if self.has_mlp:
-            hidden_states = hidden_states + self.fc2(F.gelu(self.fc1(self.layernorm_after(hidden_states))))
+            hidden_states = hidden_states + self.feed_forward(self.layernorm_after(hidden_states))
         if not output_attentions:
             return hidden_states, None
         num_patches = grid[0] * grid[1]

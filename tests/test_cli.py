@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from transformers import AutoImageProcessor
 
-from cbsa_hf import ZeroShotSegmenter, attention_maps, default_checkpoint
+from cbsa_hf import SlidingWindowSegmenter, ZeroShotSegmenter, attention_maps, default_checkpoint
 from cbsa_hf.cli import main
 from cbsa_hf.images import to_pixel_values
 from cbsa_hf.interpretability import exact_maps
@@ -30,6 +31,31 @@ def test_segment(photo, photo_file, shipped, tmp_path, capsys):
     redness = overlay[..., 0] - overlay[..., 1]
     assert redness[mask].mean() > redness[~mask].mean() + 20  # the mask is tinted
     assert sorted(path.name for path in tmp_path.iterdir()) == ["cat.png", "overlay.png", "overlay_mask.png"]
+
+
+@pytest.mark.parametrize("long_side", [None, 160])
+def test_segment_into_classes(photo, photo_file, tiny_segmenter, saved_segmenter, tmp_path, capsys, long_side):
+    arguments = [] if long_side is None else ["--long-side", str(long_side)]
+    command = ["segment", str(photo_file), "-o", str(tmp_path / "overlay.png"), "--task", "semantic"]
+    assert main([*command, "--checkpoint", str(saved_segmenter), *arguments]) == 0
+    mask = Image.open(tmp_path / "overlay_mask.png")
+    labels = np.asarray(mask)
+    processor = AutoImageProcessor.from_pretrained(saved_segmenter)
+    segmenter = SlidingWindowSegmenter(tiny_segmenter, processor, window=(32, 48), long_side=long_side or 48)
+    assert np.array_equal(labels, segmenter(photo))
+
+    shares = {tiny_segmenter.config.id2label[i]: (labels == i).mean() for i in np.unique(labels)}
+    assert len(shares) > 1
+    printed = capsys.readouterr().out
+    for name, share in shares.items():
+        assert f"{name} {share:.0%}" in printed
+    overlay = np.asarray(Image.open(tmp_path / "overlay.png"), dtype=int)
+    assert overlay.shape[0] > 300 and overlay.shape[1] == 451  # the legend is below the photo
+    legend = {tuple(pixel) for pixel in overlay[300:].reshape(-1, 3).tolist()}
+    colours = np.asarray(mask.convert("RGB"))
+    for i in np.unique(labels):
+        (colour,) = {tuple(pixel) for pixel in colours[labels == i].tolist()}
+        assert colour in legend
 
 
 def test_attention(photo_file, tmp_path):
@@ -90,7 +116,7 @@ def make_bad_inputs(folder, photo_file):
     (broken / "model.safetensors").write_bytes(b"not safetensors at all")
 
 
-@pytest.mark.parametrize("command", ["segment", "attention"])
+@pytest.mark.parametrize("command", ["segment", "attention", "segment --task semantic"])
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -109,7 +135,7 @@ def make_bad_inputs(folder, photo_file):
 def test_bad_input(photo_file, tmp_path, monkeypatch, capsys, command, arguments, message):
     make_bad_inputs(tmp_path, photo_file)
     monkeypatch.chdir(tmp_path)
-    check_refusal([command, "-o", "out.png", *arguments], message, tmp_path, capsys)
+    check_refusal([*command.split(), "-o", "out.png", *arguments], message, tmp_path, capsys)
 
 
 @pytest.mark.parametrize(
@@ -151,3 +177,12 @@ def check_refusal(arguments, message, folder, capsys):
     assert error.startswith("cbsa: ")
     assert error.count("\n") == 1
     assert sorted(folder.rglob("*")) == before
+
+
+@pytest.mark.parametrize(("task", "title"), [("foreground", "image classifier"), ("semantic", "semantic segmenter")])
+def test_model_of_another_task(photo_file, saved_segmenter, tmp_path, capsys, task, title):
+    checkpoint = saved_segmenter if task == "foreground" else default_checkpoint()
+    command = ["segment", str(photo_file), "-o", str(tmp_path / "out.png"), "--task", task]
+    assert main([*command, "--checkpoint", str(checkpoint)]) == 2
+    assert f"{checkpoint} is no {title}: " in capsys.readouterr().err
+    assert not (tmp_path / "out.png").exists()

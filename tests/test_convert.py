@@ -11,11 +11,13 @@ from transformers import (
     AutoImageProcessor,
     AutoModel,
     AutoModelForImageClassification,
+    AutoModelForSemanticSegmentation,
     DeiTConfig,
     DeiTForImageClassification,
     Dinov2Config,
     Dinov2ForImageClassification,
     Dinov2Model,
+    SegformerImageProcessorPil,
     ViTConfig,
     ViTForImageClassification,
     ViTImageProcessorPil,
@@ -235,6 +237,92 @@ def test_timm(vit, dinov2, pixel_values, tmp_path):
         assert_matches(actual.last_hidden_state, dinov2(pixel_values).last_hidden_state)
 
 
+def reference_segmenter(origin: str) -> dict[str, torch.Tensor]:
+    """Weights of the recorded encoder, by the names of a checkpoint, with one of the two recorded decoders."""
+    weights = {}
+    for file, theirs, prefix in (
+        ("segmenter_cbt", "state_dict.encoder.", "encoder."),
+        ("segmenter_cbt", "state_dict.decoder.", "decoder.")
+        if origin == "cbt-segmenter"
+        else ("segmenter_mask_transformer_decoder", "state_dict.", "decoder."),
+    ):
+        tensors = load_file(REFERENCE / f"{file}.safetensors")
+        weights |= {prefix + k.removeprefix(theirs): v for k, v in tensors.items() if k.startswith(theirs)}
+    return weights
+
+
+@needs_reference
+@pytest.mark.parametrize("origin", ["cbt-segmenter", "segmenter"])
+@pytest.mark.parametrize(("under", "prefix"), [(None, ""), ("model", ""), ("state_dict", "module.")])
+def test_segmenters(origin, under, prefix, tmp_path, capsys):
+    weights = {prefix + key: tensor for key, tensor in reference_segmenter(origin).items()}
+    torch.save({under: weights, "n_cls": 150} if under else weights, tmp_path / "checkpoint.pth")
+    (tmp_path / "variant.yml").write_text("dataset_kwargs:\n  normalization: vit\n")
+    assert convert(tmp_path / "checkpoint.pth", tmp_path / "out", "--num-heads", 3) == 0
+    printed = capsys.readouterr().out
+    assert f"CBSAForSemanticSegmentation from {origin}" in printed
+    assert "Left out, without effect on the outputs: encoder.head.bias, encoder.head.weight." in printed
+
+    model = AutoModelForSemanticSegmentation.from_pretrained(tmp_path / "out")
+    tensors = load_file(REFERENCE / "segmenter_cbt.safetensors")
+    with torch.no_grad():
+        tokens, grid, outputs = model.encode(tensors["input.pixel_values"], {})
+        assert_matches(outputs.last_hidden_state, tensors["output.encoder_last_hidden_state"])
+        if origin == "segmenter":
+            tensors = load_file(REFERENCE / "segmenter_mask_transformer_decoder.safetensors")
+            tokens = tensors["input.patch_tokens"]
+        assert_matches(model.decoder(tokens, grid)[0], tensors["output.mask_logits_at_patch_grid"])
+    assert model.config.position_interpolation == "bilinear"
+    processor = AutoImageProcessor.from_pretrained(tmp_path / "out")
+    assert isinstance(processor, SegformerImageProcessorPil)
+    assert processor.size["height"] == 192
+    assert processor.image_std[0] == (0.5 if origin == "segmenter" else 0.229)
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "pipeline_tag: image-segmentation" in card
+    assert f"for {model.config.num_labels} classes" in card
+
+
+@needs_reference
+def test_verify_of_a_segmenter(tmp_path, capsys):
+    recording = REFERENCE / "segmenter_cbt.safetensors"
+    assert convert(recording, tmp_path / "out", "--num-heads", 3, "--verify", recording) == 0
+    printed = capsys.readouterr().out
+    assert "encoder_last_hidden_state: differs by" in printed
+    assert "mask_logits_at_patch_grid: differs by" in printed
+
+
+@needs_reference
+@pytest.mark.parametrize(
+    ("origin", "change", "message"),
+    [
+        ("segmenter", {"decoder.proj_patch": None}, "The weights lack what becomes `decoder.patch_proj.weight`"),
+        ("segmenter", {"decoder.cls_emb": None}, "The weights lack what becomes `decoder.class_embeddings`"),
+        ("segmenter", {"decoder.head.weight": (20, 48)}, "`decoder.head.weight` has no place in a CBSA model"),
+        ("segmenter", {"encoder.dist_token": (1, 1, 48)}, "`encoder.dist_token` is a token besides CLS"),
+        ("segmenter", {"decoder.blocks.1.mlp.fc1.weight": (96, 48)}, "(192, 48) fits"),
+        ("cbt-segmenter", {"decoder.net.layers.1.fn.step_x": None}, "becomes `decoder.layers.1.attention.step_x`"),
+        (
+            "cbt-segmenter",
+            {"decoder.net.layers.0.fn.qkv.weight": (3, 3)},
+            "is left over: the model has no such weight",
+        ),
+        ("cbt-segmenter", {"decoder.net.layers.0.fn.step_rep": (7, 1, 1)}, "(7, 1, 1) fits"),
+    ],
+)
+def test_segmenters_that_do_not_fit(origin, change, message, tmp_path, capsys):
+    weights = reference_segmenter(origin)
+    for key, shape in change.items():
+        weights.pop(key, None)
+        if shape is not None:
+            weights[key] = torch.ones(shape)
+    torch.save(weights, tmp_path / "checkpoint.pth")
+    assert convert(tmp_path / "checkpoint.pth", tmp_path / "out", "--num-heads", 3) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint.pth"]
+
+
 @pytest.mark.parametrize(("width", "num_heads"), [(192, 3), (576, 12), (1280, 16)])
 def test_published_heads(width, num_heads, tmp_path):
     sizes = SIZES | {"hidden_size": width, "num_attention_heads": 1, "num_hidden_layers": 1}
@@ -330,7 +418,7 @@ def make_bad_inputs(vit):
         ),
         (
             ["timm.safetensors", "--num-heads", "3", "--verify", "unrecorded.safetensors"],
-            "neither `output.logits` nor",
+            "has no output to compare, such as `output.logits`",
         ),
         (["timm.safetensors", "--num-heads", "3", "--verify", "timm.safetensors"], "has no `input.pixel_values`"),
         (["timm.safetensors", "--num-heads", "3", "--verify", "timm.pth"], "is not a file of safetensors"),

@@ -4,8 +4,9 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from huggingface_hub import HfApi, ModelCard
-from transformers import AutoImageProcessor, AutoModelForImageClassification
+from transformers import AutoConfig, AutoImageProcessor
 
 from cbsa_hf.cli import main
 
@@ -21,7 +22,9 @@ def hub(monkeypatch):
 
     def upload_folder(self, *, repo_id, folder_path, commit_message):
         calls["files"] = {path.name for path in Path(folder_path).iterdir()}
-        calls["model"] = AutoModelForImageClassification.from_pretrained(folder_path).eval()
+        (architecture,) = AutoConfig.from_pretrained(folder_path).architectures
+        auto_class = getattr(transformers, architecture.replace("CBSA", "AutoModel"))
+        calls["model"] = auto_class.from_pretrained(folder_path).eval()
         calls["processor"] = AutoImageProcessor.from_pretrained(folder_path)
         calls["card"] = ModelCard.load(Path(folder_path) / "README.md")
 
@@ -43,6 +46,15 @@ def test_push(hub, shipped, photo, capsys):
     inputs = hub["processor"](photo, return_tensors="pt")
     with torch.no_grad():
         torch.testing.assert_close(hub["model"](**inputs).logits, shipped[0](**inputs).logits)
+
+
+def test_push_of_a_segmenter(hub, tiny_segmenter, saved_segmenter):
+    card = "---\nlicense: mit\nlibrary_name: transformers\npipeline_tag: image-segmentation\n---\n"
+    (saved_segmenter / "README.md").write_text(card)
+    assert main(["push", "somebody/segmenter", "--checkpoint", str(saved_segmenter)]) == 0
+    pixel_values = torch.randn(1, 3, 32, 48)
+    with torch.no_grad():
+        torch.testing.assert_close(hub["model"](pixel_values).logits, tiny_segmenter(pixel_values).logits)
 
 
 def test_nothing_is_pushed_without_a_complete_card(hub, shipped, tmp_path, capsys):

@@ -7,9 +7,12 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
+from torch.nn import functional as F
 
+from cbsa_hf import CBSAConfig
 from cbsa_hf.attention_cbsa import ATTENTIONS, PooledRepresentatives
-from cbsa_hf.convert_checkpoints import convert_checkpoint
+from cbsa_hf.convert_checkpoints import convert_checkpoint, convert_state_dict
+from cbsa_hf.mask_decoder_cbsa import DECODERS
 
 
 REFERENCE = Path(__file__).parents[2] / "shared" / "reference"
@@ -84,3 +87,48 @@ def test_adapted_vit_attention():
             with torch.no_grad():
                 update = operator(tensors["input.hidden_states"], tuple(sizes["grid"]), wanted, wanted)[0]
             assert_matches(update, tensors[f"output.{name}"])
+
+
+def test_segmenter():
+    sizes, tensors = load_recording("segmenter_cbt")
+    conversion = convert_checkpoint(str(REFERENCE / "segmenter_cbt.safetensors"), num_heads=sizes["heads"])
+    assert conversion.origin == "cbt-segmenter"
+    model, config = conversion.model, conversion.model.config
+    assert (config.decoder_type, config.decoder_num_layers) == ("cbsa", sizes["decoder_layers"])
+    assert (config.decoder_num_heads, config.decoder_head_dim) == (sizes["decoder_heads"], sizes["decoder_dim_head"])
+    assert [config.decoder_representatives_size] * 2 == sizes["representative_grid"]
+    assert config.num_labels == sizes["num_classes"]
+
+    hidden_states, masks = [], []
+    for layer in model.decoder.layers:
+        layer.register_forward_hook(lambda module, args, output: hidden_states.append(output[0]))
+    model.decoder.register_forward_hook(lambda module, args, output: masks.append(output[0]))
+    pixel_values = tensors["input.pixel_values"]
+    with torch.no_grad():
+        logits = model(pixel_values).logits
+        encoded = model.cbsa(pixel_values).last_hidden_state
+
+    assert_matches(encoded, tensors["output.encoder_last_hidden_state"])
+    assert len(hidden_states) == sizes["decoder_layers"]
+    for i, hidden_state in enumerate(hidden_states):
+        assert_matches(hidden_state, tensors[f"output.decoder_hidden_states.{i}"])
+    expected = tensors["output.mask_logits_at_patch_grid"]
+    assert_matches(masks[0], expected)
+    assert_matches(logits, F.interpolate(expected, size=pixel_values.shape[2:], mode="bilinear"))
+
+
+def test_mask_transformer():
+    sizes, tensors = load_recording("segmenter_mask_transformer_decoder")
+    weights = {key.replace("state_dict", "decoder"): v for key, v in tensors.items() if key.startswith("state_dict.")}
+    weights, _ = convert_state_dict(weights, "segmenter")
+    config = CBSAConfig(
+        num_labels=sizes["num_classes"],
+        decoder_type="softmax",
+        decoder_num_layers=sizes["decoder_layers"],
+        decoder_num_heads=sizes["decoder_heads"],
+    )
+    decoder = DECODERS["softmax"](config, sizes["dim"])
+    decoder.load_state_dict({key.removeprefix("decoder."): tensor for key, tensor in weights.items()})
+    with torch.no_grad():
+        masks, _ = decoder(tensors["input.patch_tokens"], tuple(sizes["grid"]))
+    assert_matches(masks, tensors["output.mask_logits_at_patch_grid"])

@@ -106,8 +106,9 @@ def test_decoder_by_the_formula(tiny_config, kind, grid):
         )
         x = x + update
         if kind == "softmax":
-            hidden = gelu(linear(layer_norm(x, weights, f"layers.{i}.layernorm_after"), weights, f"layers.{i}.fc1"))
-            x = x + linear(hidden, weights, f"layers.{i}.fc2")
+            normalised = layer_norm(x, weights, f"layers.{i}.layernorm_after")
+            hidden = gelu(linear(normalised, weights, f"layers.{i}.feed_forward.fc1"))
+            x = x + linear(hidden, weights, f"layers.{i}.feed_forward.fc2")
         assert reads.shape == writes.shape == (1, 3, 5, *grid)
         np.testing.assert_allclose(reads[0].flatten(2).detach(), token_map[:, num_patches:, :num_patches])
         np.testing.assert_allclose(

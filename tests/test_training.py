@@ -1,9 +1,13 @@
-"""The training script as its users start it: `accelerate launch`, on a small Parquet file that the test writes."""
+"""The training scripts as their users start them: as processes, on small Parquet files that the tests write."""
 
 import json
 import os
+import resource
+import signal
 import subprocess
 import sys
+import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,7 +20,21 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from cbsa_hf import load_checkpoint
 
 
-SIZES = {"image_size": 32, "patch_size": 8, "crop_size": 24, "batch_size": 8, "num_workers": 0, "warmup_epochs": 0}
+# Everything that draws random numbers or has a state of its own: mixtures, stochastic depth, an average of weights.
+SETTINGS = {
+    "image_size": 32,
+    "patch_size": 8,
+    "crop_sizes": 24,
+    "batch_size": 8,
+    "num_workers": 0,
+    "warmup_epochs": 0,
+    "num_epochs": 8,
+    "learning_rate": 3e-3,
+    "mixup_alpha": 0.2,
+    "drop_path_rate": 0.2,
+    "ema_decay": 0.5,
+}
+NUM_STEPS = 24
 
 
 @pytest.fixture(scope="module")
@@ -40,64 +58,199 @@ def data(tmp_path_factory):
     return folder
 
 
-def pretrain(data, output_dir, *arguments, processes: int = 1, succeeds: bool = True) -> subprocess.CompletedProcess:
-    # Two processes on CPU start only with this flag and this variable: see the script's documentation.
-    several = ["--multi_gpu"] if processes > 1 else []
-    command = [sys.executable, "-m", "accelerate.commands.launch", *several, "--num_processes", str(processes)]
-    command += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
-    command += [str(ROOT / "training" / "pretrain.py"), "--dataset_name", str(data), "--output_dir", str(output_dir)]
-    command += ["--config_name", str(data / "config.json")]
-    command += [*(f"--{name}={value}" for name, value in SIZES.items()), *arguments]
+def command(data: Path, output_dir: Path, *arguments: str, processes: int | None = None) -> list[str]:
+    """Of one process, or through Accelerate's launcher when `processes` is given."""
+    launcher = []
+    if processes is not None:
+        # Two processes on CPU start only with this flag and a variable: see the README.
+        several = ["--multi_gpu"] if processes > 1 else []
+        launcher = ["-m", "accelerate.commands.launch", *several, "--num_processes", str(processes)]
+        launcher += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
+    settings = [f"--{name}={value}" for name, value in SETTINGS.items()]
+    script = [str(ROOT / "training" / "pretrain.py"), "--dataset_name", str(data), "--output_dir", str(output_dir)]
+    return [sys.executable, *launcher, *script, "--config_name", str(data / "config.json"), *settings, *arguments]
+
+
+def start(command: list[str], **options) -> subprocess.Popen:
     environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
-    process = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-    assert (process.returncode == 0) == succeeds, process.stderr
-    return process
+    return subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options
+    )
+
+
+def pretrain(data: Path, output_dir: Path, *arguments: str, processes: int | None = None, **options) -> str:
+    """What a run that succeeds prints."""
+    process = start(command(data, output_dir, *arguments, processes=processes), **options)
+    printed, errors = process.communicate(timeout=300)
+    assert process.returncode == 0, errors
+    return printed
+
+
+def fail(data: Path, output_dir: Path, *arguments: str, **options) -> str:
+    """The one sentence of a run that fails."""
+    process = start(command(data, output_dir, *arguments), **options)
+    _, errors = process.communicate(timeout=300)
+    assert process.returncode == 1, errors
+    assert "Traceback" not in errors
+    (sentence,) = [line for line in errors.splitlines() if line.startswith("pretrain.py: ")]
+    return sentence
+
+
+def assert_same_weights(folder: Path, expected: Path):
+    weights, wanted = (load_file(path / "model.safetensors") for path in (folder, expected))
+    assert weights.keys() == wanted.keys()
+    assert all((weights[name] == wanted[name]).all() for name in wanted)
+
+
+def checkpoints(folder: Path) -> list[int]:
+    return sorted(int(path.name[-8:]) for path in folder.glob("checkpoint-*"))
 
 
 @pytest.fixture(scope="module")
 def trained(data, tmp_path_factory):
+    """A run from beginning to end."""
     output_dir = tmp_path_factory.mktemp("trained")
-    pretrain(data, output_dir, "--num_epochs", "12", "--learning_rate", "3e-3")
+    pretrain(data, output_dir, "--picture_epochs", "4", processes=1)
     return output_dir
 
 
 def test_learns(trained):
     results = json.loads((trained / "results.json").read_text())
-    assert results["accuracy"] == 1.0
-    assert (results["processes"], results["epoch"], results["step"]) == (1, 12, 36)
+    assert results["metrics"]["accuracy"] == results["best"] == 1.0
+    assert (results["processes"], results["step"]) == (1, NUM_STEPS)
     model, processor = load_checkpoint(str(trained))
     assert model.config.id2label == {0: "red", 1: "blue"}
     assert processor.size == {"height": 32, "width": 32}
     assert processor.do_convert_rgb
+    card = (trained / "README.md").read_text()
+    assert "--mixup_alpha=0.2" in card
+    assert "value: 1.0" in card
 
 
 def test_logs_to_tensorboard(trained):
     (events,) = [path for path in trained.rglob("events.out.*") if path.parent.name == "pretrain"]
     log = EventAccumulator(str(events)).Reload()
-    assert [event.step for event in log.Scalars("validation/accuracy")] == list(range(3, 37, 3))
-    assert [event.step for event in log.Scalars("train/loss")] == [10, 20, 30]
+    assert [event.step for event in log.Scalars("validation/accuracy")] == list(range(3, NUM_STEPS + 1, 3))
+    assert {event.step for event in log.Scalars("train/loss")} >= {10, 20}
+    assert [event.step for event in log.Images("validation/attention_0")] == [12, 24]
 
 
-def test_resumes_exactly(data, trained, tmp_path):
-    checkpoints = sorted(path.name for path in trained.glob("checkpoint-*"))
-    assert checkpoints == ["checkpoint-0011", "checkpoint-0012"]
-    # The run as it was after epoch 11: the script is to find that state, and end where the first run ended.
-    (tmp_path / "checkpoint-0011").symlink_to(trained / "checkpoint-0011")
-    (tmp_path / "checkpoint-0012.partial").mkdir()  # and not what was being written when it was killed
-    arguments = ["--num_epochs", "12", "--learning_rate", "3e-3", "--resume_from_checkpoint", "last"]
-    process = pretrain(data, tmp_path, *arguments)
-    assert "11 epochs done" in process.stdout
-    expected, resumed = (load_file(folder / "model.safetensors") for folder in (trained, tmp_path))
-    assert all((expected[name] == resumed[name]).all() for name in expected)
-    assert json.loads((tmp_path / "results.json").read_text())["step"] == 36
+def test_keeps_the_newest_and_the_best(trained):
+    best = json.loads((trained / "results.json").read_text())["best_step"]
+    assert checkpoints(trained) == sorted({best, NUM_STEPS - 3, NUM_STEPS})
 
 
-def test_two_processes(data, tmp_path):
-    pretrain(data, tmp_path, "--num_epochs", "1", processes=2)
-    results = json.loads((tmp_path / "results.json").read_text())
-    assert (results["processes"], results["step"]) == (2, 3)  # three global batches of 8, whatever the processes
-    # Seven validation images over two processes and an uneven batch: each counted once.
-    assert results["accuracy"] * 7 == pytest.approx(round(results["accuracy"] * 7))
+@pytest.mark.parametrize(("name", "steps"), [("checkpoint-00000004", 2), ("checkpoint-00000014.partial", 7)])
+def test_killed_runs_resume_exactly(data, trained, tmp_path, name, steps):
+    """Killed as soon as that folder is there, between two epochs' ends or while a checkpoint is written."""
+    process = start(command(data, tmp_path, "--checkpointing_steps", str(steps)))
+    waited = time.time()
+    while not (tmp_path / name).exists():
+        assert process.poll() is None and time.time() - waited < 120
+        time.sleep(0.001)
+    process.kill()
+    process.communicate()
+    assert checkpoints_whole(tmp_path)
+    printed = pretrain(data, tmp_path, "--resume_from_checkpoint", "last")
+    assert "Resumed from" in printed
+    assert_same_weights(tmp_path, trained)
+
+
+def checkpoints_whole(folder: Path) -> bool:
+    """Whether every folder with a checkpoint's final name has all its parts."""
+    found = [path for path in folder.glob("checkpoint-*") if not path.name.endswith(".partial")]
+    parts = ("progress.json", "average.safetensors", "model.safetensors", "optimizer.bin", "scheduler.bin")
+    return bool(found) and all((path / part).stat().st_size for path in found for part in parts)
+
+
+def test_terminated_run_writes_a_checkpoint(data, trained, tmp_path):
+    process = start(command(data, tmp_path))
+    wait_for_log(tmp_path)
+    process.send_signal(signal.SIGTERM)
+    printed, _ = process.communicate(timeout=60)
+    assert process.returncode == 143
+    step = checkpoints(tmp_path)[-1]
+    assert f"Stopped at step {step};" in printed
+    assert 0 < step < NUM_STEPS
+    pretrain(data, tmp_path, "--resume_from_checkpoint", "last")
+    assert_same_weights(tmp_path, trained)
+
+
+def wait_for_log(folder: Path):
+    """Until a run has begun to write to its log."""
+    waited = time.time()
+    while not list(folder.rglob("events.out.*")):
+        assert time.time() - waited < 120
+        time.sleep(0.01)
+
+
+def test_no_orphan_when_the_launcher_is_terminated(data, tmp_path):
+    launcher = start(command(data, tmp_path, "--num_epochs=100000", processes=1), start_new_session=True)
+    wait_for_log(tmp_path)
+    launcher.send_signal(signal.SIGTERM)
+    launcher.communicate(timeout=60)  # returns when the last process that holds its pipes has ended
+    assert checkpoints(tmp_path)
+    with pytest.raises(ProcessLookupError):
+        os.killpg(launcher.pid, 0)
+
+
+def test_two_processes_learn_as_one(data, tmp_path):
+    """The same losses, with a stem that has no batch norm; and each validation image counted once."""
+    losses = []
+    for processes in (1, 2):
+        folder = tmp_path / str(processes)
+        arguments = ["--patch_embedding_type=patchify", "--drop_path_rate=0", "--num_epochs=4"]
+        pretrain(data, folder, *arguments, "--checkpointing_steps=1", "--keep_checkpoints=1", processes=processes)
+        results = json.loads((folder / "results.json").read_text())
+        assert (results["processes"], results["step"]) == (processes, 12)
+        assert results["metrics"]["accuracy"] * 7 == pytest.approx(round(results["metrics"]["accuracy"] * 7))
+        (events,) = [path for path in folder.rglob("events.out.*") if path.parent.name == "pretrain"]
+        losses.append([event.value for event in EventAccumulator(str(events)).Reload().Scalars("train/loss")])
+    assert len(losses[0]) == 12
+    assert losses[0] == pytest.approx(losses[1], abs=1e-4)
+    assert losses[0][-1] < losses[0][0]
+
+
+def test_parts_of_a_batch_add_up(data, tmp_path):
+    losses = []
+    for parts in (1, 4):
+        folder = tmp_path / str(parts)
+        arguments = ["--patch_embedding_type=patchify", "--drop_path_rate=0", "--num_epochs=2"]
+        pretrain(data, folder, *arguments, f"--gradient_accumulation_steps={parts}")
+        losses.append(json.loads((folder / "results.json").read_text())["metrics"]["loss"])
+    assert losses[0] == pytest.approx(losses[1], abs=1e-4)
+
+
+def test_full_disk(data, tmp_path):
+    """A checkpoint that cannot be written costs the run, not the checkpoints before it."""
+    pretrain(data, tmp_path, "--num_epochs=1")
+
+    def limit():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))
+
+    sentence = fail(data, tmp_path, "--resume_from_checkpoint=last", "--report_to=none", preexec_fn=limit)
+    assert "checkpoint-00000006 cannot be written" in sentence
+    assert "checkpoint-00000003 is the newest whole one" in sentence
+    assert checkpoints(tmp_path) == [3]
+
+
+def test_corrupt_images_are_skipped(data, tmp_path):
+    rows = Dataset.from_parquet(str(data / "train-00000-of-00001.parquet")).cast_column("picture", Image(decode=False))
+    table = rows.to_dict()
+    for index in (3, 7):
+        table["picture"][index]["bytes"] = table["picture"][index]["bytes"][:60]
+    folder = tmp_path / "data"
+    folder.mkdir()
+    features = Features({"picture": Image(), "kind": ClassLabel(names=["red", "blue"])})
+    Dataset.from_dict(table, features=features).to_parquet(folder / "train-00000-of-00001.parquet")
+    for name in ("validation-00000-of-00001.parquet", "config.json"):
+        (folder / name).symlink_to(data / name)
+    process = start(command(folder, tmp_path / "run", "--num_epochs=2"))
+    _, errors = process.communicate(timeout=300)
+    assert process.returncode == 0, errors
+    assert errors.count("Skipped image 3,") == errors.count("Skipped image 7,") == 1
+    sentence = fail(folder, tmp_path / "stopped", "--num_epochs=2", "--max_corrupt=1")
+    assert "2 images cannot be read (the log names them), more than `--max_corrupt 1`" in sentence
 
 
 @pytest.mark.parametrize(
@@ -109,12 +262,15 @@ def test_two_processes(data, tmp_path):
         (["--learning_rate", "1e30"], "The loss is nan at step 3"),
         (["--train_split", "training"], "has no split 'training'; it has train, validation"),
         (["--batch_size", "32"], "24 training images are less than one batch of 32"),
+        (["--gradient_accumulation_steps", "3"], "`--batch_size 8` is not a multiple of 3"),
         (["--resume_from_checkpoint", "last"], "There is no checkpoint in"),
+        (
+            ["--lerning_rate", "1"],
+            "names `lerning_rate`, which the script does not know; did you mean `learning_",
+        ),
+        (["--teacher", "nobody/nothing"], "The teacher nobody/nothing is neither `efficientnet-lite0`"),
     ],
 )
 def test_bad_input(data, tmp_path, arguments, message):
-    process = pretrain(data, tmp_path / "run", *arguments, succeeds=False)
-    sentences = [line for line in process.stderr.splitlines() if line.startswith("pretrain.py: ")]
-    assert len(sentences) == 1
-    assert message in sentences[0]
+    assert message in fail(data, tmp_path / "run", *arguments)
     assert not list(tmp_path.rglob("*.safetensors"))

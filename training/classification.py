@@ -1,5 +1,6 @@
 """Image classification as a task for the training loop, with or without a teacher."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -7,7 +8,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from data import TrainingImages, ValidationImages, find_split
-from datasets import DatasetDict
+from datasets import Dataset, DatasetDict
 from distillation import TaughtImages, Teacher, build_teaching, prepare_teacher, write_answers
 from evaluation import evaluate_classifier
 from loop import TrainingArguments, build_loader, train
@@ -131,8 +132,21 @@ def train_classifier(
     model: PreTrainedModel,
     processor: BaseImageProcessor,
     splits: DatasetDict,
-):
-    """Train a CBSA classifier as the options say; see [`train`] for what it leaves behind and raises."""
+    task: nn.Module | None = None,
+    teach: Callable[[torch.Tensor], dict] | None = None,
+) -> dict:
+    """
+    Train a CBSA classifier as the options say; see [`train`] for what it leaves behind, returns and raises.
+
+    Args:
+        args: the script's options.
+        accelerator: from `build_accelerator`.
+        model: the classifier.
+        processor: its image processor.
+        splits: the data.
+        task: what to minimise, of the model; [`Classification`] with the options' teacher when None.
+        teach: see [`train`]; of the options' teacher when None.
+    """
     train_split, validation_split = (find_split(splits, s) for s in (args.train_split, args.validation_split))
     size = processor.size["height"]
     augmentation = {
@@ -145,7 +159,7 @@ def train_classifier(
         "mixup_alpha": args.mixup_alpha,
         "seed": args.seed,
     }
-    train_images, teacher, teach = TrainingImages(**augmentation), None, None
+    train_images, teacher = TrainingImages(**augmentation), None
     if args.teacher is not None:
         teacher = Teacher(args.teacher, processor.image_mean, processor.image_std, model.config.patch_size)
         teacher = prepare_teacher(teacher, accelerator)
@@ -157,18 +171,32 @@ def train_classifier(
                 if not answers.exists():
                     write_answers(teacher, train_images, processor, size, answers)
             train_images = TaughtImages(teacher, answers, **augmentation)
-    validation_images = ValidationImages(validation_split, args.max_corrupt, processor)
-    validation_loader = accelerator.prepare(build_loader(validation_images, args, train=False))
-    train(
+    if task is None:
+        task = Classification(model, args.label_smoothing, teacher, args.logits_weight, args.maps_weight)
+    validate, validation_images = build_validation(args, accelerator, validation_split, processor)
+    return train(
         args,
         accelerator,
-        Classification(model, args.label_smoothing, teacher, args.logits_weight, args.maps_weight),
+        task,
         processor,
         train_images,
-        validate=lambda network: evaluate_classifier(
-            lambda pixel_values: network(pixel_values)["logits"], validation_loader, accelerator
-        ),
+        validate=validate,
         metric="accuracy",
         teach=teach,
         draw=lambda model: draw_attention(model, validation_images),
     )
+
+
+def build_validation(
+    args: ClassificationArguments, accelerator: Accelerator, split: Dataset, processor: BaseImageProcessor
+) -> tuple[Callable[[nn.Module], dict[str, float]], ValidationImages]:
+    """What validates a task, such as [`Classification`], on a split; and the images that it does so with."""
+    images = ValidationImages(split, args.max_corrupt, processor)
+    loader = accelerator.prepare(build_loader(images, args, train=False))
+
+    def validate(network: nn.Module) -> dict[str, float]:
+        metrics = evaluate_classifier(lambda pixel_values: network(pixel_values)["logits"], loader, accelerator)
+        images.check()
+        return metrics
+
+    return validate, images

@@ -1,5 +1,6 @@
 """Teachers: frozen classifiers whose logits and feature maps a model learns to predict."""
 
+import inspect
 from collections.abc import Callable
 from pathlib import Path
 
@@ -94,7 +95,7 @@ class AutoTeacher(nn.Module):
         self.ratios = (1,)
         self.num_labels = config.num_labels
         self.label2id = config.label2id
-        self.interpolates = "interpolate_pos_encoding" in self.network.forward.__code__.co_varnames
+        self.interpolates = "interpolate_pos_encoding" in inspect.signature(self.network.forward).parameters
 
     def forward(self, pixel_values: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
         keywords = {"interpolate_pos_encoding": True} if self.interpolates else {}

@@ -15,18 +15,18 @@ LAYER = re.compile(r"\blayers?\.(\d+)\.")
 
 
 def is_decayed(name: str, parameter: nn.Parameter) -> bool:
-    """Matrices and kernels decay; norms, biases, step sizes, CLS, class and position embeddings do not."""
-    return parameter.ndim >= 2 and name.rsplit(".")[-1] == "weight"
+    """Matrices and kernels decay; norms, biases, steps, CLS, classes, positions and representatives do not."""
+    return parameter.ndim >= 2 and name.endswith("weight") and "representatives" not in name
 
 
 def depth(name: str, num_layers: int) -> int:
     """0 for the embeddings, i + 1 for layer i, `num_layers + 1` for everything behind the encoder's layers."""
-    layer = LAYER.search(name)
     if "decoder" in name:
         return num_layers + 1
-    if layer is not None:
-        return int(layer[1]) + 1
-    return 0 if "embeddings" in name else num_layers + 1
+    if "embeddings" in name:
+        return 0
+    layer = LAYER.search(name)
+    return num_layers + 1 if layer is None else int(layer[1]) + 1
 
 
 def parameter_groups(

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 from accelerate import Accelerator
-from data import find_mask_columns, find_split, load_images, validation_images
+from data import ValidationImages, find_mask_columns, find_split, load_images
 from datasets import Dataset
 from evaluation import evaluate_classifier
 from scipy.cluster.vq import kmeans2
@@ -40,6 +40,7 @@ class Arguments:
         default=None, metadata={"help": "side, or long side for masks, in pixels; default: as the checkpoint says"}
     )
     min_foreground: float = field(default=0.02, metadata={"help": "images with less foreground are left out"})
+    max_corrupt: int = field(default=10, metadata={"help": "unreadable images that are skipped before the run stops"})
     output: str | None = field(default=None, metadata={"help": "JSON file to write the numbers to"})
 
 
@@ -103,9 +104,12 @@ def main(args: Arguments):
     if args.task == "image-classification":
         if args.image_size is not None:
             processor.size = {"height": args.image_size, "width": args.image_size}
-        loader = DataLoader(validation_images(dataset, processor), batch_size=args.batch_size)
-        model, loader = accelerator.prepare(model, loader)
-        results = evaluate_classifier(model, loader, accelerator)
+        images = ValidationImages(dataset, args.max_corrupt, processor)
+        model, loader = accelerator.prepare(model, DataLoader(images, batch_size=args.batch_size))
+        results = evaluate_classifier(
+            lambda pixel_values: model(pixel_values, interpolate_pos_encoding=True).logits, loader, accelerator
+        )
+        images.check()
     else:
         results = score_zero_shot(model, processor, dataset, args.min_foreground, args.image_size)
     if accelerator.is_main_process:

@@ -1,0 +1,203 @@
+"""finetune.py and adapt.py as their users start them, on small Parquet files that the tests write."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT
+from datasets import ClassLabel, Dataset, Features, Image
+from PIL import Image as PILImage
+from torch.nn import functional as F
+from transformers import (
+    AutoImageProcessor,
+    AutoModelForImageClassification,
+    AutoModelForSemanticSegmentation,
+    ViTConfig,
+    ViTForImageClassification,
+    ViTImageProcessorPil,
+)
+
+from cbsa_hf import CBSAConfig, CBSAForImageClassification, SlidingWindowSegmenter
+
+
+def run(script: str, *arguments: str, processes: int = 1, succeeds: bool = True) -> subprocess.CompletedProcess:
+    several = ["--multi_gpu"] if processes > 1 else []
+    launcher = [sys.executable, "-m", "accelerate.commands.launch", *several, "--num_processes", str(processes)]
+    launcher += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    command = [*(launcher if processes > 1 else [sys.executable]), str(ROOT / "training" / script), *arguments]
+    process = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert (process.returncode == 0) == succeeds, process.stderr
+    return process
+
+
+def write_pictures(folder: Path, counts: dict[str, int], make, features: Features):
+    folder.mkdir()
+    for split, count in counts.items():
+        rows = [make(i) for i in range(count)]
+        table = {name: [row[name] for row in rows] for name in features}
+        Dataset.from_dict(table, features=features).to_parquet(folder / f"{split}-00000-of-00001.parquet")
+
+
+@pytest.fixture(scope="module")
+def classifier(tmp_path_factory):
+    """A small CBSA classifier with random weights, saved."""
+    folder = tmp_path_factory.mktemp("classifier")
+    torch.manual_seed(0)
+    config = CBSAConfig(
+        hidden_size=24, num_hidden_layers=2, num_attention_heads=2, image_size=32, patch_size=8, num_labels=7
+    )
+    CBSAForImageClassification(config).save_pretrained(folder)
+    ViTImageProcessorPil(size={"height": 32, "width": 32}, do_convert_rgb=True).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def masks(tmp_path_factory):
+    """Noisy pictures of three sizes, a red rectangle in each; pixels of the last column do not count."""
+    folder = tmp_path_factory.mktemp("masks") / "data"
+    random = np.random.default_rng(0)
+
+    def make(i: int) -> dict:
+        height, width = [(48, 64), (40, 40), (64, 48)][i % 3]
+        mask = np.zeros((height, width), dtype=np.uint8)
+        top, left = random.integers(0, height // 2), random.integers(0, width // 2)
+        mask[top : top + height // 2, left : left + width // 2] = 1
+        pixels = random.integers(0, 120, (height, width, 3))
+        pixels[mask == 1, 0] += 130
+        mask[:, -1] = 255
+        return {"image": PILImage.fromarray(pixels.astype(np.uint8)), "label": PILImage.fromarray(mask)}
+
+    write_pictures(folder, {"train": 24, "validation": 5}, make, Features({"image": Image(), "label": Image()}))
+    (folder / "id2label.json").write_text(json.dumps({"0": "noise", "1": "red", "2": "never seen"}))
+    return folder
+
+
+SEGMENTATION = ["--task=semantic-segmentation", "--crop_size", "32", "40", "--batch_size=8", "--num_workers=0"]
+SEGMENTATION += ["--learning_rate=5e-3", "--warmup_epochs=0", "--report_to=none"]
+
+
+def test_segmentation_learns_and_scores_each_image_once(classifier, masks, tmp_path):
+    arguments = [*SEGMENTATION, f"--dataset_name={masks}", f"--model_name_or_path={classifier}"]
+    arguments += [f"--output_dir={tmp_path}", "--num_epochs=16", "--validation_epochs=8", "--class_balanced=true"]
+    run("finetune.py", *arguments, processes=2)
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert results["processes"] == 2
+    assert results["metrics"]["iou/red"] > 0.5
+
+    model = AutoModelForSemanticSegmentation.from_pretrained(tmp_path).eval()
+    assert model.config.id2label == {0: "noise", 1: "red", 2: "never seen"}
+    processor = AutoImageProcessor.from_pretrained(tmp_path)
+    segmenter = SlidingWindowSegmenter(model, processor, window=(32, 40))
+    hits, unions, right, counted = np.zeros(3), np.zeros(3), 0, 0
+    for row in Dataset.from_parquet(str(masks / "validation-00000-of-00001.parquet")):
+        predicted, labels = segmenter(row["image"]), np.asarray(row["label"])
+        inside = labels != 255
+        counted += inside.sum()
+        right += (predicted == labels)[inside].sum()
+        for k in range(3):
+            hits[k] += ((predicted == k) & (labels == k) & inside).sum()
+            unions[k] += (((predicted == k) | (labels == k)) & inside).sum()
+    assert results["metrics"]["pixel_accuracy"] == pytest.approx(right / counted)
+    assert results["metrics"]["mean_iou"] == pytest.approx(np.mean(hits[unions > 0] / unions[unions > 0]))
+
+    scored = run("score.py", "--task=semantic-segmentation", f"--dataset_name={masks}", f"--checkpoint={tmp_path}")
+    assert f"mean_iou                 {results['metrics']['mean_iou']:.4f}" in scored.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--task=captioning"], "`--task` is captioning; choose one of image-classification, semantic-segmentation."),
+        ([*SEGMENTATION, "--id2label=nowhere.json"], "The names of the classes are not in nowhere.json"),
+        ([*SEGMENTATION, "--model_name_or_path=nobody/nothing"], "nobody/nothing is neither a folder nor a hub id"),
+    ],
+)
+def test_bad_input(masks, tmp_path, arguments, message):
+    process = run(
+        "finetune.py", f"--dataset_name={masks}", f"--output_dir={tmp_path / 'run'}", *arguments, succeeds=False
+    )
+    (sentence,) = [line for line in process.stderr.splitlines() if line.startswith("finetune.py: ")]
+    assert message in sentence
+    assert not (tmp_path / "run" / "model.safetensors").exists()
+
+
+@pytest.fixture(scope="module")
+def stripes(tmp_path_factory):
+    """Noisy pictures whose halves are of two colours, in one order or the other."""
+    folder = tmp_path_factory.mktemp("stripes") / "data"
+    random = np.random.default_rng(0)
+
+    def make(i: int) -> dict:
+        pixels = random.integers(0, 110, (32, 32, 3))
+        top, bottom = (0, 2) if i % 2 else (2, 0)
+        pixels[:16, :, top] += 120
+        pixels[16:, :, bottom] += 120
+        return {"image": PILImage.fromarray(pixels.astype(np.uint8)), "label": i % 2}
+
+    features = Features({"image": Image(), "label": ClassLabel(names=["blue first", "red first"])})
+    write_pictures(folder, {"train": 96, "validation": 40}, make, features)
+    return folder
+
+
+def test_classification_with_a_new_head(classifier, stripes, tmp_path):
+    arguments = ["--task=image-classification", f"--dataset_name={stripes}", f"--model_name_or_path={classifier}"]
+    arguments += [f"--output_dir={tmp_path}", "--num_epochs=4", "--batch_size=16", "--learning_rate=3e-3"]
+    run("finetune.py", *arguments, "--warmup_epochs=0", "--num_workers=0", "--min_crop_scale=0.9", "--layer_decay=0.7")
+    assert json.loads((tmp_path / "results.json").read_text())["metrics"]["accuracy"] > 0.9
+    assert AutoModelForImageClassification.from_pretrained(tmp_path).config.id2label == {
+        0: "blue first",
+        1: "red first",
+    }
+
+
+@pytest.fixture(scope="module")
+def vit(stripes, tmp_path_factory):
+    """A small ViT of Transformers, trained here to tell the stripes apart."""
+    folder = tmp_path_factory.mktemp("vit")
+    torch.manual_seed(0)
+    config = ViTConfig(
+        hidden_size=32,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        intermediate_size=64,
+        image_size=32,
+        patch_size=4,
+        hidden_dropout_prob=0.0,
+        id2label={0: "blue first", 1: "red first"},
+        label2id={"blue first": 0, "red first": 1},
+    )
+    model = ViTForImageClassification(config)
+    processor = ViTImageProcessorPil(size={"height": 32, "width": 32}, do_convert_rgb=True)
+    rows = Dataset.from_parquet(str(stripes / "train-00000-of-00001.parquet"))
+    pixels = processor(rows["image"][:], return_tensors="pt")["pixel_values"]
+    labels = torch.tensor(rows["label"][:])
+    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
+    for _ in range(60):
+        loss = F.cross_entropy(model(pixels).logits, labels)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("attention_type", ["agent", "cbsa"])
+def test_adapted_vit_comes_back(vit, stripes, tmp_path, attention_type):
+    arguments = [f"--model_name_or_path={vit}", f"--attention_type={attention_type}", f"--dataset_name={stripes}"]
+    arguments += [f"--output_dir={tmp_path}", "--num_epochs=12", "--batch_size=16", "--learning_rate=2e-3"]
+    arguments += ["--warmup_epochs=0", "--num_workers=0", "--min_crop_scale=0.9", "--hidden_states_weight=1"]
+    run("adapt.py", *arguments)
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert results["original"]["accuracy"] == 1.0
+    assert results["replaced"]["loss"] > 2 * results["original"]["loss"]
+    assert results["metrics"]["accuracy"] > 0.95
+    assert results["metrics"]["loss"] < results["replaced"]["loss"]
+    model = AutoModelForImageClassification.from_pretrained(tmp_path)
+    assert model.config.attention_type == attention_type

@@ -1,0 +1,303 @@
+"""The pieces of the training scripts, each against something worked out by hand."""
+
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT
+from datasets import ClassLabel, Dataset, Features, Image
+from PIL import Image as PILImage
+from torch.nn import functional as F
+from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessorPil
+
+from cbsa_hf import CBSAConfig, CBSAForImageClassification
+
+
+sys.path.insert(0, str(ROOT / "training"))
+
+from arguments import parse_arguments
+from data import TrainingImages
+from distillation import AutoTeacher, TaughtImages, Teacher, write_answers
+from metrics import MeanIoU, count_pixels
+from optimization import build_optimizer, build_scheduler, parameter_groups
+from pretrain import Arguments
+from segmentation import IGNORED, TrainingMasks, median_frequency_weights, read_mask
+
+
+MEAN, STD = [0.4, 0.5, 0.6], [0.2, 0.3, 0.4]
+
+
+@pytest.fixture
+def processor():
+    return ViTImageProcessorPil(size={"height": 32, "width": 32}, image_mean=MEAN, image_std=STD, do_convert_rgb=True)
+
+
+@pytest.fixture
+def labelled():
+    """Eight smooth pictures of two classes."""
+    random = np.random.default_rng(0)
+    pictures = [
+        PILImage.fromarray(random.integers(0, 256, (3, 4, 3), dtype=np.uint8)).resize((48, 40), PILImage.BILINEAR)
+        for _ in range(8)
+    ]
+    features = Features({"image": Image(), "label": ClassLabel(names=["a", "b"])})
+    return Dataset.from_dict({"image": pictures, "label": [0, 1] * 4}, features=features)
+
+
+class TestArguments:
+    RECIPE = "dataset_name: somewhere\nlearning_rate: 1e-4\ncrop_sizes: [96, 128]\nkeep_best: true\nteacher:\n"
+
+    def test_command_line_overrides_the_recipe(self, tmp_path):
+        (tmp_path / "recipe.yaml").write_text(self.RECIPE)
+        given = ["--config", str(tmp_path / "recipe.yaml"), "--output_dir", "out", "--crop_sizes", "64"]
+        args = parse_arguments(Arguments, given)
+        assert (args.dataset_name, args.learning_rate, args.keep_best) == ("somewhere", 1e-4, True)
+        assert (args.crop_sizes, args.teacher, args.batch_size) == ([64], None, 64)
+
+    @pytest.mark.parametrize(
+        ("text", "message"),
+        [
+            ("batchsize: 8", "names `batchsize`, which the script does not know; did you mean `batch_size`?"),
+            ("- a list", "has to be a list of `name: value` lines"),
+            ("a: [", "is not YAML"),
+        ],
+    )
+    def test_bad_recipe(self, tmp_path, text, message):
+        (tmp_path / "recipe.yaml").write_text(text)
+        with pytest.raises(ValueError, match=r"recipe\.yaml") as error:
+            parse_arguments(Arguments, ["--config", str(tmp_path / "recipe.yaml")])
+        assert message in str(error.value)
+
+    def test_every_recipe_is_understood(self):
+        recipes = sorted((ROOT / "training" / "recipes").glob("*.yaml"))
+        assert recipes
+        for recipe in recipes:
+            script = {"segmentation": "finetune.py"}.get(recipe.stem.split("-")[0], "pretrain.py")
+            if "task:" in recipe.read_text():
+                script = "finetune.py"
+            command = [sys.executable, str(ROOT / "training" / script), "--config", str(recipe)]
+            command += ["--dataset_name", "nobody/nothing", "--output_dir", "nowhere"]
+            process = subprocess.run(command, capture_output=True, text=True)
+            assert "nobody/nothing is neither a folder" in process.stderr
+
+
+class TestOptimization:
+    def test_groups(self, tiny_model):
+        groups = parameter_groups(tiny_model, 3, learning_rate=1.0, weight_decay=0.1, layer_decay=0.5)
+        found = {id(p): (group["lr"], group["weight_decay"]) for group in groups for p in group["params"]}
+        expected = {
+            "cbsa.embeddings.position_embeddings": (1 / 16, 0),
+            "cbsa.embeddings.patch_embeddings.layers.0.weight": (1 / 16, 0.1),
+            "cbsa.layers.0.attention.proj.weight": (1 / 8, 0.1),
+            "cbsa.layers.2.attention.step_x": (1 / 2, 0),
+            "cbsa.layers.2.layernorm_before.weight": (1 / 2, 0),
+            "cbsa.layers.2.feed_forward.weight": (1 / 2, 0.1),
+            "cbsa.layernorm.weight": (1, 0),
+            "classifier.weight": (1, 0.1),
+            "classifier.bias": (1, 0),
+        }
+        parameters = dict(tiny_model.named_parameters())
+        assert {name: found[id(parameters[name])] for name in expected} == expected
+        assert len(found) == len(parameters)
+
+    def test_lion_takes_steps_of_one_size(self):
+        weight = torch.nn.Parameter(torch.tensor([[1.0, -2.0]]))
+        optimizer = build_optimizer("lion", [{"params": [weight], "weight_decay": 0.0}], 0.1)
+        weight.grad = torch.tensor([[3.0, -0.01]])
+        optimizer.step()
+        assert weight.tolist() == [[pytest.approx(0.9), pytest.approx(-1.9)]]
+
+    @pytest.mark.parametrize(
+        ("name", "middle"), [("cosine", 0.5 * (1 + np.cos(np.pi * 0.5))), ("polynomial", 0.5**0.9)]
+    )
+    def test_schedule(self, name, middle):
+        optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=2.0)
+        scheduler = build_scheduler(name, optimizer, num_steps=12, num_warmup_steps=1.5)
+        rates = []
+        for _ in range(12):
+            rates.append(scheduler.get_last_lr()[0])
+            optimizer.step()
+            scheduler.step()
+        assert rates[:3] == pytest.approx([0, 1, 2])
+        assert rates[7] == pytest.approx(2 * middle)
+        assert scheduler.get_last_lr()[0] == pytest.approx(0, abs=1e-6)
+
+
+class ColourTeacher(torch.nn.Module):
+    """A teacher whose maps are the pixels themselves, averaged over patches: what a crop of them is can be told."""
+
+    stride, ratios, widths, num_labels, label2id = 8, (1, 2), [3, 3], 3, None
+    image_mean, image_std = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
+
+    def forward(self, pixel_values):
+        return pixel_values.mean((2, 3)), [F.avg_pool2d(pixel_values, 8), F.avg_pool2d(pixel_values, 16)]
+
+
+class TestDistillation:
+    def test_normalisation_and_size(self, monkeypatch):
+        monkeypatch.setattr("distillation.AutoTeacher", lambda name: ColourTeacher())
+        teacher = Teacher("colours", MEAN, STD, patch_size=4)
+        pixels = torch.rand(2, 3, 8, 12)
+        normalised = (pixels - torch.tensor(MEAN).view(3, 1, 1)) / torch.tensor(STD).view(3, 1, 1)
+        logits, (fine, _) = teacher(normalised)
+        assert fine.shape == (2, 3, 2, 3)
+        torch.testing.assert_close(logits, F.interpolate(pixels, (16, 24), mode="bilinear").mean((2, 3)))
+        torch.testing.assert_close(fine, F.avg_pool2d(F.interpolate(pixels, (16, 24), mode="bilinear"), 8))
+
+    def test_answers_are_cropped_as_the_image_is(self, monkeypatch, labelled, processor, tmp_path):
+        monkeypatch.setattr("distillation.AutoTeacher", lambda name: ColourTeacher())
+        settings = {
+            "dataset": labelled,
+            "max_corrupt": 0,
+            "processor": processor,
+            "crop_sizes": [32],
+            "num_epochs": 1,
+            "min_crop_scale": 0.3,
+            "mixup_alpha": 0.0,
+            "seed": 0,
+        }
+        teacher = Teacher("colours", MEAN, STD, patch_size=2)
+        images = TrainingImages(**settings)
+        write_answers(teacher, images, processor, 128, tmp_path / "answers")  # much finer than the crops
+        taught = TaughtImages(teacher, tmp_path / "answers", **settings)
+        scale, shift = torch.tensor(STD).view(3, 1, 1), torch.tensor(MEAN).view(3, 1, 1)
+        for index in range(len(images)):
+            item = taught[index]
+            torch.testing.assert_close(item["pixel_values"], images[index]["pixel_values"])
+            pixels = item["pixel_values"] * scale + shift
+            for i, size in enumerate((2, 4)):
+                error = (item[f"teacher_map_{i}"] - F.avg_pool2d(pixels, size)).abs().mean()
+                assert error < 0.02  # neighbouring crops differ by 0.1 and more
+                wrong = (item[f"teacher_map_{i}"] - F.avg_pool2d(pixels, size).flip(2)).abs().mean()
+                assert error < wrong
+
+    def test_any_classifier_teaches(self, tmp_path):
+        config = ViTConfig(
+            hidden_size=16,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            intermediate_size=16,
+            image_size=32,
+            patch_size=8,
+            id2label={0: "x", 1: "y", 2: "z"},
+        )
+        model = ViTForImageClassification(config).eval()
+        model.save_pretrained(tmp_path)
+        ViTImageProcessorPil().save_pretrained(tmp_path)
+        teacher = AutoTeacher(str(tmp_path)).eval()
+        pixels = torch.randn(2, 3, 32, 48)
+        logits, (features,) = teacher(pixels)
+        outputs = model(pixels, interpolate_pos_encoding=True, output_hidden_states=True)
+        torch.testing.assert_close(logits, outputs.logits)
+        torch.testing.assert_close(features[1, :, 2, 3], outputs.hidden_states[-1][1, 1 + 2 * 6 + 3])
+
+
+class TestSegmentation:
+    @pytest.fixture
+    def masked(self):
+        """Images whose colour is the label: 40 for 0, 80 for 1, 120 for 2, 160 where nothing counts."""
+        random = np.random.default_rng(0)
+        masks = [np.kron(random.integers(0, 4, (5, 6)), np.ones((12, 12))).astype(np.uint8) for _ in range(6)]
+        images = [PILImage.fromarray(np.stack([40 + 40 * mask] * 3, -1).astype(np.uint8)) for mask in masks]
+        labels = [PILImage.fromarray(np.where(mask == 3, IGNORED, mask).astype(np.uint8)) for mask in masks]
+        features = Features({"image": Image(), "label": Image()})
+        return Dataset.from_dict({"image": images, "label": labels}, features=features)
+
+    def make(self, masked, processor, **changes):
+        settings = {
+            "processor": processor,
+            "crop_size": (48, 56),
+            "resize_ratios": (0.5, 2.0),
+            "photometric_distortion": False,
+            "seed": 0,
+        }
+        return TrainingMasks(masked, 0, num_labels=3, reduce_labels=False, **{**settings, **changes})
+
+    def test_image_and_mask_stay_together(self, masked, processor):
+        images = self.make(masked, processor)
+        seen = set()
+        for index in range(len(images)):
+            item = images[index]
+            assert item["pixel_values"].shape == (3, 48, 56)
+            red = (item["pixel_values"][0] * STD[0] + MEAN[0]) * 255
+            colours = torch.where(item["labels"] == IGNORED, 160.0, 40.0 + 40 * item["labels"])
+            colours = torch.where(red < 10, 0.0, colours)  # padding is black, and must not count
+            assert (item["labels"][red < 10] == IGNORED).all()
+            # Images are resized smoothly, masks are not: they differ at edges alone.
+            assert ((red - colours).abs() < 1).float().mean() > 0.75
+            seen |= set(item["labels"].unique().tolist())
+        assert seen == {0, 1, 2, IGNORED}
+
+    def test_what_is_drawn_depends_on_seed_epoch_and_index(self, masked, processor):
+        images, again = (self.make(masked, processor, photometric_distortion=True) for _ in range(2))
+        torch.manual_seed(1)
+        first = images[2]["pixel_values"]
+        torch.manual_seed(2)
+        state = torch.get_rng_state()
+        torch.testing.assert_close(first, again[2]["pixel_values"], rtol=0, atol=0)
+        assert torch.equal(state, torch.get_rng_state())
+        images.set_epoch(1)
+        assert not torch.equal(first, images[2]["pixel_values"])
+
+    def test_reduced_labels(self):
+        mask = PILImage.fromarray(np.array([[0, 1, 150, 255]], dtype=np.uint8))
+        assert read_mask(mask, 150, reduce_labels=True).tolist() == [[IGNORED, 0, 149, IGNORED]]
+        with pytest.raises(ValueError, match="has the label 150; masks are grey, with labels below 150"):
+            read_mask(mask, 150, reduce_labels=False)
+
+    def test_class_weights(self, masked, processor):
+        images = self.make(masked, processor)
+        counts = np.zeros(3)
+        for row in masked:
+            mask = np.asarray(row["label"])
+            counts += [(mask == k).sum() for k in range(3)]
+        weights = median_frequency_weights(images)
+        np.testing.assert_allclose(weights, np.median(counts) / counts, rtol=1e-6)
+
+    def test_mean_iou_is_that_of_all_pixels(self):
+        random = np.random.default_rng(0)
+        metric = MeanIoU(keep_in_memory=True)
+        hits, unions, right, counted = np.zeros(4), np.zeros(4), 0, 0
+        for shape in [(3, 5), (8, 2), (6, 6)]:
+            predicted, labelled = random.integers(0, 3, shape), random.integers(0, 3, shape)
+            labelled[0, 0] = 255
+            counts = count_pixels(predicted, labelled, num_labels=4, ignore_index=255)
+            names = ("intersection", "predicted", "labelled")
+            metric.add_batch(**{name: counts[i][None] for i, name in enumerate(names)})
+            for p, t in zip(predicted.flat, labelled.flat, strict=True):
+                if t != 255:
+                    counted += 1
+                    right += p == t
+                    for k in range(4):
+                        hits[k] += p == k and t == k
+                        unions[k] += p == k or t == k
+        scores = metric.compute()
+        assert scores["pixel_accuracy"] == pytest.approx(right / counted)
+        assert scores["iou"][:3] == pytest.approx(hits[:3] / unions[:3])
+        assert np.isnan(scores["iou"][3])  # a class that never occurs
+        assert scores["mean_iou"] == pytest.approx(np.mean(hits[:3] / unions[:3]))
+
+
+def test_drop_path():
+    """In evaluation nothing is dropped; in training some updates are, and the mean is kept."""
+    config = CBSAConfig(hidden_size=24, num_hidden_layers=3, num_attention_heads=2, image_size=32, drop_path_rate=0.5)
+    model = CBSAForImageClassification(config)
+    assert [layer.drop_path.rate for layer in model.base_model.layers] == [0, 0.25, 0.5]
+    drop_path = model.base_model.layers[2].drop_path
+    updates = torch.ones(4000, 2, 3)
+    assert torch.equal(drop_path.eval()(updates), updates)
+    dropped = drop_path.train()(updates)
+    assert set(dropped.unique().tolist()) == {0.0, 2.0}
+    assert torch.equal(dropped, dropped[:, :1, :1].expand_as(dropped))
+    assert dropped.mean() == pytest.approx(1, abs=0.1)
+
+
+def test_accelerate_configurations_are_understood():
+    from accelerate.commands.config.config_args import load_config_from_file
+
+    files = sorted((ROOT / "training" / "accelerate").glob("*.yaml"))
+    assert len(files) == 3
+    processes = {file.stem: load_config_from_file(str(file)).num_processes for file in files}
+    assert processes == {"1-gpu": 1, "8-gpus": 8, "4x8-gpus-fsdp": 32}

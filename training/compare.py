@@ -1,0 +1,150 @@
+"""
+Train members of the family with the same budget and seeds, and write a table of what each is worth.
+
+    accelerate launch training/compare.py --config training/recipes/comparison.yaml --output_dir runs/comparison \
+        --dataset_name ../shared/data/imagenette-128 --masks_name ../shared/data/coco128-seg
+
+Takes every option of `pretrain.py`. What is there already is not trained again, and what was interrupted goes on.
+Throughput is measured side by side: the members take turns, and the median of their turns counts.
+"""
+
+import dataclasses
+import json
+import statistics
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pretrain
+import torch
+from accelerate import PartialState
+from accelerate.state import AcceleratorState
+from arguments import parse_arguments
+from checkpoints import CHECKPOINTS
+from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import PreTrainedModel
+
+from cbsa_hf import load_checkpoint
+
+
+MEMBERS = {
+    "cbsa": {"attention_type": "cbsa", "feed_forward_type": "ista"},
+    "mssa": {"attention_type": "mssa", "feed_forward_type": "ista"},
+    "tssa": {"attention_type": "tssa", "feed_forward_type": "ista"},
+    "softmax": {"attention_type": "softmax", "feed_forward_type": "mlp"},
+}
+TURNS = 5
+
+
+@dataclass(kw_only=True)
+class Arguments(pretrain.Arguments):
+    seeds: list[int] = field(default_factory=lambda: [0], metadata={"help": "seeds to train each member with"})
+    masks_name: str | None = field(
+        default=None, metadata={"help": "images with masks, to score zero-shot segmentation on; default: not scored"}
+    )
+    masks_split: str = field(default="train", metadata={"help": "split of these"})
+
+
+def train_member(args: Arguments, member: str, seed: int) -> Path:
+    """The folder of the trained model, which is trained unless it is there."""
+    folder = Path(args.output_dir) / f"{member}-{seed}"
+    if not (folder / "results.json").exists():
+        resume = "last" if list(folder.glob(CHECKPOINTS)) else None
+        changes = {**MEMBERS[member], "seed": seed, "output_dir": str(folder), "resume_from_checkpoint": resume}
+        values = {f.name: getattr(args, f.name) for f in dataclasses.fields(pretrain.Arguments)}
+        AcceleratorState._reset_state()  # the next run has its own folder and trackers
+        pretrain.main(pretrain.Arguments(**{**values, **changes}))
+    return folder
+
+
+def count_flops(model: PreTrainedModel, pixel_values: torch.Tensor) -> int:
+    """Of the matrix products and convolutions of one forward pass; a multiply-add counts two."""
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(pixel_values)
+    return counter.get_total_flops()
+
+
+def images_per_second(models: dict[str, PreTrainedModel], pixel_values: torch.Tensor, train: bool) -> dict[str, float]:
+    """Of each model, with or without backward and an optimiser's step; medians over turns that they take."""
+    optimizers = {name: torch.optim.AdamW(model.parameters(), lr=1e-6) for name, model in models.items()}
+    labels = torch.zeros(len(pixel_values), dtype=torch.long, device=pixel_values.device)
+
+    def run(name: str) -> float:
+        synchronise = torch.cuda.synchronize if pixel_values.is_cuda else lambda: None
+        synchronise()
+        started = time.perf_counter()
+        with torch.set_grad_enabled(train):
+            logits = models[name](pixel_values).logits
+            if train:
+                F.cross_entropy(logits, labels).backward()
+                optimizers[name].step()
+                optimizers[name].zero_grad()
+        synchronise()
+        return len(pixel_values) / (time.perf_counter() - started)
+
+    rates = {name: [] for name in models}
+    for turn in range(TURNS + 1):
+        for name in models:
+            rate = run(name)
+            if turn > 0:  # the first warms up
+                rates[name].append(rate)
+    return {name: statistics.median(values) for name, values in rates.items()}
+
+
+def write_table(rows: dict[str, dict], path: Path):
+    """The rows as Markdown; a mean over several seeds stands with its standard deviation."""
+
+    def show(values: list[float]) -> str:
+        spread = f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else ""
+        return f"{statistics.mean(values):.3f}{spread}"
+
+    first = next(iter(rows.values()))
+    scored = [name for name in ("accuracy", "zero-shot IoU") if first.get(name)]
+    lines = [f"| member | {' | '.join(scored)} | parameters | GFLOPs | images/s, training | images/s, inference |"]
+    lines.append("|---" * (5 + len(scored)) + "|")
+    for name, row in rows.items():
+        cells = [show(row[column]) for column in scored]
+        cells += [
+            f"{row['parameters']:,}",
+            f"{row['flops'] / 1e9:.2f}",
+            f"{row['training']:.0f}",
+            f"{row['inference']:.0f}",
+        ]
+        lines.append(f"| `{name}` | {' | '.join(cells)} |")
+    path.write_text("\n".join(lines) + "\n")
+
+
+def main(args: Arguments):
+    folders = {name: [train_member(args, name, seed) for seed in args.seeds] for name in MEMBERS}
+    if not PartialState().is_main_process:
+        return
+    device = PartialState().device
+    models = {name: load_checkpoint(str(paths[0]))[0].to(device) for name, paths in folders.items()}
+    size = next(iter(models.values())).config.image_size
+    pixel_values = torch.randn(args.batch_size, 3, size, size, device=device)
+    training = images_per_second({name: model.train() for name, model in models.items()}, pixel_values, train=True)
+    inference = images_per_second({name: model.eval() for name, model in models.items()}, pixel_values, train=False)
+    rows = {}
+    for name, paths in folders.items():
+        results = [json.loads((path / "results.json").read_text()) for path in paths]
+        rows[name] = {
+            "accuracy": [result["metrics"]["accuracy"] for result in results],
+            "zero-shot IoU": [],
+            "parameters": sum(parameter.numel() for parameter in models[name].parameters()),
+            "flops": count_flops(models[name], pixel_values[:1]),
+            "training": training[name],
+            "inference": inference[name],
+        }
+    output_dir = Path(args.output_dir)
+    (output_dir / "comparison.json").write_text(json.dumps(rows, indent=2) + "\n")
+    write_table(rows, output_dir / "comparison.md")
+    print((output_dir / "comparison.md").read_text())
+
+
+if __name__ == "__main__":
+    try:
+        main(parse_arguments(Arguments))
+    except ValueError as error:
+        sys.exit(f"compare.py: {error}")
