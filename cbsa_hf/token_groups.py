@@ -8,12 +8,13 @@ from transformers import PreTrainedModel
 
 from .attention_cbsa import ContractAndBroadcastSelfAttention
 from .interpretability import attention_maps, patch_grid, watching
-from .spectral import Cut, cut_dense, cut_factored, k_means, landmark_factor, stack_factors, visits
+from .spectral import cut_dense, cut_factored, k_means, landmark_factor, stack_factors, visits
 
 
 LANDMARKS = 8  # a side, as many as the representatives of the published models
 TEMPERATURE = 0.1
 FOREGROUND_VECTORS = 4
+POSITION_WEIGHT = 0.25
 SMALLEST_SHARE = 1e-12  # of a representative's attention, lest a patch has none at all
 
 
@@ -56,14 +57,23 @@ def surroundings(grid: tuple[int, int]) -> torch.Tensor:
     return target.flatten()
 
 
-def foreground(cut: Cut, target: torch.Tensor) -> torch.Tensor:
-    """
-    How much more rarely than on average random walks over the affinity visit the target, by the cut's leading vectors;
-    in standard deviations over the starts, (N,).
-    """
-    rarely = -visits(cut.leading(FOREGROUND_VECTORS), target)
-    rarely = rarely - rarely.mean()
-    return rarely / rarely.std(correction=0).clamp_min(1e-9)
+def standardise(values: torch.Tensor) -> torch.Tensor:
+    """The values less their mean, in standard deviations; all 0 if they are equal."""
+    values = values - values.mean()
+    return values / values.std(correction=0).clamp_min(1e-9)
+
+
+def distance_from_centre(grid: tuple[int, int]) -> torch.Tensor:
+    """(N,), the square of each patch's distance, in half sides of the grid, row by row."""
+    rows, columns = (2 * (torch.arange(side, dtype=torch.float64) + 0.5) / side - 1 for side in grid)
+    return (rows.square().unsqueeze(1) + columns.square()).flatten()
+
+
+def foreground(rarely: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
+    """How much a patch is foreground, (height, width): how rarely walks from there visit the surroundings (N,), and,
+    with less weight, how central it is."""
+    position = POSITION_WEIGHT * standardise(distance_from_centre(grid))
+    return standardise(standardise(rarely) - position).unflatten(0, grid)
 
 
 @dataclass
@@ -144,19 +154,15 @@ def attention_of_heads(model: PreTrainedModel, pixel_values: torch.Tensor, layer
 def group_by_attention(model: PreTrainedModel, pixel_values: torch.Tensor, options: Options) -> Grouping:
     """
     Foreground by the attention of CLS, after DINO's visualisation (arXiv 2104.14294): its row of the token-to-token
-    map is a map over the patches, and the foreground is where most of its mass lies. There are two groups, whatever
-    `num_segments`.
+    map is a map over the patches, and the foreground is where most of its mass lies. Groups are patches that the heads
+    attend to alike.
     """
     tokens, _ = encode(model, pixel_values, options, wants_attention=False)
     maps = attention_of_heads(model, pixel_values, options.layer)
     saliency = maps.mean(0) if options.head is None else maps[options.head]
     saliency = saliency / smallest_share(saliency, options.mass) - 1
-    return Grouping(torch.stack([saliency, -saliency]), saliency, tokens)
-
-
-def k_way(cut: Cut, k: int) -> torch.Tensor:
-    """Clusters by the leading vectors of a cut: (N,), from 0."""
-    return k_means(cut.vectors[:, 1:k], k)
+    labels = k_means(maps.flatten(1).T, options.num_segments)
+    return Grouping(F.one_hot(labels).T.unflatten(1, maps.shape[1:]), saliency, tokens)
 
 
 def group_by_cut(model: PreTrainedModel, pixel_values: torch.Tensor, options: Options) -> Grouping:
@@ -164,8 +170,8 @@ def group_by_cut(model: PreTrainedModel, pixel_values: torch.Tensor, options: Op
     The normalised cut of the tokens' affinity: patches are clustered by its first eigenvectors. The affinity is that
     of their features through landmarks, that of the attention, or a mixture.
 
-    Foreground is what random walks over the affinity lead away from the surroundings: the surroundings are what the
-    image's top and sides consist of, and what looks like it.
+    Foreground is where random walks over the affinity visit the image's top and sides more rarely than on average:
+    surroundings are what is there, and what looks like it. How central a patch is counts too, a quarter as much.
     """
     weight = options.attention_weight
     tokens, attention = encode(model, pixel_values, options, wants_attention=weight > 0)
@@ -179,8 +185,9 @@ def group_by_cut(model: PreTrainedModel, pixel_values: torch.Tensor, options: Op
     else:
         attention = (attention / attention.mean((1, 2), keepdim=True)).mean(0) / len(features.T)
         cut = cut_dense((1 - weight) * features.T @ features + weight * attention)
-    members = F.one_hot(k_way(cut, options.num_segments)).T.unflatten(1, grid)
-    return Grouping(members, foreground(cut, surroundings(grid)).unflatten(0, grid), tokens)
+    members = F.one_hot(k_means(cut.vectors[:, 1 : options.num_segments], options.num_segments)).T.unflatten(1, grid)
+    rarely = -visits(cut.leading(FOREGROUND_VECTORS), surroundings(grid))
+    return Grouping(members, foreground(rarely, grid), tokens)
 
 
 def contraction(model: PreTrainedModel, pixel_values: torch.Tensor, options: Options) -> torch.Tensor:
@@ -218,10 +225,9 @@ def group_by_representatives(model: PreTrainedModel, pixel_values: torch.Tensor,
         affinity = (attention.mT @ attention if operator.map_is_gram else attention).mean(0)
         reads = torch.eye(len(affinity), dtype=affinity.dtype)
     cut = cut_dense(affinity)
-    members = F.one_hot(k_way(cut, options.num_segments)).double().T @ reads
-    saliency = foreground(cut, reads @ surroundings(grid)) @ (reads / reads.sum(0))
-    saliency = saliency - saliency.mean()
-    return Grouping(members.unflatten(1, grid), saliency.unflatten(0, grid), tokens)
+    members = F.one_hot(k_means(cut.vectors[:, 1 : options.num_segments], options.num_segments)).double().T @ reads
+    rarely = -visits(cut.leading(FOREGROUND_VECTORS), reads @ surroundings(grid)) @ (reads / reads.sum(0))
+    return Grouping(members.unflatten(1, grid), foreground(rarely, grid), tokens)
 
 
 METHODS = {

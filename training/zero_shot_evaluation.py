@@ -85,73 +85,85 @@ def trivial_results(image: Image.Image) -> Iterator[tuple[str, np.ndarray | None
     yield "k-means on colour, position", None, colours_and_places(pixels)
 
 
+def read_labels(labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """
+    Labels (height, width) -> the same, 0 where there is nothing, and where they are known: all but 255, unless 0 and
+    255 are the only ones, black and white.
+    """
+    if np.isin(labels, (0, IGNORED)).all():
+        return (labels == IGNORED).astype(np.int64), np.ones(labels.shape, dtype=bool)
+    return labels, labels != IGNORED
+
+
+def build_segmenters(model: PreTrainedModel, processor: BaseImageProcessor, **options) -> dict[str, ZeroShotSegmenter]:
+    """
+    Every method by its name: the affinity of `ncut` as it is by default, and of the attention alone; the attention of
+    CLS on average, and of each head.
+    """
+    methods = {
+        "ncut": {},
+        "ncut, attention alone": {"attention_weight": 1.0},
+        "representatives": {},
+        "attention": {},
+        **{f"attention, head {head}": {"head": head} for head in range(model.config.num_attention_heads)},
+    }
+    return {
+        name: ZeroShotSegmenter(model, processor, name.split(",")[0], num_segments=NUM_SEGMENTS, **special, **options)
+        for name, special in methods.items()
+    }
+
+
 def model_results(
-    model: PreTrainedModel, processor: BaseImageProcessor, image: Image.Image, **options
-) -> Iterator[tuple[str, np.ndarray, np.ndarray | None]]:
-    """Name, foreground mask and segments of every method; for the attention of CLS also each head's mask."""
-    for method in ("ncut", "representatives"):
-        segmenter = ZeroShotSegmenter(model, processor, method, num_segments=NUM_SEGMENTS, **options)
+    segmenters: dict[str, ZeroShotSegmenter], image: Image.Image
+) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
+    """As [`trivial_results`]."""
+    for name, segmenter in segmenters.items():
         found = segmenter(image)
-        yield method, found.mask, found.labels
-    yield "attention", ZeroShotSegmenter(model, processor, "attention", **options)(image).mask, None
-    for head in range(model.config.num_attention_heads):
-        segmenter = ZeroShotSegmenter(model, processor, "attention", head=head, **options)
-        yield f"attention, head {head}", segmenter(image).mask, None
+        yield name, found.mask, found.labels
 
 
 def evaluate_zero_shot(
-    model: PreTrainedModel,
-    processor: BaseImageProcessor,
+    segmenters: dict[str, ZeroShotSegmenter],
     samples: Iterable[tuple[Image.Image, np.ndarray]],
     min_foreground: float,
-    **options,
-) -> dict[str, int | dict[str, float]]:
+) -> dict[str, float]:
     """
-    Scores by method, each image counted once: `foreground_iou`, any label but 0 being foreground, and `best_overlap` of
-    six segments. `attention, best head (oracle)` lets the masks choose the head for each image, as DINO and CRATE do.
+    Means over the images, each counted once. Under a method's name the intersection over union of the foreground, any
+    label but 0; under the name with "best overlap" what [`best_overlap`] says of its segments.
+
+    `attention, best head (oracle)` lets the masks choose the head for each image, as DINO and CRATE do; all else is
+    fixed before they are seen.
 
     Args:
-        model, processor: to score.
-        samples: RGB images, and labels (height, width) of their size; 255 where none is known.
+        segmenters: by name, as [`build_segmenters`] makes them.
+        samples: RGB images, and labels (height, width) of their size; see [`read_labels`].
         min_foreground: images with a smaller share are left out.
-        **options: of [`ZeroShotSegmenter`].
 
     Returns:
-        `images`, how many were counted, and the scores of each method by its name.
+        The means by name, and `images`, how many were counted.
 
     Raises:
-        ValueError: no image has enough foreground.
+        ValueError: labels of another size than their image; no image has enough foreground.
     """
-    scores, num_images = {}, 0
+    scores = []
     for image, labels in tqdm(samples, desc="images"):
-        known = labels != IGNORED
-        truth = labels[known] > 0
-        if truth.size == 0 or truth.mean() < min_foreground or not truth.any():
+        if labels.shape != (image.height, image.width):
+            raise ValueError(
+                f"A mask has {labels.shape[1]} x {labels.shape[0]} pixels, its image {image.width} x {image.height}."
+            )
+        labels, known = read_labels(labels)
+        labels = labels[known]
+        if not labels.any() or (labels > 0).mean() < min_foreground:
             continue
-        num_images += 1
-        heads = []
-        for name, mask, segments in (*trivial_results(image), *model_results(model, processor, image, **options)):
+        score = {}
+        for name, mask, segments in (*model_results(segmenters, image), *trivial_results(image)):
             if mask is not None:
-                score = intersection_over_union(mask[known], truth)
-                scores.setdefault(name, {}).setdefault("foreground_iou", []).append(score)
-                if "head" in name:
-                    heads.append(score)
+                score[name] = intersection_over_union(mask[known], labels > 0)
             if segments is not None:
-                score = best_overlap(segments[known], labels[known])
-                scores.setdefault(name, {}).setdefault("best_overlap", []).append(score)
-        oracle = scores.setdefault("attention, best head (oracle)", {"foreground_iou": []})
-        oracle["foreground_iou"].append(max(heads))
+                score[f"{name}, best overlap"] = best_overlap(segments[known], labels)
+        heads = [value for name, value in score.items() if name.startswith("attention, head")]
+        scores.append(score | {"attention, best head (oracle)": max(heads)})
     if not scores:
         raise ValueError(f"No image has at least {min_foreground:.0%} foreground.")
-    means = {name: {kind: float(np.nanmean(v)) for kind, v in kinds.items()} for name, kinds in scores.items()}
-    return {"images": num_images, **means}
-
-
-def format_table(results: dict[str, int | dict[str, float]]) -> str:
-    """What [`evaluate_zero_shot`] returns, a line for each method."""
-    lines = [f"{results['images']} images{'':22}foreground IoU  best overlap"]
-    for name, scores in results.items():
-        if name != "images":
-            columns = (f"{scores[kind]:.3f}" if kind in scores else "" for kind in ("foreground_iou", "best_overlap"))
-            lines.append("{:32}{:>14}{:>14}".format(name, *columns))
-    return "\n".join(lines)
+    means = {name: float(np.nanmean([score[name] for score in scores])) for name in scores[0]}
+    return {"images": len(scores), **means}
