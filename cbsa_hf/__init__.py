@@ -25,9 +25,10 @@ from .modeling_cbsa import (
     CBSAPreTrainedModel,
     CBSASemanticSegmenterOutput,
 )
+from .pipeline_cbsa import ZeroShotSegmentationPipeline, register_pipeline
 from .presets import PRESETS, preset_path
 from .sliding_window import SlidingWindowSegmenter
-from .zero_shot import ZeroShotSegmentation, ZeroShotSegmenter
+from .zero_shot import Segment, ZeroShotSegmentation, ZeroShotSegmenter
 
 
 __version__ = "0.1.0"
@@ -38,6 +39,7 @@ AutoModelForImageClassification.register(CBSAConfig, CBSAForImageClassification)
 AutoModelForSemanticSegmentation.register(CBSAConfig, CBSAForSemanticSegmentation)
 AutoBackbone.register(CBSAConfig, CBSABackbone)
 AutoImageProcessor.register(CBSAConfig, image_processor_classes={"pil": ViTImageProcessorPil})
+register_pipeline(default_checkpoint())
 
 # So that saved models bring their code, and open with `trust_remote_code=True` where this package is not installed.
 CBSAConfig.register_for_auto_class()
@@ -58,8 +60,10 @@ __all__ = [
     "CBSAPreTrainedModel",
     "CBSASemanticSegmenterOutput",
     "ContractAndBroadcastSelfAttention",
+    "Segment",
     "SlidingWindowSegmenter",
     "ZeroShotSegmentation",
+    "ZeroShotSegmentationPipeline",
     "ZeroShotSegmenter",
     "accuracy_under_noise",
     "attention_maps",

@@ -17,7 +17,8 @@ from .images import open_image, to_pixel_values
 from .interpretability import attention_maps
 from .report import inspect_photo, save_report
 from .sliding_window import SlidingWindowSegmenter
-from .zero_shot import ZeroShotSegmenter
+from .token_groups import METHODS
+from .zero_shot import Segment, ZeroShotSegmentation, ZeroShotSegmenter
 
 
 def check_output(path: Path):
@@ -51,18 +52,44 @@ def segment(args: argparse.Namespace):
     if args.task == "semantic":
         overlay, mask, found = find_classes(image, args.checkpoint, args.long_side)
     else:
-        overlay, mask, found = find_foreground(image, args.checkpoint, args.long_side or 256)
+        options = {"method": args.method, "sharp": args.sharp}
+        if args.long_side is not None:
+            options["long_side"] = args.long_side
+        if args.segments is not None:
+            options["num_segments"] = args.segments
+        segmentation = ZeroShotSegmenter(*load_checkpoint(args.checkpoint), **options)(image)
+        show = show_foreground if args.segments is None else show_segments
+        overlay, mask, found = show(image, segmentation)
     save_png(overlay, args.output)
     save_png(mask, mask_path)
     print(f"{args.output} and {mask_path}: {found}.")
 
 
-def find_foreground(
-    image: Image.Image, checkpoint: str | None, long_side: int
-) -> tuple[Image.Image, Image.Image, str]:
+def label_picture(labels: np.ndarray, num_labels: int) -> Image.Image:
+    """Indices as pixels, with a palette where there are few, so that it is more than shades of black to look at."""
+    picture = Image.fromarray(labels)
+    if labels.dtype == np.uint8:
+        picture.putpalette(class_colours(num_labels).tobytes())
+    return picture
+
+
+def name_segment(segment: Segment, index: int) -> str:
+    return f"segment {index}" if segment.name is None else f"{segment.name} (p = {segment.probability:.2f})"
+
+
+def show_foreground(image: Image.Image, found: ZeroShotSegmentation) -> tuple[Image.Image, Image.Image, str]:
     """Overlay, mask, and what was found in words."""
-    mask = ZeroShotSegmenter(*load_checkpoint(checkpoint), long_side=long_side)(image).mask
-    return overlay_mask(image, mask), Image.fromarray(mask), f"{mask.mean():.0%} of the pixels are foreground"
+    names = [name_segment(s, i) for i, s in enumerate(found.segments) if s.score > 0 and s.name is not None]
+    text = ", ".join([f"{found.mask.mean():.0%} of the pixels are foreground", *names])
+    return overlay_mask(image, found.mask), Image.fromarray(found.mask), text
+
+
+def show_segments(image: Image.Image, found: ZeroShotSegmentation) -> tuple[Image.Image, Image.Image, str]:
+    """Overlay with a legend, segment indices as a mask, and what was found in words."""
+    names = {i: name_segment(segment, i) for i, segment in enumerate(found.segments)}
+    labels = found.labels.astype(np.min_scalar_type(len(names)))
+    text = ", ".join(text for _, text in class_legend(labels, names))
+    return overlay_classes(image, labels, names), label_picture(labels, len(names)), text
 
 
 def find_classes(
@@ -73,11 +100,8 @@ def find_classes(
     long_side = long_side or max(processor.size["height"], processor.size["width"])
     labels = SlidingWindowSegmenter(model, processor, long_side=long_side)(image)
     names = model.config.id2label
-    mask = Image.fromarray(labels)
-    if labels.dtype == np.uint8:
-        mask.putpalette(class_colours(len(names)).tobytes())  # so that it is more than shades of black to look at
     found = ", ".join(text for _, text in class_legend(labels, names))
-    return overlay_classes(image, labels, names), mask, found
+    return overlay_classes(image, labels, names), label_picture(labels, len(names)), found
 
 
 def attention(args: argparse.Namespace):
@@ -136,6 +160,13 @@ def positive(text: str) -> int:
     return value
 
 
+def at_least_two(text: str) -> int:
+    value = int(text)
+    if value < 2:
+        raise argparse.ArgumentTypeError(f"{value} is not at least 2")
+    return value
+
+
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="cbsa", description=__doc__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
@@ -157,13 +188,25 @@ def build_parser() -> argparse.ArgumentParser:
         "--task",
         choices=["foreground", "semantic"],
         default="foreground",
-        help="foreground: by the attention of a classifier, which needed no masks; semantic: by a segmenter",
+        help="foreground: with a classifier, which never saw a mask; semantic: with a segmenter",
     )
     command.add_argument(
         "--long-side",
         type=positive,
-        help="pixels of the longer side that the model sees; default: 256, or for --task semantic those of the image "
+        help="pixels of the longer side that the model sees; default: 192, or for --task semantic those of the image "
         "processor; more than that is seen through sliding windows",
+    )
+    command.add_argument(
+        "--method",
+        choices=METHODS,
+        default="ncut",
+        help="for foreground: normalised cut of the patches (the default), their representatives, or attention of CLS",
+    )
+    command.add_argument(
+        "--segments", type=at_least_two, metavar="K", help="for foreground: show K segments, with names where known"
+    )
+    command.add_argument(
+        "--sharp", action="store_true", help="for foreground: move edges to the photo's; needs kornia"
     )
     command.add_argument("--mask", type=Path, help="the mask to write, a .png; default: OUTPUT_mask.png")
     command.set_defaults(run=segment)

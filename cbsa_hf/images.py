@@ -41,6 +41,30 @@ def open_image(path: str | os.PathLike) -> Image.Image:
         raise ValueError(f"{path} is damaged or cannot be read: {error}") from error
 
 
+def to_image(source: Image.Image | np.ndarray | str | os.PathLike) -> Image.Image:
+    """
+    A PIL image, a path, or an array (height, width) or (height, width, 3 or 4), uint8 or uint16, as an RGB image.
+
+    Raises:
+        ValueError: none of these; or see [`open_image`].
+    """
+    if isinstance(source, Image.Image):
+        return to_rgb(source)
+    if isinstance(source, (str, os.PathLike)):
+        return open_image(source)
+    if not isinstance(source, np.ndarray):
+        raise ValueError(f"An image is a {type(source).__name__}; give a PIL image, a NumPy array or a path.")
+    is_grey, is_colour = source.ndim == 2, source.ndim == 3 and source.shape[2] in (3, 4)
+    if not (is_grey or is_colour) or source.dtype not in (np.uint8, np.uint16) or source.size == 0:
+        raise ValueError(
+            f"An image is an array of shape {source.shape} and type {source.dtype}; give (height, width) or (height, "
+            "width, 3 or 4), of type uint8 or uint16."
+        )
+    if source.dtype == np.uint16:
+        source = (source // 257).astype(np.uint8)
+    return to_rgb(Image.fromarray(source))
+
+
 def fit_to_patches(size: tuple[int, int], long_side: int, patch_size: int) -> tuple[int, int]:
     """
     (height, width) for an image of that (height, width): its aspect ratio kept, the long side `long_side` pixels, both

@@ -1,5 +1,7 @@
-"""Segmentation without labels: the foreground of a photo from the attention of a classifier alone."""
+"""Segmentation without labels, by the attention and the tokens of a classifier that never saw a mask."""
 
+import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -8,53 +10,87 @@ from PIL import Image
 from torch.nn import functional as F
 from transformers import BaseImageProcessor, PreTrainedModel
 
-from .images import to_pixel_values, to_rgb
-from .interpretability import attention_maps
+from .images import to_image, to_pixel_values
+from .token_groups import METHODS, Grouping, Options
+
+
+ImageSource = Image.Image | np.ndarray | str | os.PathLike
+
+
+@dataclass
+class Segment:
+    """
+    Args:
+        mask: (height, width) of the image, bool.
+        score: how much it is foreground, the mean of its pixels' scores.
+        name: the class that its patches show; None where none is known well enough.
+        probability: of the likeliest class, named or not; None where the model has no classifier.
+    """
+
+    mask: np.ndarray
+    score: float
+    name: str | None = None
+    probability: float | None = None
 
 
 @dataclass
 class ZeroShotSegmentation:
     """
     Args:
-        mask: (height, width) of the image, bool; True is foreground.
-        saliency: (height, width), the attention mass per pixel that the mask was cut from; sums to 1.
+        mask: (height, width) of the image, bool; True is foreground, a score above 0.
+        scores: (height, width), how much each pixel is foreground. Method `attention`: the attention of CLS, divided
+            by the least in the foreground, less 1. Others: how much more rarely than on average a random walk from
+            there visits the surroundings, and how central it is, in standard deviations.
+        segments: a partition of the image, the most foreground first.
     """
 
     mask: np.ndarray
-    saliency: np.ndarray
+    scores: np.ndarray
+    segments: list[Segment]
+
+    @property
+    def labels(self) -> np.ndarray:
+        """(height, width), the index of each pixel's segment."""
+        return np.argmax([segment.mask for segment in self.segments], axis=0)
 
 
-def keep_mass(saliency: np.ndarray, mass: float) -> np.ndarray:
-    """The fewest pixels that together hold that share of the sum, as a mask of the same shape."""
-    values = np.sort(saliency, axis=None)[::-1]
-    count = np.searchsorted(np.cumsum(values), mass * values.sum()) + 1
-    return saliency >= values[min(count, values.size) - 1]
+def follow_edges(maps: torch.Tensor, image: Image.Image, radius: int) -> torch.Tensor:
+    """
+    Maps (k, height, width) over an image, their edges moved to the image's by a guided filter (He, Sun, Tang 2013).
 
+    Args:
+        radius: of the filter's windows in pixels.
 
-def median_filter(maps: torch.Tensor, size: int) -> torch.Tensor:
-    """The median of each size x size neighbourhood of (batch, channels, height, width); borders are repeated."""
-    maps = F.pad(maps, (size // 2,) * 4, mode="replicate")
-    return maps.unfold(2, size, 1).unfold(3, size, 1).flatten(4).median(-1).values
+    Raises:
+        ValueError: kornia is not installed.
+    """
+    try:
+        from kornia.filters import guided_blur
+    except ImportError as error:
+        raise ValueError("Sharp edges need kornia: pip install 'cbsa-hf[sharp]'.") from error
+    guide = torch.from_numpy(np.array(image, dtype=np.float32) / 255).permute(2, 0, 1)
+    return guided_blur(guide[None], maps[None].float(), kernel_size=2 * radius + 1, eps=1e-4)[0]
 
 
 class ZeroShotSegmenter:
     """
-    Foreground by the attention of CLS, after DINO's visualisation (arXiv 2104.14294): the row of `A^T A` that belongs
-    to CLS is a map over the patches; the foreground is where most of its mass lies.
+    Segments of a photo, which of them are foreground, and what they show. Methods:
 
-    A median over 5 x 5 patches comes between: in classifiers trained without register tokens single patches, often of
-    plain background, draw much of the attention (arXiv 2309.16588).
+    - `ncut`: the normalised cut of the patches' affinity, in time linear in their number.
+    - `representatives`: the representatives of a layer are merged; each patch goes with those that attend to it.
+    - `attention`: foreground and background by the attention of CLS alone.
 
     Args:
-        model: a CBSA classifier.
+        model: a CBSA model, any attention type. The segments of classifiers have names.
         processor: its image processor.
+        method: see above.
+        sharp: move the edges to those of the image; needs kornia.
         long_side: pixels that the image's longer side is resized to; positions are interpolated.
-        mass: share of the attention that the foreground holds, in (0, 1].
-        layer: which layer's attention, negative counts from the last; None averages the layers.
-        head: which head's attention; None averages the heads.
+        min_probability: what a class needs for a segment to be named after it.
+        **options: of the method; see [`Options`].
 
     Raises:
-        ValueError: `mass` is outside (0, 1], or there is no such layer or head.
+        ValueError: no such method, or an option outside its range.
 
     Example:
 
@@ -72,36 +108,66 @@ class ZeroShotSegmenter:
         self,
         model: PreTrainedModel,
         processor: BaseImageProcessor,
-        long_side: int = 256,
-        mass: float = 0.6,
-        layer: int | None = None,
-        head: int | None = None,
+        method: str = "ncut",
+        sharp: bool = False,
+        long_side: int = 192,
+        min_probability: float = 0.5,
+        **options,
     ):
-        num_layers, num_heads = model.config.num_hidden_layers, model.config.num_attention_heads
-        if not 0 < mass <= 1:
-            raise ValueError(f"`mass` is {mass}; give a share of the attention above 0, 1 at most.")
-        if layer is not None and not -num_layers <= layer < num_layers:
-            raise ValueError(f"`layer` is {layer}; the model has {num_layers} layers, counted from 0.")
-        if head is not None and not 0 <= head < num_heads:
-            raise ValueError(f"`head` is {head}; the model has {num_heads} heads, counted from 0.")
+        if method not in METHODS:
+            raise ValueError(f"`method` is {method!r}; choose one of {', '.join(map(repr, METHODS))}.")
         self.model = model
         self.processor = processor
+        self.method = method
+        self.sharp = sharp
         self.long_side = long_side
-        self.mass = mass
-        self.layer = layer
-        self.head = head
+        self.min_probability = min_probability
+        self.options = Options(**options)
+        self.options.check(model)
 
-    def saliency(self, image: Image.Image) -> np.ndarray:
-        """The attention of CLS, (heads, height, width) at the size of an RGB image; each head's map sums to 1."""
+    def name(self, grouping: Grouping) -> list[tuple[str | None, float | None]]:
+        """Class and probability of each group: the classifier on the mean of its tokens."""
+        classifier = getattr(self.model, "classifier", None)
+        if not isinstance(classifier, torch.nn.Linear):
+            return [(None, None)] * len(grouping.members)
+        members = F.one_hot(grouping.members.argmax(0).flatten(), len(grouping.members)).float().T
+        tokens = members @ grouping.tokens.flatten(0, 1) / members.sum(1, keepdim=True).clamp_min(1)
+        tokens = tokens.to(classifier.weight)
+        with torch.inference_mode():
+            probabilities, classes = classifier(tokens).softmax(-1).max(-1)
+        return [
+            (self.model.config.id2label[int(i)] if p >= self.min_probability else None, float(p))
+            for p, i in zip(probabilities, classes, strict=True)
+        ]
+
+    def segment(self, image: Image.Image) -> ZeroShotSegmentation:
+        """Segment one RGB image."""
         pixel_values = to_pixel_values(image, self.processor, self.long_side, self.model.config.patch_size)
-        maps = attention_maps(self.model, pixel_values).float()  # (layers, 1, heads, grid height, grid width)
-        maps = maps / maps.sum((3, 4), keepdim=True)  # every layer and head has the same say
-        maps = median_filter(maps.mean(0) if self.layer is None else maps[self.layer], size=5)
-        maps = F.interpolate(maps, size=(image.height, image.width), mode="bilinear")[0]
-        return (maps / maps.sum((1, 2), keepdim=True)).numpy()
+        grouping = METHODS[self.method](self.model, pixel_values, self.options)
+        size = (image.height, image.width)
+        maps = torch.cat([grouping.members, grouping.saliency.unsqueeze(0)]).float()
+        maps = F.interpolate(maps.unsqueeze(0), size=size, mode="bilinear")[0]
+        if self.sharp:
+            patch = max(size) / max(grouping.saliency.shape)
+            maps = follow_edges(maps, image, radius=max(1, round(patch)))
+        labels, scores = maps[:-1].argmax(0).numpy(), maps[-1].numpy()
+        segments = []
+        for i, (name, probability) in enumerate(self.name(grouping)):
+            mask = labels == i
+            if mask.any():
+                segments.append(Segment(mask, float(scores[mask].mean()), name, probability))
+        segments.sort(key=lambda segment: -segment.score)
+        return ZeroShotSegmentation(scores > 0, scores, segments)
 
-    def __call__(self, image: Image.Image) -> ZeroShotSegmentation:
-        """Segment one image of any size and mode."""
-        maps = self.saliency(to_rgb(image))
-        saliency = maps.mean(0) if self.head is None else maps[self.head]
-        return ZeroShotSegmentation(mask=keep_mass(saliency, self.mass), saliency=saliency)
+    def __call__(
+        self, images: ImageSource | Sequence[ImageSource]
+    ) -> ZeroShotSegmentation | list[ZeroShotSegmentation]:
+        """
+        Segment one image or several, of any size and mode: PIL images, arrays or paths.
+
+        Raises:
+            ValueError: an image cannot be read; the message is one sentence for people.
+        """
+        if isinstance(images, (list, tuple)):
+            return [self.segment(to_image(image)) for image in images]
+        return self.segment(to_image(images))

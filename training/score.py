@@ -1,5 +1,5 @@
 """
-Score a checkpoint: accuracy of its classifier, or how well its attention alone finds the foreground.
+Score a checkpoint: accuracy of its classifier, or how well it segments images without ever having seen a mask.
 
     python training/score.py --dataset_name ../shared/data/imagenette-128
     python training/score.py --task zero-shot-segmentation --dataset_name ../shared/data/coco128-seg --split train
@@ -10,19 +10,16 @@ import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import numpy as np
+import torch
 from accelerate import Accelerator
-from data import ValidationImages, find_mask_columns, find_split, load_images
-from datasets import Dataset
+from data import ValidationImages, find_split, load_images
 from evaluation import evaluate_classifier
-from scipy.cluster.vq import kmeans2
+from segmentation import MaskedImages
 from torch.utils.data import DataLoader
-from tqdm.auto import tqdm
-from transformers import BaseImageProcessor, HfArgumentParser, PreTrainedModel
+from transformers import HfArgumentParser
+from zero_shot_evaluation import build_segmenters, evaluate_zero_shot
 
-from cbsa_hf import ZeroShotSegmenter, load_checkpoint
-from cbsa_hf.images import to_rgb
-from cbsa_hf.zero_shot import keep_mass
+from cbsa_hf import load_checkpoint
 
 
 TASKS = ("image-classification", "zero-shot-segmentation")
@@ -41,65 +38,19 @@ class Arguments:
     )
     min_foreground: float = field(default=0.02, metadata={"help": "images with less foreground are left out"})
     max_corrupt: int = field(default=10, metadata={"help": "unreadable images that are skipped before the run stops"})
+    sharp: bool = field(default=False, metadata={"help": "whether masks follow the edges of the image"})
+    random_weights: bool = field(
+        default=False, metadata={"help": "score the checkpoint's configuration with random weights, seed 0"}
+    )
     output: str | None = field(default=None, metadata={"help": "JSON file to write the numbers to"})
-
-
-def intersection_over_union(mask: np.ndarray, truth: np.ndarray) -> float:
-    """Of two bool masks of one shape, at least one of them not empty."""
-    return float((mask & truth).sum() / (mask | truth).sum())
-
-
-def centred_ellipse(shape: tuple[int, int], share: float = 0.75) -> np.ndarray:
-    """An ellipse in the middle whose axes are that share of the sides."""
-    rows, columns = (np.linspace(-1, 1, side) for side in shape)
-    return (rows[:, None] / share) ** 2 + (columns[None, :] / share) ** 2 <= 1
-
-
-def two_colours(pixels: np.ndarray) -> np.ndarray:
-    """Two-colour k-means; the cluster that holds most of the image's border is background."""
-    _, labels = kmeans2(pixels.reshape(-1, 3).astype(np.float64), 2, minit="++", seed=0)
-    labels = labels.reshape(pixels.shape[:2]).astype(bool)
-    border = np.concatenate([labels[0], labels[-1], labels[:, 0], labels[:, -1]])
-    return ~labels if border.mean() > 0.5 else labels
-
-
-def score_zero_shot(
-    model: PreTrainedModel,
-    processor: BaseImageProcessor,
-    dataset: Dataset,
-    min_foreground: float,
-    long_side: int | None,
-) -> dict[str, float]:
-    """
-    Mean intersection over union of the foreground, each image counted once; any label but 0 is foreground.
-
-    `attention` and `attention, head i` fix the method before seeing the truth. `attention, best head` lets the truth
-    choose the head for each image, as DINO and CRATE report it: an oracle. The rest are trivial.
-    """
-    segmenter = ZeroShotSegmenter(model, processor, **({} if long_side is None else {"long_side": long_side}))
-    image_column, mask_column = find_mask_columns(dataset)
-    scores = []
-    for row in tqdm(dataset, desc="images"):
-        image, truth = to_rgb(row[image_column]), np.asarray(row[mask_column]) > 0
-        if truth.mean() < min_foreground:
-            continue
-        maps = segmenter.saliency(image)
-        masks = {"attention": keep_mass(maps.mean(0), segmenter.mass)}
-        masks |= {f"attention, head {i}": keep_mass(head, segmenter.mass) for i, head in enumerate(maps)}
-        masks["everything"] = np.ones_like(truth)
-        masks["centred ellipse"] = centred_ellipse(truth.shape)
-        masks["two colours"] = two_colours(np.asarray(image))
-        score = {name: intersection_over_union(mask, truth) for name, mask in masks.items()}
-        score["attention, best head"] = max(score[f"attention, head {i}"] for i in range(len(maps)))
-        scores.append(score)
-    if not scores:
-        raise ValueError(f"No image has at least {min_foreground:.0%} foreground.")
-    return {"images": len(scores)} | {name: float(np.mean([score[name] for score in scores])) for name in scores[0]}
 
 
 def main(args: Arguments):
     accelerator = Accelerator()
     model, processor = load_checkpoint(args.checkpoint)
+    if args.random_weights:
+        torch.manual_seed(0)
+        model = type(model)(model.config).eval()
     dataset = find_split(load_images(args.dataset_name, args.dataset_config_name), args.split)
     if args.task == "image-classification":
         if args.image_size is not None:
@@ -111,10 +62,14 @@ def main(args: Arguments):
         )
         images.check()
     else:
-        results = score_zero_shot(model, processor, dataset, args.min_foreground, args.image_size)
+        options = {"sharp": args.sharp} | ({} if args.image_size is None else {"long_side": args.image_size})
+        images = MaskedImages(dataset, args.max_corrupt, num_labels=256, reduce_labels=False)
+        samples = (found for i in range(len(images)) if (found := images.read(i)) is not None)
+        results = evaluate_zero_shot(build_segmenters(model, processor, **options), samples, args.min_foreground)
+        images.check()
     if accelerator.is_main_process:
         for name, value in results.items():
-            print(f"{name:24} {value:.4f}" if isinstance(value, float) else f"{name:24} {value}")
+            print(f"{name:40} {value:.4f}" if isinstance(value, float) else f"{name:40} {value}")
         if args.output is not None:
             Path(args.output).write_text(json.dumps(results, indent=2) + "\n")
 

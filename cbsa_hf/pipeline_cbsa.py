@@ -1,0 +1,79 @@
+"""Zero-shot segmentation as a pipeline of Transformers: `pipeline("cbsa-zero-shot-segmentation")`."""
+
+from PIL import Image
+from transformers import AutoModelForImageClassification, Pipeline
+from transformers.image_utils import load_image
+from transformers.pipelines import PIPELINE_REGISTRY
+
+from .images import to_image
+from .zero_shot import ZeroShotSegmentation, ZeroShotSegmenter
+
+
+TASK = "cbsa-zero-shot-segmentation"
+
+
+class ZeroShotSegmentationPipeline(Pipeline):
+    """
+    [`ZeroShotSegmenter`] as a pipeline. Images are PIL images, arrays, paths or addresses, one or a list; keywords are
+    those of the segmenter, for all calls or one.
+
+    An image becomes a dictionary: `mask`, the foreground, a PIL image of 0 and 255; and `segments`, the most
+    foreground first, each with `label` and `probability`, None where unknown, `score`, foreground above 0, and `mask`.
+
+    Example:
+
+    ```python
+    >>> from transformers import pipeline
+    >>> import cbsa_hf
+
+    >>> segment = pipeline("cbsa-zero-shot-segmentation")
+    >>> segment("photo.jpg", num_segments=6)["segments"][0]["label"]  # doctest: +SKIP
+    ```
+    """
+
+    _load_image_processor = True
+    _load_tokenizer = _load_feature_extractor = _load_processor = False
+
+    def _sanitize_parameters(self, **options):
+        return {}, options, {}
+
+    def preprocess(self, image) -> dict[str, Image.Image]:
+        is_address = isinstance(image, str) and image.startswith(("http://", "https://"))
+        return {"image": load_image(image) if is_address else to_image(image)}
+
+    def _forward(self, inputs: dict[str, Image.Image], **options) -> dict[str, ZeroShotSegmentation]:
+        return {"found": ZeroShotSegmenter(self.model, self.image_processor, **options)(inputs["image"])}
+
+    def postprocess(self, outputs: dict[str, ZeroShotSegmentation]) -> dict:
+        found = outputs["found"]
+        segments = [
+            {
+                "label": segment.name,
+                "probability": segment.probability,
+                "score": segment.score,
+                "mask": Image.fromarray(segment.mask).convert("L"),
+            }
+            for segment in found.segments
+        ]
+        return {"mask": Image.fromarray(found.mask).convert("L"), "segments": segments}
+
+
+def registration() -> dict:
+    """What `save_pretrained` writes of the pipeline, so that it opens with `trust_remote_code=True`."""
+    implementation = {"impl": ZeroShotSegmentationPipeline, "pt": (AutoModelForImageClassification,), "type": "image"}
+    return {TASK: implementation}
+
+
+def register_pipeline(default: str):
+    """Make the task known to `pipeline`; `default` is its checkpoint, which stays out of what is saved."""
+    PIPELINE_REGISTRY.register_pipeline(
+        TASK,
+        pipeline_class=ZeroShotSegmentationPipeline,
+        pt_model=AutoModelForImageClassification,
+        default={"model": (default, "main")},
+        type="image",
+    )
+    ZeroShotSegmentationPipeline._registered_impl = registration()
+
+
+ZeroShotSegmentationPipeline._registered_impl = registration()  # there is no other where this file is remote code

@@ -1,0 +1,237 @@
+"""The methods of zero-shot segmentation: from a model and an image to groups of its patches, on their grid."""
+
+from dataclasses import dataclass
+
+import torch
+from torch.nn import functional as F
+from transformers import PreTrainedModel
+
+from .attention_cbsa import ContractAndBroadcastSelfAttention
+from .interpretability import attention_maps, patch_grid, watching
+from .spectral import cut_dense, cut_factored, k_means, landmark_factor, stack_factors, visits
+
+
+LANDMARKS = 8  # a side, as many as the representatives of the published models
+TEMPERATURE = 0.1
+FOREGROUND_VECTORS = 4
+POSITION_WEIGHT = 0.25
+SMALLEST_SHARE = 1e-12  # of a representative's attention, lest a patch has none at all
+
+
+@dataclass
+class Grouping:
+    """
+    Groups of the patches, on their grid (height, width).
+
+    Args:
+        members: (k, height, width), how much each patch belongs to each group.
+        saliency: (height, width), how much each patch is foreground, which it is above 0.
+        tokens: (height, width, hidden_size), the patches after the final LayerNorm.
+    """
+
+    members: torch.Tensor
+    saliency: torch.Tensor
+    tokens: torch.Tensor
+
+
+def median_filter(maps: torch.Tensor, size: int) -> torch.Tensor:
+    """The median of each size x size neighbourhood of (batch, channels, height, width); borders are repeated."""
+    maps = F.pad(maps, (size // 2,) * 4, mode="replicate")
+    return maps.unfold(2, size, 1).unfold(3, size, 1).flatten(4).median(-1).values
+
+
+def smallest_share(values: torch.Tensor, mass: float) -> torch.Tensor:
+    """The largest threshold at which the values from it on, none negative, hold that share of the sum."""
+    values = values.flatten().sort(descending=True).values
+    count = torch.searchsorted(values.cumsum(0), mass * values.sum()) + 1
+    return values[min(int(count), len(values)) - 1]
+
+
+def surroundings(grid: tuple[int, int]) -> torch.Tensor:
+    """
+    (N,), 1 for the patches along the top and the sides of a grid, 0 for others, row by row. What a photo is of often
+    stands at its bottom.
+    """
+    target = torch.ones(grid, dtype=torch.float64)
+    target[1:, 1:-1] = 0
+    return target.flatten()
+
+
+def standardise(values: torch.Tensor) -> torch.Tensor:
+    """The values less their mean, in standard deviations; all 0 if they are equal."""
+    values = values - values.mean()
+    return values / values.std(correction=0).clamp_min(1e-9)
+
+
+def distance_from_centre(grid: tuple[int, int]) -> torch.Tensor:
+    """(N,), the square of each patch's distance, in half sides of the grid, row by row."""
+    rows, columns = (2 * (torch.arange(side, dtype=torch.float64) + 0.5) / side - 1 for side in grid)
+    return (rows.square().unsqueeze(1) + columns.square()).flatten()
+
+
+def foreground(rarely: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
+    """How much a patch is foreground, (height, width): how rarely walks from there visit the surroundings (N,), and,
+    with less weight, how central it is."""
+    position = POSITION_WEIGHT * standardise(distance_from_centre(grid))
+    return standardise(standardise(rarely) - position).unflatten(0, grid)
+
+
+@dataclass
+class Options:
+    """
+    Args:
+        num_segments: k, at least 2.
+        layer: whose attention, negative counts from the last; None: the mean of all layers for the method `attention`,
+            the last layer for the others.
+        head: whose attention; None for all heads.
+        mass: share of the attention of CLS that the foreground holds, in (0, 1]; for `attention`.
+        attention_weight: share of the attention in the affinity, in [0, 1], features having the rest; for `ncut`.
+    """
+
+    num_segments: int = 4
+    layer: int | None = None
+    head: int | None = None
+    mass: float = 0.6
+    attention_weight: float = 0.0
+
+    def check(self, model: PreTrainedModel):
+        """A ValueError when a value is outside its range or the model has no such layer or head."""
+        num_layers, num_heads = model.config.num_hidden_layers, model.config.num_attention_heads
+        if self.num_segments < 2:
+            raise ValueError(f"`num_segments` is {self.num_segments}; give 2 at least.")
+        if self.layer is not None and not -num_layers <= self.layer < num_layers:
+            raise ValueError(f"`layer` is {self.layer}; the model has {num_layers} layers, counted from 0.")
+        if self.head is not None and not 0 <= self.head < num_heads:
+            raise ValueError(f"`head` is {self.head}; the model has {num_heads} heads, counted from 0.")
+        if not 0 < self.mass <= 1:
+            raise ValueError(f"`mass` is {self.mass}; give a share of the attention above 0, 1 at most.")
+        if not 0 <= self.attention_weight <= 1:
+            raise ValueError(f"`attention_weight` is {self.attention_weight}; give a share from 0 to 1.")
+
+
+def encode(
+    model: PreTrainedModel, pixel_values: torch.Tensor, options: Options, wants_attention: bool
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """
+    The patches of one image, CLS left out, on the CPU.
+
+    Returns:
+        (height, width, hidden_size) after the final LayerNorm; and, if wanted, the layer's attention in float64, one
+        head's or all: the factors (heads, m, N) where its map is `A^T A`, else the maps (heads, N, N), symmetric.
+    """
+    grid = patch_grid(model, pixel_values)
+    with watching(model) as encoder:
+        is_gram = encoder.layers[0].attention.map_is_gram
+        name = "representative_attentions" if is_gram else "attentions"
+        outputs = encoder(
+            pixel_values.to(model.device), interpolate_pos_encoding=True, **{f"output_{name}": wants_attention}
+        )
+    tokens = outputs.last_hidden_state[0, 1:].unflatten(0, grid).float().cpu()
+    if not wants_attention:
+        return tokens, None
+    attention = outputs[name][-1 if options.layer is None else options.layer][0].double().cpu()
+    if options.head is not None:
+        attention = attention[options.head].unsqueeze(0)
+    if is_gram:
+        return tokens, attention[:, :, 1:].clamp_min(SMALLEST_SHARE)
+    attention = attention[:, 1:, 1:]
+    return tokens, (attention + attention.mT) / 2
+
+
+def attention_of_heads(model: PreTrainedModel, pixel_values: torch.Tensor, layer: int | None) -> torch.Tensor:
+    """
+    The attention of CLS to the patches in one layer, or on average over all, (heads, height, width); sums of 1.
+
+    A median over 5 x 5 patches is taken: in classifiers trained without register tokens single patches, often of plain
+    background, draw much of the attention (arXiv 2309.16588).
+    """
+    maps = attention_maps(model, pixel_values).double()  # (layers, 1, heads, height, width)
+    maps = maps / maps.sum((3, 4), keepdim=True)  # every layer and head has the same say
+    maps = median_filter(maps.mean(0) if layer is None else maps[layer], size=5)[0]
+    return maps / maps.sum((1, 2), keepdim=True)
+
+
+def group_by_attention(model: PreTrainedModel, pixel_values: torch.Tensor, options: Options) -> Grouping:
+    """
+    Foreground by the attention of CLS, after DINO's visualisation (arXiv 2104.14294): its row of the token-to-token
+    map is a map over the patches, and the foreground is where most of its mass lies. Groups are patches that the heads
+    attend to alike.
+    """
+    tokens, _ = encode(model, pixel_values, options, wants_attention=False)
+    maps = attention_of_heads(model, pixel_values, options.layer)
+    saliency = maps.mean(0) if options.head is None else maps[options.head]
+    saliency = saliency / smallest_share(saliency, options.mass) - 1
+    labels = k_means(maps.flatten(1).T, options.num_segments)
+    return Grouping(F.one_hot(labels).T.unflatten(1, maps.shape[1:]), saliency, tokens)
+
+
+def group_by_cut(model: PreTrainedModel, pixel_values: torch.Tensor, options: Options) -> Grouping:
+    """
+    The normalised cut of the tokens' affinity: patches are clustered by its first eigenvectors. The affinity is that
+    of their features through landmarks, that of the attention, or a mixture.
+
+    Foreground is where random walks over the affinity visit the image's top and sides more rarely than on average:
+    surroundings are what is there, and what looks like it. How central a patch is counts too, a quarter as much.
+    """
+    weight = options.attention_weight
+    tokens, attention = encode(model, pixel_values, options, wants_attention=weight > 0)
+    grid = tuple(tokens.shape[:2])
+    features = landmark_factor(tokens.flatten(0, 1).double(), grid, LANDMARKS, TEMPERATURE)
+    if attention is None:
+        cut = cut_factored(features)
+    elif model.base_model.layers[0].attention.map_is_gram:
+        factors = [(1 - weight) ** 0.5 * features, weight**0.5 * stack_factors(attention)]
+        cut = cut_factored(torch.cat(factors))
+    else:
+        attention = (attention / attention.mean((1, 2), keepdim=True)).mean(0) / len(features.T)
+        cut = cut_dense((1 - weight) * features.T @ features + weight * attention)
+    members = F.one_hot(k_means(cut.vectors[:, 1 : options.num_segments], options.num_segments)).T.unflatten(1, grid)
+    rarely = -visits(cut.leading(FOREGROUND_VECTORS), surroundings(grid))
+    return Grouping(members, foreground(rarely, grid), tokens)
+
+
+def contraction(model: PreTrainedModel, pixel_values: torch.Tensor, options: Options) -> torch.Tensor:
+    """How the representatives attend to one another in the layer, the mean of the heads or one's: (m, m), float64."""
+    layer = -1 if options.layer is None else options.layer
+    grid = patch_grid(model, pixel_values)
+    with watching(model) as encoder:
+        outputs = encoder(pixel_values.to(model.device), interpolate_pos_encoding=True, output_hidden_states=True)
+        module = encoder.layers[layer]
+        hidden_states = module.layernorm_before(outputs.hidden_states[:-1][layer])
+        attention = module.attention
+        _, _, factor = attention(hidden_states, grid, output_factor=True)
+        values = attention.split_heads(attention.proj(hidden_states))
+        representatives = attention.representatives(values, grid) + attention.step_rep * (factor @ values)
+        weights = attention.attend(representatives, representatives)[0].double().cpu()
+    return weights.mean(0) if options.head is None else weights[options.head]
+
+
+def group_by_representatives(model: PreTrainedModel, pixel_values: torch.Tensor, options: Options) -> Grouping:
+    """
+    The representatives of one layer are merged by the normalised cut of their contraction, how they attend to one
+    another; a patch belongs to the group whose representatives attend to it most. In attentions without
+    representatives the tokens represent themselves, and their map is what merges them.
+
+    Foreground is found as in [`group_by_cut`], the walk going over the representatives.
+    """
+    tokens, attention = encode(model, pixel_values, options, wants_attention=True)
+    grid = tuple(tokens.shape[:2])
+    operator = model.base_model.layers[0].attention
+    if isinstance(operator, ContractAndBroadcastSelfAttention):
+        reads = attention.mean(0) / attention.mean(0).sum(1, keepdim=True)
+        affinity = contraction(model, pixel_values, options)
+        affinity = (affinity + affinity.T) / 2
+    else:
+        affinity = (attention.mT @ attention if operator.map_is_gram else attention).mean(0)
+        reads = torch.eye(len(affinity), dtype=affinity.dtype)
+    cut = cut_dense(affinity)
+    members = F.one_hot(k_means(cut.vectors[:, 1 : options.num_segments], options.num_segments)).double().T @ reads
+    rarely = -visits(cut.leading(FOREGROUND_VECTORS), reads @ surroundings(grid)) @ (reads / reads.sum(0))
+    return Grouping(members.unflatten(1, grid), foreground(rarely, grid), tokens)
+
+
+METHODS = {
+    "attention": group_by_attention,
+    "ncut": group_by_cut,
+    "representatives": group_by_representatives,
+}
