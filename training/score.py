@@ -1,7 +1,9 @@
 """
-Score a checkpoint: accuracy of its classifier, or how well it segments images without ever having seen a mask.
+Score a checkpoint: accuracy of its classifier, mean IoU of its segmenter, or how well it segments images without ever
+having seen a mask.
 
     python training/score.py --dataset_name ../shared/data/imagenette-128
+    python training/score.py --task semantic-segmentation --dataset_name ../shared/data/camvid --split test
     python training/score.py --task zero-shot-segmentation --dataset_name ../shared/data/coco128-seg --split train
 """
 
@@ -12,17 +14,17 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
+from arguments import parse_arguments
 from data import ValidationImages, find_split, load_images
-from evaluation import evaluate_classifier
+from evaluation import evaluate_classifier, evaluate_segmenter
 from segmentation import MaskedImages
 from torch.utils.data import DataLoader
-from transformers import HfArgumentParser
 from zero_shot_evaluation import build_segmenters, evaluate_zero_shot
 
-from cbsa_hf import load_checkpoint
+from cbsa_hf import SlidingWindowSegmenter, load_checkpoint
 
 
-TASKS = ("image-classification", "zero-shot-segmentation")
+TASKS = ("image-classification", "semantic-segmentation", "zero-shot-segmentation")
 
 
 @dataclass
@@ -36,6 +38,10 @@ class Arguments:
     image_size: int | None = field(
         default=None, metadata={"help": "side, or long side for masks, in pixels; default: as the checkpoint says"}
     )
+    reduce_labels: bool = field(
+        default=False, metadata={"help": "whether label 0 does not count and the others move down by one (ADE20K)"}
+    )
+    flip: bool = field(default=False, metadata={"help": "whether semantic segmentation also looks at mirrored images"})
     min_foreground: float = field(default=0.02, metadata={"help": "images with less foreground are left out"})
     max_corrupt: int = field(default=10, metadata={"help": "unreadable images that are skipped before the run stops"})
     sharp: bool = field(default=False, metadata={"help": "whether masks follow the edges of the image"})
@@ -47,7 +53,8 @@ class Arguments:
 
 def main(args: Arguments):
     accelerator = Accelerator()
-    model, processor = load_checkpoint(args.checkpoint)
+    kind = "semantic-segmentation" if args.task == "semantic-segmentation" else "image-classification"
+    model, processor = load_checkpoint(args.checkpoint, kind)
     if args.random_weights:
         torch.manual_seed(0)
         model = type(model)(model.config).eval()
@@ -60,13 +67,16 @@ def main(args: Arguments):
         results = evaluate_classifier(
             lambda pixel_values: model(pixel_values, interpolate_pos_encoding=True).logits, loader, accelerator
         )
-        images.check()
+    elif args.task == "semantic-segmentation":
+        images = MaskedImages(dataset, args.max_corrupt, model.config.num_labels, args.reduce_labels)
+        segmenter = SlidingWindowSegmenter(model.to(accelerator.device), processor, flip=args.flip)
+        results = evaluate_segmenter(segmenter, images.read, len(images), accelerator)
     else:
         options = {"sharp": args.sharp} | ({} if args.image_size is None else {"long_side": args.image_size})
         images = MaskedImages(dataset, args.max_corrupt, num_labels=256, reduce_labels=False)
         samples = (found for i in range(len(images)) if (found := images.read(i)) is not None)
         results = evaluate_zero_shot(build_segmenters(model, processor, **options), samples, args.min_foreground)
-        images.check()
+    images.check()
     if accelerator.is_main_process:
         for name, value in results.items():
             print(f"{name:40} {value:.4f}" if isinstance(value, float) else f"{name:40} {value}")
@@ -76,6 +86,6 @@ def main(args: Arguments):
 
 if __name__ == "__main__":
     try:
-        main(HfArgumentParser(Arguments).parse_args_into_dataclasses()[0])
+        main(parse_arguments(Arguments))
     except ValueError as error:
         sys.exit(f"score.py: {error}")
