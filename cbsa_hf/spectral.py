@@ -22,7 +22,7 @@ class Cut(NamedTuple):
     Args:
         degrees: (N,), the row sums of W.
         values: (k,), from the largest, which is 1; those that are not above 0 are left out.
-        vectors: (N, k), one y in each column, `y^T D y = 1`; the first is constant.
+        vectors: (N, k), one y in each column, `y^T D y = 1`; the first is constant if W does not fall into parts.
     """
 
     degrees: torch.Tensor
@@ -30,7 +30,7 @@ class Cut(NamedTuple):
     vectors: torch.Tensor
 
     def leading(self, count: int) -> "Cut":
-        """The constant vector and the `count` next: the coarsest parts of the affinity."""
+        """With the first vector and `count` more: the coarsest structure of the affinity."""
         return Cut(self.degrees, self.values[: 1 + count], self.vectors[:, : 1 + count])
 
 
@@ -108,8 +108,9 @@ def visits(cut: Cut, target: torch.Tensor) -> torch.Tensor:
     Returns:
         (N,); the mean, weighed by the degrees, is 0. Where W falls into parts, walks of [`LONGEST_WALK`] steps.
     """
-    values, vectors = cut.values[1:], cut.vectors[:, 1:]
-    return vectors @ (values / (1 - values).clamp_min(1 / LONGEST_WALK) * (vectors.T @ (cut.degrees * target)))
+    more = target - (cut.degrees * target).sum() / cut.degrees.sum()  # P^inf of it is 0
+    steps = cut.values / (1 - cut.values).clamp_min(1 / LONGEST_WALK)
+    return cut.vectors @ (steps * (cut.vectors.T @ (cut.degrees * more)))
 
 
 def k_means(points: torch.Tensor, k: int, max_steps: int = 100) -> torch.Tensor:

@@ -185,7 +185,7 @@ def group_by_cut(model: PreTrainedModel, pixel_values: torch.Tensor, options: Op
     else:
         attention = (attention / attention.mean((1, 2), keepdim=True)).mean(0) / len(features.T)
         cut = cut_dense((1 - weight) * features.T @ features + weight * attention)
-    members = F.one_hot(k_means(cut.vectors[:, 1 : options.num_segments], options.num_segments)).T.unflatten(1, grid)
+    members = F.one_hot(k_means(cut.vectors[:, : options.num_segments], options.num_segments)).T.unflatten(1, grid)
     rarely = -visits(cut.leading(FOREGROUND_VECTORS), surroundings(grid))
     return Grouping(members, foreground(rarely, grid), tokens)
 
@@ -209,7 +209,7 @@ def contraction(model: PreTrainedModel, pixel_values: torch.Tensor, options: Opt
 def group_by_representatives(model: PreTrainedModel, pixel_values: torch.Tensor, options: Options) -> Grouping:
     """
     The representatives of one layer are merged by the normalised cut of their contraction, how they attend to one
-    another; a patch belongs to the group whose representatives attend to it most. In attentions without
+    another; a patch belongs to the group whose representatives attend to it most on average. In attentions without
     representatives the tokens represent themselves, and their map is what merges them.
 
     Foreground is found as in [`group_by_cut`], the walk going over the representatives.
@@ -225,7 +225,8 @@ def group_by_representatives(model: PreTrainedModel, pixel_values: torch.Tensor,
         affinity = (attention.mT @ attention if operator.map_is_gram else attention).mean(0)
         reads = torch.eye(len(affinity), dtype=affinity.dtype)
     cut = cut_dense(affinity)
-    members = F.one_hot(k_means(cut.vectors[:, 1 : options.num_segments], options.num_segments)).double().T @ reads
+    members = F.one_hot(k_means(cut.vectors[:, : options.num_segments], options.num_segments)).double().T
+    members = members @ reads / members.sum(1, keepdim=True)
     rarely = -visits(cut.leading(FOREGROUND_VECTORS), reads @ surroundings(grid)) @ (reads / reads.sum(0))
     return Grouping(members.unflatten(1, grid), foreground(rarely, grid), tokens)
 

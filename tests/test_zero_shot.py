@@ -1,11 +1,35 @@
-"""Attention maps and the foreground that is cut from them."""
+"""Segments without labels: of every method, attention and kind of image; on planted objects better than chance."""
+
+import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
+import skimage.data
 import torch
+from PIL import Image, ImageDraw
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import ViTImageProcessorPil, pipeline
 
-from cbsa_hf import ZeroShotSegmenter, attention_maps
-from cbsa_hf.zero_shot import keep_mass, median_filter
+from cbsa_hf import CBSAForImageClassification, CBSAModel, ZeroShotSegmenter, attention_maps
+from cbsa_hf.attention_cbsa import ATTENTIONS
+from cbsa_hf.interpretability import exact_maps
+from cbsa_hf.token_groups import (
+    METHODS,
+    Options,
+    contraction,
+    distance_from_centre,
+    encode,
+    median_filter,
+    smallest_share,
+    surroundings,
+)
+
+
+@pytest.fixture(scope="module")
+def processor() -> ViTImageProcessorPil:
+    return ViTImageProcessorPil(size={"height": 32, "width": 48}, do_convert_rgb=True)
 
 
 @pytest.mark.parametrize(("patch", "token"), [(None, 0), ((2, 3), 1 + 2 * 5 + 3)])
@@ -23,11 +47,9 @@ def test_patch_outside_the_grid(tiny_model):
         attention_maps(tiny_model, torch.randn(1, 3, 32, 48), (4, 0))
 
 
-def test_keep_mass():
-    saliency = np.array([[0.4, 0.1], [0.2, 0.3]])
-    assert keep_mass(saliency, 0.4).tolist() == [[True, False], [False, False]]
-    assert keep_mass(saliency, 0.65).tolist() == [[True, False], [False, True]]
-    assert keep_mass(saliency, 1.0).all()
+def test_smallest_share():
+    saliency = torch.tensor([[0.4, 0.1], [0.2, 0.3]])
+    assert [smallest_share(saliency, mass).item() for mass in (0.4, 0.65, 1.0)] == pytest.approx([0.4, 0.3, 0.1])
 
 
 def test_median_filter():
@@ -39,25 +61,241 @@ def test_median_filter():
     assert torch.equal(median_filter(maps, 5)[0, 0], expected)
 
 
-def test_segmenter(shipped, photo):
-    model, processor = shipped
-    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    result = ZeroShotSegmenter(model, processor)(photo)
-    assert result.mask.shape == result.saliency.shape == (300, 451)
+def test_grids():
+    assert surroundings((3, 4)).reshape(3, 4).tolist() == [[1, 1, 1, 1], [1, 0, 0, 1], [1, 0, 0, 1]]
+    assert surroundings((1, 1)).tolist() == [1]
+    assert distance_from_centre((2, 1)).tolist() == [0.25, 0.25]
+
+
+def check(result, image: Image.Image):
+    """What holds of every result."""
+    shape = (image.height, image.width)
+    assert result.mask.shape == result.scores.shape == result.labels.shape == shape
     assert result.mask.dtype == bool
-    assert result.saliency.sum() == pytest.approx(1, abs=1e-4)
-    kept = result.saliency[result.mask]
-    assert kept.sum() == pytest.approx(0.6, abs=1e-3)
-    assert kept.min() >= result.saliency[~result.mask].max()
+    assert np.array_equal(result.mask, result.scores > 0)
+    assert np.isfinite(result.scores).all()
+    assert np.array_equal(np.sum([segment.mask for segment in result.segments], axis=0), np.ones(shape))  # a partition
+    scores = [segment.score for segment in result.segments]
+    assert scores == sorted(scores, reverse=True)
+    for i, segment in enumerate(result.segments):
+        assert np.array_equal(result.labels == i, segment.mask)
+        assert segment.score == pytest.approx(result.scores[segment.mask].mean(), abs=1e-5)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("attention_type", ATTENTIONS)
+def test_every_method_for_every_attention(tiny_config, processor, photo, attention_type, method):
+    torch.manual_seed(0)
+    config = type(tiny_config)(**{**tiny_config.to_dict(), "attention_type": attention_type})
+    model = CBSAForImageClassification(config)
+    model.train()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    options = {"attention_weight": 0.5} if method == "ncut" else {}
+    result = ZeroShotSegmenter(model, processor, method, long_side=64, num_segments=3, **options)(photo)
+    check(result, photo)
+    assert 1 < len(result.segments) <= 3
+    assert model.training
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
-    heads = [ZeroShotSegmenter(model, processor, head=head)(photo).saliency for head in range(3)]
-    assert not np.allclose(heads[0], heads[1])
+
+
+@pytest.mark.parametrize("attention_type", ATTENTIONS)
+def test_encode(tiny_config, attention_type):
+    """Factors are those of the map; maps are made symmetric; CLS is left out of either."""
+    model = CBSAForImageClassification(
+        type(tiny_config)(**{**tiny_config.to_dict(), "attention_type": attention_type})
+    )
+    pixel_values = torch.randn(1, 3, 32, 40)
+    model.eval()
+    outputs = model.cbsa(pixel_values, interpolate_pos_encoding=True, output_attentions=True)
+    expected = outputs.attentions[1][0, 1:, 1:, 1:].double()
+    tokens, attention = encode(model, pixel_values, Options(layer=1, head=1), wants_attention=True)
+    torch.testing.assert_close(tokens.flatten(0, 1), outputs.last_hidden_state[0, 1:], rtol=1e-4, atol=1e-5)
+    if model.cbsa.layers[0].attention.map_is_gram:
+        attention = attention.mT @ attention
+    else:
+        expected = (expected + expected.mT) / 2
+    torch.testing.assert_close(attention, expected, rtol=1e-4, atol=1e-6)
+
+
+def test_contraction(tiny_model):
+    """Against the map that is exact: what the representatives write is `kappa S^T A`."""
+    pixel_values = torch.randn(1, 3, 32, 48)
+    exact = exact_maps(tiny_model, pixel_values)[2]
+    weights = contraction(tiny_model, pixel_values, Options(layer=2, head=0))
+    step = tiny_model.cbsa.layers[2].attention.step_x[0].double()
+    expected = step * weights.T @ exact.factor[0, 0].double()
+    torch.testing.assert_close(exact.writes[0, 0].double(), expected, rtol=1e-4, atol=1e-6)
+
+
+def plant(background: np.ndarray, foreground: np.ndarray, box: tuple[int, int, int, int]) -> tuple:
+    """An ellipse of one texture on another, both shades of grey: a photo, and the mask of the ellipse."""
+    size = (192, 144)
+    mask = Image.new("L", size)
+    ImageDraw.Draw(mask).ellipse(box, 255)
+    textures = [Image.fromarray(texture).convert("RGB").resize(size) for texture in (background, foreground)]
+    return Image.composite(textures[1], textures[0], mask), np.asarray(mask) > 0
+
+
+PLACES = [(20, 40, 100, 120), (60, 20, 150, 110), (90, 50, 170, 130), (40, 60, 110, 140)]
+
+
+def planted() -> list[tuple[Image.Image, np.ndarray]]:
+    textures = [skimage.data.brick(), skimage.data.grass(), skimage.data.gravel()]
+    pairs = [(a, b) for a in textures for b in textures if a is not b]
+    return [plant(*pair, box) for pair in pairs for box in PLACES[::2]]
+
+
+def overlap(mask: np.ndarray, truth: np.ndarray) -> float:
+    return (mask & truth).sum() / (mask | truth).sum()
+
+
+def test_planted_objects_are_found(shipped):
+    """By the foreground and by the best of six segments; chance is a mask of everything, or a centred ellipse."""
+    segmenter = ZeroShotSegmenter(*shipped, num_segments=6)
+    rows, columns = np.mgrid[-1:1:144j, -1:1:192j]
+    everything, ellipse = np.ones((144, 192), bool), (rows / 0.75) ** 2 + (columns / 0.75) ** 2 <= 1
+    scores = []
+    for image, truth in planted():
+        result = segmenter(image)
+        check(result, image)
+        best = max(overlap(segment.mask, truth) for segment in result.segments)
+        scores.append((overlap(result.mask, truth), best, overlap(everything, truth), overlap(ellipse, truth)))
+    found, best, *chance = np.mean(scores, axis=0)
+    assert found > max(chance) + 0.15
+    assert best > max(chance) + 0.25
+
+
+def cost(model, side: int) -> int:
+    """Operations for a square image, the encoder included; eigenvectors of 64 landmarks are not counted."""
+    processor = ViTImageProcessorPil(size={"height": 128, "width": 128})
+    with FlopCounterMode(display=False) as counter:
+        ZeroShotSegmenter(model, processor, long_side=side, attention_weight=0.5)(Image.new("RGB", (40, 40)))
+    return counter.get_total_flops()
+
+
+def test_cost_is_linear_in_the_tokens(shipped):
+    small, medium, large = (cost(shipped[0], side) for side in (128, 256, 512))  # 256, 1024 and 4096 patches
+    assert (large - medium) / (medium - small) == pytest.approx(4, rel=0.01)
+
+
+@pytest.mark.parametrize("mode", ["L", "RGBA", "P", "CMYK", "I;16", "1"])
+def test_image_modes(shipped, photo, mode):
+    if mode == "I;16":
+        image = Image.fromarray(np.asarray(photo.convert("L")).astype(np.uint16) * 257)
+    else:
+        image = photo.convert(mode)
+    check(ZeroShotSegmenter(*shipped, long_side=64)(image), photo)
+
+
+@pytest.mark.parametrize("size", [(1, 1), (300, 2), (3, 90)])
+def test_image_sizes(shipped, size):
+    image = Image.new("RGB", size, "red")
+    for method in METHODS:
+        check(ZeroShotSegmenter(*shipped, method)(image), image)
+
+
+def test_sources_and_batches(shipped, photo, tmp_path):
+    photo.save(tmp_path / "cat.png")
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    photo.save(tmp_path / "turned.png", exif=exif)
+    segmenter = ZeroShotSegmenter(*shipped, long_side=64)
+    expected = segmenter(photo)
+    sources = [np.asarray(photo), str(tmp_path / "cat.png"), tmp_path / "cat.png", tmp_path / "turned.png"]
+    *results, turned = segmenter(sources)
+    assert all(np.array_equal(result.scores, expected.scores) for result in results)
+    assert turned.mask.shape == (451, 300)
+
+
+def test_names(shipped, photo):
+    model, processor = shipped
+    result = ZeroShotSegmenter(model, processor, min_probability=0)(photo)
+    names = {segment.name for segment in result.segments}
+    assert names <= set(model.config.id2label.values())
+    assert all(0 < segment.probability <= 1 for segment in result.segments)
+    unknown = ZeroShotSegmenter(model, processor, min_probability=1.0)(photo)
+    assert all(segment.name is None and segment.probability < 1 for segment in unknown.segments)
+    encoder = CBSAModel(model.config).eval()
+    assert all(segment.probability is None for segment in ZeroShotSegmenter(encoder, processor)(photo).segments)
+
+
+def test_sharp_edges(shipped):
+    """A disc of one colour on another: guided, the edge of the mask is the disc's."""
+    pytest.importorskip("kornia")
+    image = Image.new("RGB", (320, 240), (30, 90, 40))
+    ImageDraw.Draw(image).ellipse((100, 50, 240, 190), (220, 60, 50))
+    truth = np.asarray(image)[..., 0] > 100
+    plain, sharp = (ZeroShotSegmenter(*shipped, sharp=sharp)(image) for sharp in (False, True))
+    check(sharp, image)
+    assert overlap(sharp.mask, truth) > overlap(plain.mask, truth) + 0.02
+
+
+def test_sharp_edges_need_kornia(shipped, photo, monkeypatch):
+    monkeypatch.setitem(sys.modules, "kornia.filters", None)
+    with pytest.raises(ValueError, match="Sharp edges need kornia"):
+        ZeroShotSegmenter(*shipped, sharp=True)(photo)
 
 
 @pytest.mark.parametrize(
     ("values", "message"),
-    [({"mass": 0}, "`mass` is 0"), ({"layer": 12}, "`layer` is 12"), ({"head": 3}, "`head` is 3")],
+    [
+        ({"method": "magic"}, "`method` is 'magic'; choose one of 'attention', 'ncut', 'representatives'"),
+        ({"mass": 0}, "`mass` is 0"),
+        ({"layer": 12}, "`layer` is 12"),
+        ({"head": 3}, "`head` is 3"),
+        ({"num_segments": 1}, "`num_segments` is 1"),
+        ({"attention_weight": 1.5}, "`attention_weight` is 1.5"),
+    ],
 )
 def test_arguments_are_checked(shipped, values, message):
     with pytest.raises(ValueError, match=message):
         ZeroShotSegmenter(*shipped, **values)
+
+
+@pytest.mark.parametrize("source", [7, np.zeros((4, 4, 2), np.uint8), np.zeros((4, 4)), np.zeros((0, 4), np.uint8)])
+def test_what_is_no_image(shipped, source):
+    with pytest.raises(ValueError, match="An image is a"):
+        ZeroShotSegmenter(*shipped)(source)
+
+
+def test_pipeline(shipped, photo):
+    segment = pipeline("cbsa-zero-shot-segmentation", model=shipped[0], image_processor=shipped[1], long_side=64)
+    first, second = segment([photo, np.asarray(photo)], num_segments=3)
+    expected = ZeroShotSegmenter(*shipped, long_side=64, num_segments=3)(photo)
+    for result in (first, second):
+        assert np.array_equal(np.asarray(result["mask"]) > 0, expected.mask)
+        assert len(result["segments"]) == len(expected.segments)
+        for found, one in zip(result["segments"], expected.segments, strict=True):
+            assert np.array_equal(np.asarray(found["mask"]) > 0, one.mask)
+            assert (found["label"], found["probability"], found["score"]) == (one.name, one.probability, one.score)
+
+
+STRANGER = """
+import sys
+
+sys.modules["cbsa_hf"] = None  # importing it raises ImportError
+
+from transformers import pipeline
+
+folder = sys.argv[1]
+segment = pipeline(model=folder, trust_remote_code=True)
+assert segment.task == "cbsa-zero-shot-segmentation"
+segment(f"{folder}/cat.png", long_side=64)["mask"].save(f"{folder}/mask.png")
+segment.save_pretrained(f"{folder}/again")
+"""
+
+
+def test_pipeline_in_a_process_without_the_package(photo, shipped, tmp_path):
+    pipeline("cbsa-zero-shot-segmentation").save_pretrained(tmp_path)
+    assert "checkpoints" not in (tmp_path / "config.json").read_text()  # no path of this machine
+    photo.save(tmp_path / "cat.png")
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    environment["HF_MODULES_CACHE"] = str(tmp_path / "modules")
+    command = [sys.executable, "-c", STRANGER, str(tmp_path)]
+    process = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert process.returncode == 0, process.stderr
+    expected = ZeroShotSegmenter(*shipped, long_side=64)(photo).mask
+    assert np.array_equal(np.asarray(Image.open(tmp_path / "mask.png")) > 0, expected)
+    code = {path.name for path in tmp_path.glob("*.py")}
+    assert {"pipeline_cbsa.py", "zero_shot.py", "spectral.py", "modeling_cbsa.py"} <= code
+    assert {path.name for path in (tmp_path / "again").glob("*.py")} == code

@@ -1,0 +1,131 @@
+"""The cut in linear time against the dense solution of scipy, walks against a loop that takes the steps."""
+
+import numpy as np
+import pytest
+import torch
+from scipy.linalg import eigh
+from torch.utils.flop_counter import FlopCounterMode
+
+from cbsa_hf.spectral import Cut, cut_dense, cut_factored, k_means, landmark_factor, stack_factors, visits
+
+
+@pytest.fixture
+def factor() -> torch.Tensor:
+    """A of 6 representatives and 20 tokens, as a softmax over the tokens makes it."""
+    return (3 * torch.randn(6, 20, dtype=torch.float64, generator=torch.manual_seed(0))).softmax(-1)
+
+
+def solve(affinity: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """All solutions of `W y = value D y`, from the largest value."""
+    values, vectors = eigh(affinity, np.diag(affinity.sum(1)))
+    return values[::-1], vectors[:, ::-1]
+
+
+def assert_same_cut(cut: Cut, affinity: np.ndarray, count: int):
+    values, vectors = solve(affinity)
+    np.testing.assert_allclose(cut.degrees, affinity.sum(1), rtol=1e-10)
+    np.testing.assert_allclose(cut.values[:count], values[:count], atol=1e-10)
+    agreement = cut.vectors[:, :count].numpy().T @ np.diag(affinity.sum(1)) @ vectors[:, :count]
+    np.testing.assert_allclose(np.abs(agreement), np.eye(count), atol=1e-5)  # up to the sign
+
+
+def test_cut_in_linear_time_is_the_dense_one(factor):
+    affinity = (factor.T @ factor).numpy()
+    cut = cut_factored(factor)
+    assert cut.vectors.shape == (20, 6)
+    assert_same_cut(cut, affinity, 6)
+    np.testing.assert_allclose(cut.vectors[:, 0] / cut.vectors[0, 0], np.ones(20), atol=1e-8)
+
+
+def test_cut_without_a_factor(factor):
+    affinity = factor.T @ factor + torch.rand(20, 20, dtype=torch.float64, generator=torch.manual_seed(1))
+    affinity = affinity + affinity.T
+    cut = cut_dense(affinity)
+    positive = int((solve(affinity.numpy())[0] > 1e-6).sum())
+    assert cut.vectors.shape == (20, positive)
+    assert_same_cut(cut, affinity.numpy(), positive)
+
+
+def test_stacked_factors_are_the_mean_affinity():
+    factors = torch.rand(2, 3, 4, 9, dtype=torch.float64, generator=torch.manual_seed(0))
+    expected = np.zeros((9, 9))
+    for layer in factors.numpy():
+        for a in layer:
+            expected += a.T @ a / (a.T @ a).sum(1).mean() / 6
+    stacked = stack_factors(factors)
+    assert stacked.shape == (24, 9)
+    np.testing.assert_allclose(stacked.T @ stacked, expected, rtol=1e-10)
+
+
+def test_landmark_factor():
+    """Against the shares of each token written out, on a grid whose bins do not overlap."""
+    features = torch.randn(24, 5, dtype=torch.float64, generator=torch.manual_seed(0))
+    tokens = features.numpy().reshape(4, 6, 5)
+    landmarks = [tokens[2 * i : 2 * i + 2, 3 * j : 3 * j + 3].mean((0, 1)) for i in range(2) for j in range(2)]
+    shares = np.zeros((24, 4))
+    for n, token in enumerate(tokens.reshape(24, 5)):
+        cosines = [token @ q / np.linalg.norm(token) / np.linalg.norm(q) for q in landmarks]
+        shares[n] = np.exp(np.array(cosines) / 0.3)
+        shares[n] /= shares[n].sum()
+    factor = landmark_factor(features, (4, 6), 2, 0.3)
+    np.testing.assert_allclose(factor.T @ factor, shares @ np.diag(1 / shares.sum(0)) @ shares.T, rtol=1e-10)
+    np.testing.assert_allclose((factor.T @ factor).sum(1), np.ones(24), rtol=1e-10)
+
+
+def test_visits(factor):
+    """Against walks that are taken step by step."""
+    affinity = (factor.T @ factor).numpy()
+    transition = affinity / affinity.sum(1, keepdims=True)
+    target = np.zeros(20)
+    target[[0, 3, 4]] = 1
+    probability, total = target, np.zeros(20)
+    for _ in range(2000):
+        probability = transition @ probability
+        total += probability - affinity.sum(1) @ target / affinity.sum()
+    np.testing.assert_allclose(visits(cut_factored(factor), torch.from_numpy(target)), total, atol=1e-8)
+
+
+def test_visits_where_the_affinity_falls_into_parts():
+    factor = torch.zeros(2, 6, dtype=torch.float64)
+    factor[0, :3] = factor[1, 3:] = 1
+    found = visits(cut_factored(factor), torch.tensor([1.0, 0, 0, 0, 0, 0], dtype=torch.float64))
+    assert found.isfinite().all()
+    assert found[:3].min() > 0 > found[3:].max()
+
+
+def count(num_tokens: int, make_cut) -> int:
+    factor = torch.rand(16, num_tokens, dtype=torch.float64, generator=torch.manual_seed(0))
+    with FlopCounterMode(display=False) as counter:
+        visits(make_cut(factor).leading(4), torch.ones(num_tokens, dtype=torch.float64))
+    return counter.get_total_flops()
+
+
+def test_cost_is_linear_in_the_tokens():
+    """By operations; those of the eigenvectors, of 16 x 16 here and N x N there, are not counted."""
+    counts = [count(num_tokens, cut_factored) for num_tokens in (100, 200, 400)]
+    assert counts[2] - counts[1] == 2 * (counts[1] - counts[0])
+    assert counts[2] < 4.1 * counts[0]
+    with FlopCounterMode(display=False) as counter:
+        landmark_factor(torch.rand(100, 8), (10, 10), 4, 0.1)
+    small = counter.get_total_flops()
+    with FlopCounterMode(display=False) as counter:
+        landmark_factor(torch.rand(400, 8), (20, 20), 4, 0.1)
+    assert counter.get_total_flops() == 4 * small
+
+
+def test_k_means():
+    generator = torch.manual_seed(0)
+    centres = torch.tensor([[0.0, 0.0], [5.0, 0.0], [0.0, 5.0]])
+    truth = torch.arange(60) % 3
+    labels = k_means(centres[truth] + 0.3 * torch.randn(60, 2, generator=generator), 3)
+    pairs = {(int(a), int(b)) for a, b in zip(truth, labels, strict=True)}
+    assert len(pairs) == 3
+    assert set(labels.tolist()) == {0, 1, 2}
+
+
+def test_fewer_points_than_clusters():
+    labels = k_means(torch.tensor([[1.0], [1.0], [2.0], [1.0]]), 3)
+    assert labels[2] not in labels[[0, 1, 3]]
+    assert set(labels.tolist()) == {0, 1}
+    assert set(k_means(torch.zeros(4, 2), 3).tolist()) == {0}
+    assert set(k_means(torch.zeros(4, 0), 3).tolist()) == {0}
