@@ -4,11 +4,14 @@ import json
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 from transformers import pipeline
 
-from cbsa_hf import ZeroShotSegmenter, attention_maps, default_checkpoint
+from cbsa_hf import SlidingWindowSegmenter, ZeroShotSegmenter, attention_maps, default_checkpoint, load_checkpoint
+from cbsa_hf.checkpoint import TASKS
 from cbsa_hf.images import to_pixel_values
 
 
@@ -31,8 +34,9 @@ def test_golden_outputs(shipped, photo):
     assert (actual["mask"].numpy() == mask.astype(bool)).mean() > 0.999
 
 
-def test_what_ships():
-    folder = Path(default_checkpoint())
+@pytest.mark.parametrize("task", TASKS)
+def test_what_ships(task):
+    folder = Path(default_checkpoint(task))
     assert {path.name for path in folder.iterdir()} == {
         "README.md",
         "config.json",
@@ -43,7 +47,7 @@ def test_what_ships():
     assert config["dtype"] == "float32"
     assert "auto_map" not in config
     assert json.loads((folder / "preprocessor_config.json").read_text())["do_convert_rgb"] is True
-    assert (folder / "model.safetensors").stat().st_size < 8 * 2**20
+    assert (folder / "model.safetensors").stat().st_size < 4 * 2**20
     weights = load_file(folder / "model.safetensors")
     assert 1.5e6 < sum(tensor.numel() for tensor in weights.values()) < 2e6
 
@@ -56,3 +60,16 @@ def test_pipeline(shipped, photo):
     expected = logits.softmax(-1)[0]
     assert scores[0]["label"] == shipped[0].config.id2label[expected.argmax().item()]
     assert abs(scores[0]["score"] - expected.max().item()) < 1e-4
+
+
+def test_street_scene():
+    """Pale above and dark grey below is sky over a road."""
+    model, processor = load_checkpoint(task="semantic-segmentation")
+    pixels = np.full((288, 384, 3), (200, 215, 235), dtype=np.uint8)
+    pixels[170:] = (70, 70, 72)
+    noise = np.random.default_rng(0).normal(0, 4, pixels.shape)
+    street = Image.fromarray((pixels + noise).clip(0, 255).astype(np.uint8))
+    labels = SlidingWindowSegmenter(model, processor)(street)
+    names = np.vectorize(model.config.id2label.get)(labels)
+    assert (names[:100] == "sky").mean() > 0.8
+    assert (names[200:] == "road").mean() > 0.5
