@@ -174,7 +174,7 @@ def write_answers(teacher: Teacher, images: LabelledImages, processor: BaseImage
         size: side in pixels that whole images are resized to before the student's crops would be cut.
         folder: where to write.
     """
-    device = next(teacher.parameters()).device
+    device = teacher.scale.device
     side = size // teacher.patch_size
     shapes = {"logits": (teacher.network.num_labels,)}
     for i, (width, ratio) in enumerate(zip(teacher.network.widths, teacher.network.ratios, strict=True)):
