@@ -19,6 +19,13 @@ from cbsa_hf import CBSAConfig, CBSAForImageClassification, CBSAForSemanticSegme
 ROOT = Path(__file__).parents[1]
 
 
+def enable_activation_checkpointing(model):
+    if hasattr(model, "activation_checkpointing_enable"):
+        model.activation_checkpointing_enable()
+    else:
+        model.gradient_checkpointing_enable()  # its name before Transformers 5.23
+
+
 @pytest.fixture
 def tiny_config() -> CBSAConfig:
     return CBSAConfig(

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from conftest import enable_activation_checkpointing
 from huggingface_hub.errors import StrictDataclassError
 from torch.nn import functional as F
 from transformers import (
@@ -151,10 +152,7 @@ def test_gradient_checkpointing_changes_nothing(tiny_model):
 
     tiny_model.train()
     plain = gradients()
-    if hasattr(tiny_model, "activation_checkpointing_enable"):
-        tiny_model.activation_checkpointing_enable()
-    else:
-        tiny_model.gradient_checkpointing_enable()  # its name before Transformers 5.23
+    enable_activation_checkpointing(tiny_model)
     for a, b in zip(gradients(), plain, strict=True):
         torch.testing.assert_close(a, b)
 

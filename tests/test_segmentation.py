@@ -4,6 +4,7 @@ import numpy as np
 import onnxruntime
 import pytest
 import torch
+from conftest import enable_activation_checkpointing
 from huggingface_hub.errors import StrictDataclassError
 from PIL import Image
 from torch.export import Dim
@@ -271,7 +272,7 @@ def test_gradient_checkpointing_changes_nothing(tiny_config):
         return [p.grad.clone() for p in model.parameters()]
 
     plain = gradients()
-    model.activation_checkpointing_enable()
+    enable_activation_checkpointing(model)
     for a, b in zip(gradients(), plain, strict=True):
         torch.testing.assert_close(a, b)
 
