@@ -95,7 +95,7 @@ def test_every_method_for_every_attention(tiny_config, processor, photo, attenti
     options = {"attention_weight": 0.5} if method == "ncut" else {}
     result = ZeroShotSegmenter(model, processor, method, long_side=64, num_segments=3, **options)(photo)
     check(result, photo)
-    assert 1 < len(result.segments) <= 3
+    assert 1 <= len(result.segments) <= 3  # random weights may have the tokens all alike
     assert model.training
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
 

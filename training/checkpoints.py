@@ -69,6 +69,7 @@ def save_checkpoint(
                 shutil.rmtree(leftover)
         accelerator.wait_for_everyone()
         accelerator.save_state(partial)
+        accelerator.wait_for_everyone()  # every process writes its own part
         if accelerator.is_main_process:
             if average is not None:
                 save_file(average.state_dict(), partial / "average.safetensors")
