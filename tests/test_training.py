@@ -140,13 +140,14 @@ def test_keeps_the_newest_and_the_best(trained):
     assert checkpoints(trained) == sorted({best, NUM_STEPS - 3, NUM_STEPS})
 
 
-@pytest.mark.parametrize(("name", "steps"), [("checkpoint-00000004", 2), ("checkpoint-00000014.partial", 7)])
-def test_killed_runs_resume_exactly(data, trained, tmp_path, name, steps):
-    """Killed as soon as that folder is there, between two epochs' ends or while a checkpoint is written."""
-    process = start(command(data, tmp_path, "--checkpointing_steps", str(steps)))
+@pytest.mark.parametrize("writing", [False, True])
+def test_killed_runs_resume_exactly(data, trained, tmp_path, writing):
+    """Killed in the middle of an epoch, between two checkpoints or while one is written."""
+    process = start(command(data, tmp_path, "--checkpointing_steps=2", "--keep_checkpoints=100"))
     waited = time.time()
-    while not (tmp_path / name).exists():
-        assert process.poll() is None and time.time() - waited < 120
+    while not ((tmp_path / "checkpoint-00000004").exists() and any(tmp_path.glob("*.partial")) == writing):
+        assert process.poll() is None
+        assert time.time() - waited < 120
         time.sleep(0.001)
     process.kill()
     process.communicate()
