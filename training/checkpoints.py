@@ -77,11 +77,13 @@ def save_checkpoint(
             if final.exists():
                 final.rename(replaced)
             partial.rename(final)
-            shutil.rmtree(replaced, ignore_errors=True)
-            newest = sorted(output_dir.glob(CHECKPOINTS))[-keep:]
-            for old in output_dir.glob(CHECKPOINTS):
-                if old not in newest and progress.best_step not in (None, int(old.name.removeprefix("checkpoint-"))):
-                    shutil.rmtree(old)
+            kept = set(sorted(output_dir.glob(CHECKPOINTS))[-keep:])
+            if progress.best_step is not None:
+                kept.add(checkpoint_path(output_dir, progress.best_step))
+            for old in set(output_dir.glob(CHECKPOINTS)) - kept:
+                old.rename(old.with_name(old.name + ".replaced"))  # so that none is half gone under a whole one's name
+            for leftover in output_dir.glob("*.replaced"):
+                shutil.rmtree(leftover)
     except (OSError, RuntimeError, SafetensorError) as error:
         shutil.rmtree(partial, ignore_errors=True)
         whole = sorted(output_dir.glob(CHECKPOINTS))
