@@ -86,17 +86,19 @@ class TestArguments:
 class TestOptimization:
     def test_groups(self, tiny_model):
         groups = parameter_groups(tiny_model, 3, learning_rate=1.0, weight_decay=0.1, layer_decay=0.5)
-        found = {id(p): (group["lr"], group["weight_decay"]) for group in groups for p in group["params"]}
+        found = {
+            id(p): (group["lr"], group["weight_decay"], group["use_muon"]) for group in groups for p in group["params"]
+        }
         expected = {
-            "cbsa.embeddings.position_embeddings": (1 / 16, 0),
-            "cbsa.embeddings.patch_embeddings.layers.0.weight": (1 / 16, 0.1),
-            "cbsa.layers.0.attention.proj.weight": (1 / 8, 0.1),
-            "cbsa.layers.2.attention.step_x": (1 / 2, 0),
-            "cbsa.layers.2.layernorm_before.weight": (1 / 2, 0),
-            "cbsa.layers.2.feed_forward.weight": (1 / 2, 0.1),
-            "cbsa.layernorm.weight": (1, 0),
-            "classifier.weight": (1, 0.1),
-            "classifier.bias": (1, 0),
+            "cbsa.embeddings.position_embeddings": (1 / 16, 0, False),
+            "cbsa.embeddings.patch_embeddings.layers.0.weight": (1 / 16, 0.1, True),
+            "cbsa.layers.0.attention.proj.weight": (1 / 8, 0.1, True),
+            "cbsa.layers.2.attention.step_x": (1 / 2, 0, False),
+            "cbsa.layers.2.layernorm_before.weight": (1 / 2, 0, False),
+            "cbsa.layers.2.feed_forward.weight": (1 / 2, 0.1, True),
+            "cbsa.layernorm.weight": (1, 0, False),
+            "classifier.weight": (1, 0.1, False),
+            "classifier.bias": (1, 0, False),
         }
         parameters = dict(tiny_model.named_parameters())
         assert {name: found[id(parameters[name])] for name in expected} == expected
@@ -108,6 +110,18 @@ class TestOptimization:
         weight.grad = torch.tensor([[3.0, -0.01]])
         optimizer.step()
         assert weight.tolist() == [[pytest.approx(0.9), pytest.approx(-1.9)]]
+
+    def test_muon_moves_every_direction_of_a_matrix_alike(self):
+        torch.manual_seed(0)
+        weight, bias = torch.nn.Parameter(torch.zeros(6, 4)), torch.nn.Parameter(torch.zeros(4))
+        weight.grad, bias.grad = torch.randn(6, 4) @ torch.diag(torch.tensor([9.0, 3.0, 1.0, 0.3])), torch.randn(4)
+        gradient = weight.grad.clone()
+        groups = [{"params": [weight], "use_muon": True}, {"params": [bias], "use_muon": False}]
+        build_optimizer("muon", [{"lr": 0.1, "weight_decay": 0.0, **group} for group in groups], 0.1).step()
+        u, _, vh = torch.linalg.svd(gradient, full_matrices=False)
+        moved = -(u.T @ weight.detach() @ vh.T) / (0.1 * 0.2 * 6**0.5)
+        assert torch.allclose(moved, torch.eye(4), atol=0.35)  # five Newton-Schulz steps come no nearer
+        assert bias.detach().abs() == pytest.approx(torch.full((4,), 0.1), rel=1e-4)  # AdamW's first step
 
     @pytest.mark.parametrize(
         ("name", "middle"), [("cosine", 0.5 * (1 + np.cos(np.pi * 0.5))), ("polynomial", 0.5**0.9)]

@@ -55,6 +55,7 @@ def train_member(args: Arguments, member: str, seed: int) -> Path:
         changes = {**MEMBERS[member], "seed": seed, "output_dir": str(folder), "resume_from_checkpoint": resume}
         values = {f.name: getattr(args, f.name) for f in dataclasses.fields(pretrain.Arguments)}
         AcceleratorState._reset_state()  # the next run has its own folder and trackers
+        torch.compiler.reset()  # past a limit of compiled variants, those of all members, it would run uncompiled
         pretrain.main(pretrain.Arguments(**{**values, **changes}))
     return folder
 

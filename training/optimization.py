@@ -4,12 +4,12 @@ import math
 import re
 
 import torch
-from lion_pytorch import Lion
+from pytorch_optimizer import Lion, Muon
 from torch import nn
 from transformers import get_scheduler
 
 
-OPTIMIZERS = ("adamw", "lion", "sgd")
+OPTIMIZERS = ("adamw", "lion", "muon", "sgd")
 SCHEDULES = ("cosine", "polynomial")
 LAYER = re.compile(r"\blayers?\.(\d+)\.")
 
@@ -33,7 +33,8 @@ def parameter_groups(
     model: nn.Module, num_layers: int, learning_rate: float, weight_decay: float, layer_decay: float
 ) -> list[dict]:
     """
-    Groups for an optimiser, each with its own learning rate and decay.
+    Groups for an optimiser, each with its own learning rate and decay; `use_muon` marks the encoder's matrices and
+    kernels.
 
     Args:
         model: whose parameters that need a gradient are grouped.
@@ -52,15 +53,21 @@ def parameter_groups(
             "params": parameters,
             "lr": learning_rate * layer_decay ** (num_layers + 1 - level),
             "weight_decay": weight_decay if decayed else 0.0,
+            "use_muon": decayed and level <= num_layers,
         }
         for (level, decayed), parameters in sorted(groups.items(), key=lambda item: item[0])
     ]
 
 
 def build_optimizer(name: str, groups: list[dict], learning_rate: float) -> torch.optim.Optimizer:
-    """One of [`OPTIMIZERS`] over the groups; each optimiser's other settings are its usual ones."""
+    """
+    One of [`OPTIMIZERS`] over the groups; each optimiser's other settings are its usual ones. Muon is scaled so that
+    AdamW's learning rates suit it (arXiv 2502.16982), and leaves what it is not for to AdamW.
+    """
     if name == "lion":
         return Lion(groups, lr=learning_rate)
+    if name == "muon":
+        return Muon(groups, use_adjusted_lr=True)
     if name == "sgd":
         return torch.optim.SGD(groups, lr=learning_rate, momentum=0.9)
     return torch.optim.AdamW(groups, lr=learning_rate)
