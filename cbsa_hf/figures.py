@@ -36,10 +36,33 @@ def class_colours(num_classes: int) -> np.ndarray:
 
 
 def class_legend(labels: np.ndarray, names: dict[int, str]) -> list[tuple[int, str]]:
-    """The classes in a label map, those with most pixels first: index, and name with the share of the pixels."""
+    """The classes in some labels, those with most pixels first: index, and name with the share of the pixels."""
     shares = np.bincount(labels.ravel()) / labels.size
     order = np.argsort(-shares, kind="stable")[: np.count_nonzero(shares)].tolist()
     return [(i, f"{names[i]} {shares[i]:.0%}" if shares[i] >= 0.005 else f"{names[i]} <1%") for i in order]
+
+
+def add_legend(picture: Image.Image, labels: np.ndarray, names: dict[int, str]) -> Image.Image:
+    """The picture above the colours and names of the classes in some labels, an array of any shape."""
+    colours = class_colours(len(names))
+    size = max(12, round(max(picture.size) / 40))  # of the text and of the fields of colour
+    font = ImageFont.load_default(size)
+    left, top = size, size // 2
+    entries = []
+    for index, text in class_legend(labels, names):
+        right = left + 3 * size // 2 + round(font.getlength(text))
+        if right > picture.width and left > size:
+            left, right, top = size, right - left + size, top + 3 * size // 2
+        entries.append((left, picture.height + top, index, text))
+        left = right + size
+    width = max(picture.width, round(max(font.getlength(text) for *_, text in entries)) + 3 * size)
+    whole = Image.new("RGB", (width, picture.height + top + 2 * size), "white")
+    whole.paste(picture)
+    draw = ImageDraw.Draw(whole)
+    for left, top, index, text in entries:
+        draw.rectangle((left, top + size // 8, left + size, top + size + size // 8), tuple(colours[index].tolist()))
+        draw.text((left + 3 * size // 2, top), text, "black", font)
+    return whole
 
 
 def overlay_classes(image: Image.Image, labels: np.ndarray, names: dict[int, str]) -> Image.Image:
@@ -55,25 +78,32 @@ def overlay_classes(image: Image.Image, labels: np.ndarray, names: dict[int, str
     blended = np.array(Image.blend(image, Image.fromarray(colours[labels]), 0.6))
     blended[:, 1:][labels[:, 1:] != labels[:, :-1]] = 255
     blended[1:][labels[1:] != labels[:-1]] = 255
+    return add_legend(Image.fromarray(blended), labels, names)
 
-    size = max(12, round(max(image.size) / 40))  # of the text and of the fields of colour
-    font = ImageFont.load_default(size)
-    left, top = size, size // 2
-    entries = []
-    for index, text in class_legend(labels, names):
-        right = left + 3 * size // 2 + round(font.getlength(text))
-        if right > image.width and left > size:
-            left, right, top = size, right - left + size, top + 3 * size // 2
-        entries.append((left, image.height + top, index, text))
-        left = right + size
-    width = max(image.width, round(max(font.getlength(text) for *_, text in entries)) + 3 * size)
-    picture = Image.new("RGB", (width, image.height + top + 2 * size), "white")
-    picture.paste(Image.fromarray(blended))
-    draw = ImageDraw.Draw(picture)
-    for left, top, index, text in entries:
-        draw.rectangle((left, top + size // 8, left + size, top + size + size // 8), tuple(colours[index].tolist()))
-        draw.text((left + 3 * size // 2, top), text, "black", font)
-    return picture
+
+def class_strip(
+    predicted: list[np.ndarray], labelled: list[np.ndarray], names: dict[int, str], ignore_index: int
+) -> Image.Image:
+    """
+    A column for each image: the predicted classes above, and below in black where they are wrong, in grey where no
+    class is known. Neither photos nor labels are in it, so it may be shown whatever the licence of the data.
+
+    Args:
+        predicted: class indices, each (height, width).
+        labelled: the true ones, `ignore_index` where none is known.
+        names: of all classes.
+        ignore_index: see above.
+    """
+    colours, gap = class_colours(len(names)), 4
+    columns = []
+    for found, truth in zip(predicted, labelled, strict=True):
+        mistakes = np.where(truth == ignore_index, 160, np.where(found == truth, 255, 0))
+        column = np.concatenate([colours[found], np.repeat(mistakes[..., None], 3, axis=2).astype(np.uint8)])
+        columns.append(np.pad(column, ((0, 0), (0, gap), (0, 0)), constant_values=255))
+    height = max(len(column) for column in columns)
+    columns = [np.pad(c, ((0, height - len(c)), (0, 0), (0, 0)), constant_values=255) for c in columns]
+    classes = np.concatenate([found.ravel() for found in predicted])
+    return add_legend(Image.fromarray(np.concatenate(columns, axis=1)), classes, names)
 
 
 def overlay_heat(image: Image.Image, heat: np.ndarray) -> Image.Image:

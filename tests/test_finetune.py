@@ -107,9 +107,22 @@ def test_segmentation_learns_and_scores_each_image_once(classifier, masks, tmp_p
     assert results["metrics"]["pixel_accuracy"] == pytest.approx(right / counted, abs=2e-3)
     assert results["metrics"]["mean_iou"] == pytest.approx(np.mean(hits[unions > 0] / unions[unions > 0]), abs=2e-3)
 
-    scored = run("score.py", "--task=semantic-segmentation", f"--dataset_name={masks}", f"--checkpoint={tmp_path}")
+    strip = tmp_path / "strip.png"
+    arguments = ["--task=semantic-segmentation", f"--dataset_name={masks}", f"--checkpoint={tmp_path}"]
+    scored = run("score.py", *arguments, f"--strip={strip}")
     printed = dict(line.split() for line in scored.stdout.splitlines() if len(line.split()) == 2)
     assert float(printed["mean_iou"]) == pytest.approx(results["metrics"]["mean_iou"], abs=2e-3)
+    pixels, left = np.asarray(PILImage.open(strip)), 0
+    rows = Dataset.from_parquet(str(masks / "validation-00000-of-00001.parquet"))
+    for row in (rows[i] for i in (0, 1, 3, 4)):  # at even distances
+        predicted, labels = segmenter(row["image"]), np.asarray(row["label"])
+        height, width = labels.shape
+        classes, mistakes = pixels[: 2 * height, left : left + width].reshape(2, height, width, 3)
+        assert len(np.unique(classes.reshape(-1, 3), axis=0)) == len(np.unique(predicted))
+        wrong = (predicted != labels) & (labels != 255)
+        assert ((mistakes == 0).all(-1) == wrong).mean() > 0.998
+        assert ((mistakes == 160).all(-1) == (labels == 255)).all()
+        left += width + 4
 
 
 @pytest.mark.parametrize(

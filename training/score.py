@@ -17,7 +17,7 @@ from accelerate import Accelerator
 from arguments import parse_arguments
 from data import ValidationImages, find_split, load_images
 from evaluation import evaluate_classifier, evaluate_segmenter
-from segmentation import MaskedImages
+from segmentation import MaskedImages, draw_predictions
 from torch.utils.data import DataLoader
 from zero_shot_evaluation import build_segmenters, evaluate_zero_shot
 
@@ -48,6 +48,9 @@ class Arguments:
     random_weights: bool = field(
         default=False, metadata={"help": "score the checkpoint's configuration with random weights, seed 0"}
     )
+    strip: str | None = field(
+        default=None, metadata={"help": "PNG to draw four predictions of semantic segmentation and their mistakes in"}
+    )
     output: str | None = field(default=None, metadata={"help": "JSON file to write the numbers to"})
 
 
@@ -71,6 +74,8 @@ def main(args: Arguments):
         images = MaskedImages(dataset, args.max_corrupt, model.config.num_labels, args.reduce_labels)
         segmenter = SlidingWindowSegmenter(model.to(accelerator.device), processor, flip=args.flip)
         results = evaluate_segmenter(segmenter, images.read, len(images), accelerator)
+        if args.strip is not None and accelerator.is_main_process:
+            draw_predictions(segmenter, images).save(args.strip)
     else:
         options = {"sharp": args.sharp} | ({} if args.image_size is None else {"long_side": args.image_size})
         images = MaskedImages(dataset, args.max_corrupt, num_labels=256, reduce_labels=False)

@@ -23,6 +23,7 @@ from transformers import (
 
 from cbsa_hf import SlidingWindowSegmenter, default_checkpoint
 from cbsa_hf.attention_cbsa import to_pair
+from cbsa_hf.figures import class_strip
 from cbsa_hf.mask_decoder_cbsa import DECODERS
 
 
@@ -214,6 +215,14 @@ def class_weights(images: MaskedImages) -> torch.Tensor:
     return torch.from_numpy(1 / np.log(1.02 + counts / counts.sum())).float()
 
 
+def draw_predictions(segmenter: SlidingWindowSegmenter, images: MaskedImages, count: int = 4) -> Image.Image:
+    """What a segmenter makes of images at even distances, and where it is wrong; see [`class_strip`]."""
+    picked = np.linspace(0, len(images) - 1, count).round().astype(int).tolist()
+    found = [row for index in picked if (row := images.read(index)) is not None]
+    predicted = [segmenter(image) for image, _ in found]
+    return class_strip(predicted, [labels for _, labels in found], segmenter.model.config.id2label, IGNORED)
+
+
 def load_segmenter(args: SegmentationArguments, names: dict[int, str]) -> tuple[PreTrainedModel, BaseImageProcessor]:
     """The model to fine-tune, and an image processor of its normalisation; a ValueError when there is none."""
     source = args.model_name_or_path or default_checkpoint()
@@ -260,10 +269,17 @@ def train_segmenter(args: SegmentationArguments):
     )
     validation_images = MaskedImages(validation_split, **masks)
 
+    def build_segmenter(model: PreTrainedModel) -> SlidingWindowSegmenter:
+        return SlidingWindowSegmenter(model, processor, window=args.window or crop_size)
+
     def validate(network: Segmentation) -> dict[str, float]:
-        model = accelerator.unwrap_model(network, keep_torch_compile=False).model
-        segmenter = SlidingWindowSegmenter(model, processor, window=args.window or crop_size)
+        segmenter = build_segmenter(accelerator.unwrap_model(network, keep_torch_compile=False).model)
         return evaluate_segmenter(segmenter, validation_images.read, len(validation_images), accelerator)
 
+    def draw(model: PreTrainedModel) -> dict[str, np.ndarray]:
+        strip = draw_predictions(build_segmenter(model), validation_images)
+        return {"validation/predictions": np.asarray(strip)[None]}
+
     weights = class_weights(train_images) if args.class_balanced else None
-    train(args, accelerator, Segmentation(model, weights), processor, train_images, validate, metric="mean_iou")
+    task = Segmentation(model, weights)
+    train(args, accelerator, task, processor, train_images, validate, metric="mean_iou", draw=draw)
