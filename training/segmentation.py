@@ -152,7 +152,7 @@ class TrainingMasks(MaskedImages):
         self.resize_ratios = resize_ratios
         self.seed = seed
         self.epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # read by workers that outlive an epoch
-        colours = [augmentation.ColorJitter(0.3, 0.3, 0.3, 0.05)] if photometric_distortion else []
+        colours = [augmentation.ColorJitter(0.4, 0.5, 0.5, 0.1)] if photometric_distortion else []
         self.augment = augmentation.AugmentationSequential(
             augmentation.RandomCrop(crop_size, pad_if_needed=True),
             augmentation.RandomHorizontalFlip(),
