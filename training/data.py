@@ -1,6 +1,7 @@
 """Labelled images from the Hub or from local files, as tensors for training and for validation."""
 
 import logging
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -120,6 +121,10 @@ class LabelledImages(torch.utils.data.Dataset):
                 logger.warning("Skipped image %d, which cannot be read: %s", index, error)
             self.corrupt[index] = True
             return None
+
+    def readable(self) -> Iterator[tuple[PILImage.Image, int | PILImage.Image]]:
+        """What [`read`] says of each row in turn, the broken ones left out."""
+        return (found for index in range(len(self)) if (found := self.read(index)) is not None)
 
     def read_next(self, index: int) -> tuple[int, PILImage.Image, int | PILImage.Image]:
         """That row, or the next that can be read: its index, and what [`read`] says."""

@@ -19,7 +19,13 @@ from data import ValidationImages, find_split, load_images
 from evaluation import evaluate_classifier, evaluate_segmenter
 from segmentation import MaskedImages
 from torch.utils.data import DataLoader
-from zero_shot_evaluation import build_segmenters, evaluate_zero_shot
+from zero_shot_evaluation import (
+    MIN_FOREGROUND,
+    build_segmenters,
+    evaluate_zero_shot,
+    model_results,
+    trivial_results,
+)
 
 from cbsa_hf import SlidingWindowSegmenter, load_checkpoint
 
@@ -42,7 +48,7 @@ class Arguments:
         default=False, metadata={"help": "whether label 0 does not count and the others move down by one (ADE20K)"}
     )
     flip: bool = field(default=False, metadata={"help": "whether semantic segmentation also looks at mirrored images"})
-    min_foreground: float = field(default=0.02, metadata={"help": "images with less foreground are left out"})
+    min_foreground: float = field(default=MIN_FOREGROUND, metadata={"help": "least foreground that counts"})
     max_corrupt: int = field(default=10, metadata={"help": "unreadable images that are skipped before the run stops"})
     sharp: bool = field(default=False, metadata={"help": "whether masks follow the edges of the image"})
     random_weights: bool = field(
@@ -74,8 +80,12 @@ def main(args: Arguments):
     else:
         options = {"sharp": args.sharp} | ({} if args.image_size is None else {"long_side": args.image_size})
         images = MaskedImages(dataset, args.max_corrupt, num_labels=256, reduce_labels=False)
-        samples = (found for i in range(len(images)) if (found := images.read(i)) is not None)
-        results = evaluate_zero_shot(build_segmenters(model, processor, **options), samples, args.min_foreground)
+        segmenters = build_segmenters(model, processor, **options)
+        results = evaluate_zero_shot(
+            lambda image: (*model_results(segmenters, image), *trivial_results(image)),
+            images.readable(),
+            args.min_foreground,
+        )
     images.check()
     if accelerator.is_main_process:
         for name, value in results.items():

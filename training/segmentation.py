@@ -208,9 +208,8 @@ def class_weights(images: MaskedImages) -> torch.Tensor:
     than it won for the small ones.
     """
     counts = np.zeros(images.num_labels)
-    for index in range(len(images)):
-        if (found := images.read(index)) is not None:
-            counts += np.bincount(found[1][found[1] != IGNORED], minlength=images.num_labels)
+    for _, labels in images.readable():
+        counts += np.bincount(labels[labels != IGNORED], minlength=images.num_labels)
     return torch.from_numpy(1 / np.log(1.02 + counts / counts.sum())).float()
 
 
