@@ -116,6 +116,8 @@ def test_segmentation_learns_and_scores_each_image_once(classifier, masks, tmp_p
     ("arguments", "message"),
     [
         (["--task=captioning"], "`--task` is captioning; choose one of image-classification, semantic-segmentation."),
+        ([*SEGMENTATION, "--image_column=photo"], "The data set has no column 'photo'; it has image, label."),
+        ([*SEGMENTATION, "--label_column=photo"], "The data set has no column 'photo'; it has image, label."),
         ([*SEGMENTATION, "--id2label=nowhere.json"], "The names of the classes are not in nowhere.json"),
         ([*SEGMENTATION, "--model_name_or_path=nobody/nothing"], "nobody/nothing is neither a folder nor a hub id"),
     ],

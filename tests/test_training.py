@@ -260,6 +260,8 @@ def test_corrupt_images_are_skipped(data, tmp_path):
         (["--patch_size", "12"], "`patch_size` is 12, and has to be a power of two"),
         (["--learning_rate", "1e30"], "The loss is nan at step 3"),
         (["--train_split", "training"], "has no split 'training'; it has train, validation"),
+        (["--image_column", "photo"], "has no column 'photo'; it has picture, kind"),
+        (["--label_column", "picture"], "needs an `Image` and a `ClassLabel` column"),
         (["--batch_size", "32"], "24 training images are less than one batch of 32"),
         (["--gradient_accumulation_steps", "3"], "`--batch_size 8` is not a multiple of 3"),
         (["--resume_from_checkpoint", "last"], "There is no checkpoint in"),

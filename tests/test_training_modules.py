@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT
-from datasets import ClassLabel, Dataset, Features, Image
+from datasets import ClassLabel, Dataset, Features, Image, Value
 from PIL import Image as PILImage
 from torch.nn import functional as F
 from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessorPil
@@ -18,7 +18,7 @@ from cbsa_hf import CBSAConfig, CBSAForImageClassification
 sys.path.insert(0, str(ROOT / "training"))
 
 from arguments import parse_arguments
-from data import TrainingImages
+from data import TrainingImages, find_columns, find_mask_columns
 from distillation import AutoTeacher, EfficientNetLite, TaughtImages, Teacher, write_answers
 from metrics import MeanIoU, count_pixels
 from optimization import build_optimizer, build_scheduler, parameter_groups
@@ -81,6 +81,31 @@ class TestArguments:
             command += ["--dataset_name", "nobody/nothing", "--output_dir", "nowhere"]
             process = subprocess.run(command, capture_output=True, text=True)
             assert "nobody/nothing is neither a folder" in process.stderr
+
+
+class TestColumns:
+    @pytest.fixture
+    def rows(self):
+        types = {name: Image() for name in ("image", "depth", "label")}
+        types |= {name: ClassLabel(names=["x", "y"]) for name in ("kind", "mood")}
+        types["age"] = Value("int64")
+        return Dataset.from_dict({name: [] for name in types}, features=Features(types))
+
+    def test_found_by_type_or_named(self, rows):
+        assert find_columns(rows) == ["image", "kind"]
+        assert find_columns(rows, "depth", "mood") == ["depth", "mood"]
+        assert find_mask_columns(rows.remove_columns("depth")) == ["image", "label"]
+        assert find_mask_columns(rows, "image") == ["image", "label"]
+        assert find_mask_columns(rows, "label", "depth") == ["label", "depth"]
+        assert find_mask_columns(rows.remove_columns("label"), label_column="depth") == ["image", "depth"]
+
+    def test_what_cannot_be_found(self, rows):
+        with pytest.raises(ValueError, match="no column 'photo'; it has image, depth, label, kind, mood, age"):
+            find_columns(rows, image_column="photo")
+        with pytest.raises(ValueError, match="needs an `Image` and a `ClassLabel` column"):
+            find_columns(rows, label_column="age")
+        with pytest.raises(ValueError, match=r"found were the images \['image', 'depth'\] and the masks \['label'\]"):
+            find_mask_columns(rows)
 
 
 class TestOptimization:

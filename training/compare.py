@@ -25,7 +25,7 @@ from accelerate import PartialState
 from accelerate.state import AcceleratorState
 from arguments import parse_arguments
 from checkpoints import CHECKPOINTS
-from data import find_split, load_images
+from data import find_mask_columns, find_split, load_images
 from segmentation import MaskedImages
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -144,6 +144,7 @@ def main(args: Arguments):
     inference = images_per_second({name: model.eval() for name, model in models.items()}, pixel_values, train=False)
     if args.masks_name is not None:
         split = find_split(load_images(args.masks_name), args.masks_split)
+        split = split.select_columns(find_mask_columns(split))
         masks = MaskedImages(split, args.max_corrupt, num_labels=256, reduce_labels=False)
     rows = {}
     for name, paths in folders.items():

@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -13,7 +13,22 @@ from transformers import BaseImageProcessor
 from cbsa_hf.images import to_rgb
 
 
+MASK_NAMES = ("label", "mask", "annotation", "segmentation_mask")
+
 logger = logging.getLogger(__name__)
+
+
+@dataclass(kw_only=True)
+class DataArguments:
+    """Options of every script that reads labelled images."""
+
+    dataset_name: str = field(metadata={"help": "hub id, local folder or Parquet file"})
+    dataset_config_name: str | None = field(default=None, metadata={"help": "configuration, where there are several"})
+    image_column: str | None = field(default=None, metadata={"help": "column of the images; default: by its type"})
+    label_column: str | None = field(
+        default=None, metadata={"help": "column of the classes or masks; default: by its type, masks by their name"}
+    )
+    max_corrupt: int = field(default=10, metadata={"help": "unreadable images that are skipped before the run stops"})
 
 
 def load_images(name: str, config_name: str | None = None) -> DatasetDict:
@@ -45,44 +60,55 @@ def find_split(splits: DatasetDict, name: str) -> Dataset:
     return splits[name]
 
 
-def find_columns(dataset: Dataset) -> tuple[str, str]:
+def columns_of_type(dataset: Dataset, kind: type, name: str | None) -> list[str]:
+    """All columns of a type, or the one of that name if it is; a ValueError when there is none of that name."""
+    if name is not None and name not in dataset.features:
+        raise ValueError(f"The data set has no column {name!r}; it has {', '.join(dataset.features)}.")
+    return [
+        column for column, feature in dataset.features.items() if isinstance(feature, kind) and name in (None, column)
+    ]
+
+
+def find_columns(dataset: Dataset, image_column: str | None = None, label_column: str | None = None) -> list[str]:
     """
-    Names of the image and of the label column, by their types.
+    Names of the image and of the label column: those given, or the first of their types.
 
     Raises:
         ValueError: no image column, or no label column.
     """
-    images = [name for name, feature in dataset.features.items() if isinstance(feature, Image)]
-    labels = [name for name, feature in dataset.features.items() if isinstance(feature, ClassLabel)]
+    images = columns_of_type(dataset, Image, image_column)
+    labels = columns_of_type(dataset, ClassLabel, label_column)
     if not images or not labels:
         raise ValueError(
             f"The data set needs an `Image` and a `ClassLabel` column; it has {dict(dataset.features)}. "
             "Cast it with `datasets`, for example `dataset.cast_column('label', ClassLabel(names=[...]))`."
         )
-    return images[0], labels[0]
+    return [images[0], labels[0]]
 
 
 def class_names(dataset: Dataset) -> list[str]:
-    """Names of the classes, as the label column has them."""
-    return dataset.features[find_columns(dataset)[1]].names
+    """Names of the classes of a data set of two columns, as its label column has them."""
+    _, labels = dataset.features.values()
+    return labels.names
 
 
-def find_mask_columns(dataset: Dataset) -> tuple[str, str]:
+def find_mask_columns(dataset: Dataset, image_column: str | None = None, label_column: str | None = None) -> list[str]:
     """
-    Names of the image and of the mask column: the mask is the image column named like one.
+    Names of the image and of the mask column: those given, or else the mask is the image column named like one.
 
     Raises:
         ValueError: not exactly one image and one mask column.
     """
-    columns = [name for name, feature in dataset.features.items() if isinstance(feature, Image)]
-    masks = [name for name in columns if name in ("label", "mask", "annotation", "segmentation_mask")]
-    images = [name for name in columns if name not in masks]
+    images, masks = (columns_of_type(dataset, Image, name) for name in (image_column, label_column))
+    if label_column is None:
+        masks = [name for name in masks if name in MASK_NAMES and name != image_column]
+    images = [name for name in images if name not in masks]
     if len(images) != 1 or len(masks) != 1:
         raise ValueError(
-            f"The data set needs one image column and one of masks named `label`, `mask`, `annotation` or "
-            f"`segmentation_mask`; its image columns are {columns}."
+            f"The data set needs one image column and one of masks, named {', '.join(MASK_NAMES)} or given as "
+            f"`--label_column`; found were the images {images} and the masks {masks}."
         )
-    return images[0], masks[0]
+    return images + masks
 
 
 def to_tensor(image: PILImage.Image, processor: BaseImageProcessor) -> torch.Tensor:
@@ -97,14 +123,13 @@ class LabelledImages(torch.utils.data.Dataset):
     Rows of a data set whose images may be broken: those are skipped, named in the log, and counted.
 
     Args:
-        dataset: rows with an image, and a label or mask.
-        columns: names of the two columns.
+        dataset: of two columns, an image, and a label or mask.
         max_corrupt: how many broken images are too many to go on.
     """
 
-    def __init__(self, dataset: Dataset, columns: tuple[str, str], max_corrupt: int):
+    def __init__(self, dataset: Dataset, max_corrupt: int):
         self.dataset = dataset
-        self.image_column, self.label_column = columns
+        self.image_column, self.label_column = dataset.features
         self.max_corrupt = max_corrupt
         self.corrupt = torch.zeros(len(dataset), dtype=torch.bool).share_memory_()  # written by the workers
 
@@ -168,8 +193,7 @@ class TrainingImages(LabelledImages):
     antialiased call.
 
     Args:
-        dataset: rows with an image and a label.
-        max_corrupt: see [`LabelledImages`].
+        dataset, max_corrupt: see [`LabelledImages`].
         processor: says how pixels are scaled and normalised.
         crop_sizes: sides of the square crops in pixels, one for each of as many equal parts of the run.
         num_epochs: length of the run.
@@ -190,7 +214,7 @@ class TrainingImages(LabelledImages):
         mixup_alpha: float,
         seed: int,
     ):
-        super().__init__(dataset, find_columns(dataset), max_corrupt)
+        super().__init__(dataset, max_corrupt)
         self.num_labels = dataset.features[self.label_column].num_classes
         self.processor = processor
         self.crop_sizes = crop_sizes
@@ -251,7 +275,7 @@ class ValidationImages(LabelledImages):
     """The same rows, each as the processor alone makes it; a broken image is black and its label -100."""
 
     def __init__(self, dataset: Dataset, max_corrupt: int, processor: BaseImageProcessor):
-        super().__init__(dataset, find_columns(dataset), max_corrupt)
+        super().__init__(dataset, max_corrupt)
         self.processor = processor
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:

@@ -17,6 +17,7 @@ from accelerate import Accelerator
 from accelerate.utils import DataLoaderConfiguration, DistributedType, set_seed
 from card import write_card
 from checkpoints import Progress, checkpoint_path, find_checkpoint, load_state, save_checkpoint
+from data import DataArguments, find_split, load_images
 from optimization import OPTIMIZERS, SCHEDULES, build_optimizer, build_scheduler, parameter_groups
 from safetensors.torch import load_file
 from torch import nn
@@ -32,11 +33,9 @@ LOG_STEPS = 10
 
 
 @dataclass(kw_only=True)
-class TrainingArguments:
+class TrainingArguments(DataArguments):
     """Options of every training script."""
 
-    dataset_name: str = field(metadata={"help": "hub id, local folder or Parquet file"})
-    dataset_config_name: str | None = field(default=None, metadata={"help": "configuration, where there are several"})
     train_split: str = field(default="train", metadata={"help": "split to train on"})
     validation_split: str = field(default="validation", metadata={"help": "split to validate on"})
     output_dir: str = field(metadata={"help": "where checkpoints, logs and the trained model go"})
@@ -62,7 +61,6 @@ class TrainingArguments:
     )
     num_workers: int = field(default=1, metadata={"help": "processes that load images, per training process"})
     seed: int = field(default=0, metadata={"help": "seed of weights, order and augmentation"})
-    max_corrupt: int = field(default=10, metadata={"help": "unreadable images that are skipped before the run stops"})
     validation_epochs: int = field(
         default=1, metadata={"help": "epochs from one validation, and the checkpoint after it, to the next"}
     )
@@ -129,6 +127,20 @@ def build_accelerator(args: TrainingArguments) -> Accelerator:
         raise ValueError("`--ema_decay` is not for weights that FSDP shards; leave it out, or do not shard.")
     set_seed(args.seed)
     return accelerator
+
+
+def load_splits(
+    args: TrainingArguments, find_columns: Callable[[Dataset, str | None, str | None], list[str]]
+) -> list[Dataset]:
+    """
+    Training and validation split, each of two columns: the image, and the label or mask.
+
+    Raises:
+        ValueError: no such data set, split or column.
+    """
+    splits = load_images(args.dataset_name, args.dataset_config_name)
+    named = [find_split(splits, name) for name in (args.train_split, args.validation_split)]
+    return [split.select_columns(find_columns(split, args.image_column, args.label_column)) for split in named]
 
 
 def build_loader(dataset: Dataset, args: TrainingArguments, train: bool) -> DataLoader:

@@ -11,9 +11,9 @@ from dataclasses import dataclass, field
 
 from arguments import parse_arguments
 from classification import ClassificationArguments, train_classifier
-from data import class_names, find_split, load_images
+from data import class_names, find_columns
 from huggingface_hub.errors import StrictDataclassError
-from loop import build_accelerator
+from loop import build_accelerator, load_splits
 from transformers import AutoConfig, AutoModelForImageClassification, PreTrainedConfig, ViTImageProcessorPil
 from transformers.utils.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
@@ -61,8 +61,8 @@ def build_config(args: Arguments, names: list[str]) -> PreTrainedConfig:
 
 def main(args: Arguments):
     accelerator = build_accelerator(args)
-    splits = load_images(args.dataset_name, args.dataset_config_name)
-    config = build_config(args, class_names(find_split(splits, args.train_split)))
+    splits = load_splits(args, find_columns)
+    config = build_config(args, class_names(splits[0]))
     model = AutoModelForImageClassification.from_config(config)
     height, width = to_pair(config.image_size)
     processor = ViTImageProcessorPil(

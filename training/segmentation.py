@@ -6,10 +6,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from data import LabelledImages, find_mask_columns, find_split, load_images
+from data import LabelledImages, find_mask_columns
 from evaluation import evaluate_segmenter
 from kornia import augmentation
-from loop import TrainingArguments, build_accelerator, train
+from loop import TrainingArguments, build_accelerator, load_splits, train
 from PIL import Image
 from torch import nn
 from torch.nn import functional as F
@@ -111,7 +111,7 @@ class MaskedImages(LabelledImages):
     """
 
     def __init__(self, dataset, max_corrupt: int, num_labels: int, reduce_labels: bool):
-        super().__init__(dataset, find_mask_columns(dataset), max_corrupt)
+        super().__init__(dataset, max_corrupt)
         self.num_labels = num_labels
         self.reduce_labels = reduce_labels
 
@@ -242,8 +242,7 @@ def load_segmenter(args: SegmentationArguments, names: dict[int, str]) -> tuple[
 def train_segmenter(args: SegmentationArguments):
     """Train a segmenter as the options say; see [`train`] for what it leaves behind and raises."""
     accelerator = build_accelerator(args)
-    splits = load_images(args.dataset_name, args.dataset_config_name)
-    train_split, validation_split = (find_split(splits, s) for s in (args.train_split, args.validation_split))
+    train_split, validation_split = load_splits(args, find_mask_columns)
     names = read_names(args.id2label, args.dataset_name)
     model, processor = load_segmenter(args, names)
     crop_size = processor.size["height"], processor.size["width"]
