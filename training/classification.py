@@ -131,7 +131,7 @@ def train_classifier(
     accelerator: Accelerator,
     model: PreTrainedModel,
     processor: BaseImageProcessor,
-    splits: list[Dataset],
+    splits: tuple[Dataset, Dataset],
     task: nn.Module | None = None,
     teach: Callable[[torch.Tensor], dict] | None = None,
 ) -> dict:

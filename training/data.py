@@ -6,8 +6,9 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
-from datasets import ClassLabel, Dataset, DatasetDict, Image, load_dataset
+from datasets import ClassLabel, Dataset, DatasetDict, Image, IterableDatasetDict, load_dataset
 from PIL import Image as PILImage
+from streaming import StreamedRows
 from transformers import BaseImageProcessor
 
 from cbsa_hf.images import to_rgb
@@ -31,26 +32,33 @@ class DataArguments:
     max_corrupt: int = field(default=10, metadata={"help": "unreadable images that are skipped before the run stops"})
 
 
-def load_images(name: str, config_name: str | None = None) -> DatasetDict:
+def load_images(
+    name: str, config_name: str | None = None, streaming: bool = False
+) -> DatasetDict | IterableDatasetDict:
     """
     Load a data set by hub id, local folder (Parquet files or an image folder), or the path of one Parquet file.
 
     Args:
         name: the id or path.
         config_name: which of its configurations, where it has several.
+        streaming: read it as it comes, not before.
 
     Raises:
-        ValueError: nothing of that name, or no such configuration.
+        ValueError: nothing of that name, or no such configuration; or its columns are not known before it is read.
     """
     try:
         if name.endswith(".parquet"):
-            return load_dataset("parquet", data_files=name)
-        return load_dataset(name, config_name)
+            splits = load_dataset("parquet", data_files=name, streaming=streaming)
+        else:
+            splits = load_dataset(name, config_name, streaming=streaming)
     except (FileNotFoundError, ConnectionError) as error:
         raise ValueError(
             f"{name} is neither a folder or Parquet file with images, nor the id of a data set that can be reached on "
             "the Hub."
         ) from error
+    if any(split.features is None for split in splits.values()):
+        raise ValueError(f"What columns {name} has is not known before it is read: leave out `--streaming`.")
+    return splits
 
 
 def find_split(splits: DatasetDict, name: str) -> Dataset:
@@ -124,17 +132,28 @@ class LabelledImages(torch.utils.data.Dataset):
 
     Args:
         dataset: of two columns, an image, and a label or mask.
-        max_corrupt: how many broken images are too many to go on.
+        max_corrupt: how many broken images are too many to go on; of a stream, in one epoch.
     """
 
-    def __init__(self, dataset: Dataset, max_corrupt: int):
+    def __init__(self, dataset: Dataset | StreamedRows, max_corrupt: int):
         self.dataset = dataset
         self.image_column, self.label_column = dataset.features
         self.max_corrupt = max_corrupt
         self.corrupt = torch.zeros(len(dataset), dtype=torch.bool).share_memory_()  # written by the workers
+        self.epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # read by workers that outlive an epoch
 
     def __len__(self) -> int:
         return len(self.dataset)
+
+    def __getitems__(self, batch: list) -> list[dict[str, torch.Tensor]]:
+        """The items of a batch, as its sampler has chosen them."""
+        indices = self.dataset.hold(batch) if isinstance(self.dataset, StreamedRows) else batch
+        return [self[index] for index in indices]
+
+    def set_epoch(self, epoch: int):
+        self.epoch.fill_(epoch)
+        if isinstance(self.dataset, StreamedRows):
+            self.corrupt.zero_()  # every epoch has an order of its own
 
     def read(self, index: int) -> tuple[PILImage.Image, int | PILImage.Image] | None:
         """Image in RGB, and label or mask; None when the row is broken."""
@@ -222,10 +241,6 @@ class TrainingImages(LabelledImages):
         self.min_crop_scale = min_crop_scale
         self.mixup_alpha = mixup_alpha
         self.seed = seed
-        self.epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # read by workers that outlive an epoch
-
-    def set_epoch(self, epoch: int):
-        self.epoch.fill_(epoch)
 
     def random_box(self, width: int, height: int, random: np.random.Generator) -> tuple[int, int, int, int]:
         """A box (left, upper, right, lower) of random area, of aspect 3/4 to 4/3, at a random place."""

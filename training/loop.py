@@ -17,12 +17,14 @@ from accelerate import Accelerator
 from accelerate.utils import DataLoaderConfiguration, DistributedType, set_seed
 from card import write_card
 from checkpoints import Progress, checkpoint_path, find_checkpoint, load_state, save_checkpoint
-from data import DataArguments, find_split, load_images
+from data import DataArguments, LabelledImages, find_split, load_images
+from datasets import Dataset
 from optimization import OPTIMIZERS, SCHEDULES, build_optimizer, build_scheduler, parameter_groups
 from safetensors.torch import load_file
+from streaming import StreamedRows
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import BaseImageProcessor, PreTrainedModel
 
@@ -30,6 +32,7 @@ from cbsa_hf.hub import push_checkpoint
 
 
 LOG_STEPS = 10
+IN_MEMORY = ("class_balanced", "mixup_alpha", "teacher_cache")  # options that do not go with streaming
 
 
 @dataclass(kw_only=True)
@@ -39,6 +42,16 @@ class TrainingArguments(DataArguments):
     train_split: str = field(default="train", metadata={"help": "split to train on"})
     validation_split: str = field(default="validation", metadata={"help": "split to validate on"})
     output_dir: str = field(metadata={"help": "where checkpoints, logs and the trained model go"})
+    streaming: bool = field(
+        default=False,
+        metadata={
+            "help": "whether training images are read as they come, by every process, each shuffled among 1000; those "
+            "of validation are read into memory, still encoded"
+        },
+    )
+    num_train_images: int | None = field(
+        default=None, metadata={"help": "images per epoch when streaming; default: as the data set says"}
+    )
     num_epochs: int = field(default=30, metadata={"help": "passes over the training split"})
     batch_size: int = field(default=64, metadata={"help": "images per step, over all processes together"})
     gradient_accumulation_steps: int = field(
@@ -131,27 +144,36 @@ def build_accelerator(args: TrainingArguments) -> Accelerator:
 
 def load_splits(
     args: TrainingArguments, find_columns: Callable[[Dataset, str | None, str | None], list[str]]
-) -> list[Dataset]:
+) -> tuple[Dataset | StreamedRows, Dataset]:
     """
     Training and validation split, each of two columns: the image, and the label or mask.
 
     Raises:
-        ValueError: no such data set, split or column.
+        ValueError: no such data set, split or column; an option that does not go with streaming.
     """
-    splits = load_images(args.dataset_name, args.dataset_config_name)
+    splits = load_images(args.dataset_name, args.dataset_config_name, args.streaming)
     named = [find_split(splits, name) for name in (args.train_split, args.validation_split)]
-    return [split.select_columns(find_columns(split, args.image_column, args.label_column)) for split in named]
+    train, validation = (s.select_columns(find_columns(s, args.image_column, args.label_column)) for s in named)
+    if args.streaming:
+        for name in IN_MEMORY:
+            if getattr(args, name, None):
+                raise ValueError(f"`--{name}` needs any image at any time, which `--streaming` does not give.")
+        train = StreamedRows(train, args.num_train_images, args.seed)
+        validation = Dataset.from_list(list(validation.decode(False)), features=validation.features)
+    return train, validation
 
 
-def build_loader(dataset: Dataset, args: TrainingArguments, train: bool) -> DataLoader:
+def build_loader(dataset: LabelledImages, args: TrainingArguments, train: bool) -> DataLoader:
     """Batches of the global size; shuffled and without the rest when training. A ValueError if there is no batch."""
     if train and len(dataset) < args.batch_size:
         raise ValueError(f"{len(dataset)} training images are less than one batch of {args.batch_size}.")
+    stream = dataset.dataset if isinstance(dataset.dataset, StreamedRows) else None
     workers = {"persistent_workers": True, "prefetch_factor": 4} if args.num_workers else {}
     return DataLoader(
         dataset,
         batch_size=args.batch_size,
-        shuffle=train,
+        sampler=stream,
+        shuffle=train and stream is None,
         drop_last=train,
         num_workers=args.num_workers,
         pin_memory=torch.cuda.is_available(),
@@ -200,7 +222,7 @@ def train(
     accelerator: Accelerator,
     task: nn.Module,
     processor: BaseImageProcessor,
-    train_data: Dataset,
+    train_data: LabelledImages,
     validate: Callable[[nn.Module], dict[str, float]],
     metric: str,
     teach: Callable[[torch.Tensor], dict] | None = None,
@@ -218,7 +240,7 @@ def train(
         task: called with the tensors of a batch it returns a dict of losses, of which `loss` is minimised;
             `task.model` is the model to be saved.
         processor: the model's image processor.
-        train_data: with `set_epoch`, and `check` for what it met and could not read.
+        train_data: the training images.
         validate: the task or its average, in evaluation mode -> metrics.
         metric: which of them is looked at, the larger the better.
         teach: pixels -> what the task is called with besides the batch.

@@ -150,7 +150,6 @@ class TrainingMasks(MaskedImages):
         super().__init__(dataset, max_corrupt, num_labels, reduce_labels)
         self.resize_ratios = resize_ratios
         self.seed = seed
-        self.epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # read by workers that outlive an epoch
         colours = [augmentation.ColorJitter(0.3, 0.3, 0.3, 0.05)] if photometric_distortion else []
         self.augment = augmentation.AugmentationSequential(
             augmentation.RandomCrop(crop_size, pad_if_needed=True),
@@ -161,9 +160,6 @@ class TrainingMasks(MaskedImages):
         self.normalise = augmentation.Normalize(
             torch.tensor(processor.image_mean), torch.tensor(processor.image_std), keepdim=True
         )
-
-    def set_epoch(self, epoch: int):
-        self.epoch.fill_(epoch)
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
         seeds = np.random.SeedSequence((self.seed, int(self.epoch), index))
