@@ -213,9 +213,13 @@ def test_two_processes_learn_as_one(data, tmp_path, reading):
     assert losses[0][-1] < losses[0][0]
 
 
-def test_streamed_run_resumes_exactly(data, tmp_path):
-    """From the middle of an epoch; and it learns what there is to learn."""
-    arguments = [*STREAMING, "--num_workers=1"]
+@pytest.mark.parametrize(
+    "arguments",
+    [[*STREAMING, "--num_workers=1"], ["--optimizer=lion", "--learning_rate=1e-3"]],
+    ids=["stream", "lion"],
+)
+def test_learns_and_resumes_exactly(data, tmp_path, arguments):
+    """From the middle of an epoch."""
     whole, resumed = tmp_path / "whole", tmp_path / "resumed"
     pretrain(data, whole, *arguments, "--checkpointing_steps=4", "--keep_checkpoints=100")
     results = json.loads((whole / "results.json").read_text())
