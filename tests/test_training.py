@@ -213,6 +213,19 @@ def test_two_processes_learn_as_one(data, tmp_path, reading):
     assert losses[0][-1] < losses[0][0]
 
 
+def test_throughput(data):
+    """The table: shares of one, and of the time that there was."""
+    script = str(ROOT / "benchmarks" / "training_throughput.py")
+    settings = ["--config_name", str(data / "config.json"), "--image_size=32", "--batch_size=4", "--turns=1"]
+    process = start([sys.executable, script, "--dataset_name", str(data), *settings, "--steps=2"])
+    printed, errors = process.communicate(timeout=300)
+    assert process.returncode == 0, errors
+    training, bare = ([cell.strip() for cell in line.split("|")[1:-1]] for line in printed.splitlines()[-2:])
+    share, waited = (float(cell.rstrip("%")) / 100 for cell in training[2:])
+    assert share == pytest.approx(float(training[1]) / float(bare[1]), abs=0.01)
+    assert 0 <= waited < 1
+
+
 @pytest.mark.parametrize(
     "arguments",
     [[*STREAMING, "--num_workers=1"], ["--optimizer=lion", "--learning_rate=1e-3"]],

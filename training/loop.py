@@ -199,14 +199,16 @@ def split_batch(batch: dict[str, torch.Tensor], parts: int) -> list[dict[str, to
 
 
 def take_step(
+    args: TrainingArguments,
     accelerator: Accelerator,
     task: nn.Module,
-    teach: Callable[[torch.Tensor], dict] | None,
+    optimizer: torch.optim.Optimizer,
+    scheduler: torch.optim.lr_scheduler.LRScheduler,
     batch: dict[str, torch.Tensor],
-    parts: int,
+    teach: Callable[[torch.Tensor], dict] | None = None,
 ) -> dict[str, torch.Tensor]:
-    """Forward and backward over the batch, in parts -> the losses, averaged over the parts."""
-    totals = {}
+    """Forward and backward over the batch, in parts, and the optimiser's step -> the losses, means over the parts."""
+    totals, parts = {}, args.gradient_accumulation_steps
     for i, part in enumerate(split_batch(batch, parts)):
         taught = {} if teach is None else teach(part["pixel_values"])
         with accelerator.no_sync(task) if i < parts - 1 else nullcontext():
@@ -214,6 +216,10 @@ def take_step(
             accelerator.backward(losses["loss"] / parts)
         for name, loss in losses.items():
             totals[name] = totals.get(name, 0) + loss.detach() / parts
+    accelerator.clip_grad_norm_(task.parameters(), args.max_grad_norm)
+    optimizer.step()
+    scheduler.step()
+    optimizer.zero_grad()
     return totals
 
 
@@ -296,11 +302,7 @@ def train(
             batch = next(batches)
             progress.waited += time.time() - asked
             seed_step(args.seed, progress.step, accelerator.process_index)
-            losses = take_step(accelerator, task, teach, batch, args.gradient_accumulation_steps)
-            accelerator.clip_grad_norm_(task.parameters(), args.max_grad_norm)
-            optimizer.step()
-            scheduler.step()
-            optimizer.zero_grad()
+            losses = take_step(args, accelerator, task, optimizer, scheduler, batch, teach)
             if average is not None:
                 average.update_parameters(accelerator.unwrap_model(task, keep_torch_compile=False))
             progress.step += 1
