@@ -6,7 +6,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -198,6 +198,14 @@ def split_batch(batch: dict[str, torch.Tensor], parts: int) -> list[dict[str, to
     return [{name: chunks[name][i] for name in batch} for i in range(parts)]
 
 
+def next_batch(batches: Iterator[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    """The next one; a ValueError in a worker, which comes with a traceback in its message, is its sentence again."""
+    try:
+        return next(batches)
+    except ValueError as error:
+        raise ValueError(str(error).splitlines()[-1].removeprefix("ValueError: ")) from error
+
+
 def take_step(
     args: TrainingArguments,
     accelerator: Accelerator,
@@ -299,7 +307,7 @@ def train(
         bar.set_description(f"epoch {epoch + 1}/{args.num_epochs}")
         for _ in range(done, steps_per_epoch):
             asked = time.time()
-            batch = next(batches)
+            batch = next_batch(batches)
             progress.waited += time.time() - asked
             seed_step(args.seed, progress.step, accelerator.process_index)
             losses = take_step(args, accelerator, task, optimizer, scheduler, batch, teach)
