@@ -4,7 +4,8 @@ Check the claims of the paper at a size that two cores can do, and write what wa
     python benchmarks/claims.py --dataset_name ../shared/data/imagenette-128 --masks_name ../shared/data/coco128-seg \
         --checkpoints FOLDER
 
-FOLDER holds classifiers trained alike but for their attention, in subfolders `cbsa`, `mssa`, `tssa` and `softmax`.
+FOLDER is what `training/compare.py` writes: classifiers trained alike but for their attention, in subfolders `cbsa-0`,
+`mssa-0`, `tssa-0` and `softmax-0`.
 What is not given is not run, and the page says so. Trained models and scores are kept in `--cache_dir`, so that a run
 that was interrupted goes on where it was.
 """
@@ -69,7 +70,7 @@ class Arguments:
     )
     masks_name: str | None = field(default=None, metadata={"help": "images with masks, a `train` split: claim 1"})
     checkpoints: str | None = field(
-        default=None, metadata={"help": "folder with classifiers `cbsa`, `mssa`, `tssa`, `softmax`: claims 1, 2, 4"}
+        default=None, metadata={"help": "`--output_dir` of `training/compare.py`: claims 1, 2, 4"}
     )
     claims: list[int] = field(
         default_factory=lambda: list(CLAIMS), metadata={"help": "which to check; of the others, what was found last"}

@@ -13,7 +13,7 @@ from transformers import BaseImageProcessor, PreTrainedModel
 
 
 HOLDS, FAILS, OPEN, NOT_RUN = "holds here", "does not hold here", "cannot tell", "not run"
-FAMILY = ("cbsa", "mssa", "tssa", "softmax")  # the comparison's folders, and the small models that are trained
+FAMILY = ("cbsa", "mssa", "tssa", "softmax")  # what is compared
 
 
 @dataclass
@@ -78,10 +78,11 @@ class Workbench:
         return fine_tuned(model, self.training_set, self.recipe, seed, self.cache, name, **values)
 
     def compared(self) -> dict[str, str]:
-        """The folders of the comparison that are there, by attention type."""
+        """The folders of the comparison that are there, of seed 0, by attention type."""
         if self.checkpoints is None:
             return {}
-        return {name: str(self.checkpoints / name) for name in FAMILY if (self.checkpoints / name).is_dir()}
+        folders = {name: self.checkpoints / f"{name}-0" for name in FAMILY}
+        return {name: str(folder) for name, folder in folders.items() if folder.is_dir()}
 
     def describe_small(self) -> str:
         recipe = self.recipe

@@ -69,8 +69,8 @@ def test_claims_about_trained_models(bench, claim):
     if claim == 4:
         bench.checkpoints = bench.cache / "comparison"
         for name in ("cbsa", "softmax"):
-            bench.small(name, 0, attention_type=name).save_pretrained(bench.checkpoints / name)
-            ViTImageProcessorPil(size={"height": 16, "width": 16}).save_pretrained(bench.checkpoints / name)
+            bench.small(name, 0, attention_type=name).save_pretrained(bench.checkpoints / f"{name}-0")
+            ViTImageProcessorPil(size={"height": 16, "width": 16}).save_pretrained(bench.checkpoints / f"{name}-0")
     finding = CLAIMS[claim][1](bench)
     assert all(verdict in (HOLDS, FAILS, OPEN) for verdict, _ in finding.verdicts.values())
     assert all(len({line.count("|") for line in text.splitlines()}) == 1 for text in finding.tables)

@@ -1,4 +1,4 @@
-"""finetune.py and adapt.py as their users start them, on small Parquet files that the tests write."""
+"""finetune.py, adapt.py and compare.py as their users start them, on small Parquet files that the tests write."""
 
 import json
 import os
@@ -129,6 +129,8 @@ def test_segmentation_learns_and_scores_each_image_once(classifier, masks, tmp_p
     ("arguments", "message"),
     [
         (["--task=captioning"], "`--task` is captioning; choose one of image-classification, semantic-segmentation."),
+        ([*SEGMENTATION, "--image_column=photo"], "The data set has no column 'photo'; it has image, label."),
+        ([*SEGMENTATION, "--label_column=photo"], "The data set has no column 'photo'; it has image, label."),
         ([*SEGMENTATION, "--id2label=nowhere.json"], "The names of the classes are not in nowhere.json"),
         ([*SEGMENTATION, "--model_name_or_path=nobody/nothing"], "nobody/nothing is neither a folder nor a hub id"),
     ],
@@ -218,3 +220,39 @@ def test_adapted_vit_comes_back(vit, stripes, tmp_path, attention_type, loss):
     assert results["metrics"]["loss"] < max(results["replaced"]["loss"], 0.05)
     model = AutoModelForImageClassification.from_pretrained(tmp_path)
     assert model.config.attention_type == attention_type
+
+
+def test_comparison(stripes, masks, tmp_path):
+    """Every member is trained once and measured; the operations of the usual transformer are those on paper."""
+    width, layers, patches = 24, 2, 16
+    config = {"model_type": "cbsa", "hidden_size": width, "num_hidden_layers": layers, "num_attention_heads": 2}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    arguments = [f"--dataset_name={stripes}", f"--masks_name={masks}", f"--output_dir={tmp_path / 'run'}"]
+    arguments += [f"--config_name={tmp_path / 'config.json'}", "--image_size=32", "--patch_size=8", "--batch_size=16"]
+    arguments += ["--patch_embedding_type=patchify", "--num_epochs=2", "--num_workers=0", "--report_to=none"]
+    printed = run("compare.py", *arguments).stdout
+    table = [line for line in printed.splitlines() if line.startswith("|")]
+    header, _, *rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table]
+    assert header[:4] == ["member", "accuracy", "zero-shot IoU, ncut", "zero-shot IoU, attention"]
+    assert header[4:] == ["parameters", "GFLOPs", "images/s, training", "images/s, inference"]
+    assert [row[0] for row in rows] == ["`cbsa`", "`mssa`", "`tssa`", "`softmax`"]
+    assert all(0 < float(cell) < 1 for row in rows for cell in row[2:4])
+    assert len({row[4] for row in rows}) > 1
+
+    tokens = patches + 1
+    embedding = 2 * patches * (3 * 8 * 8) * width
+    layer = 4 * 2 * tokens * width**2 + 2 * 2 * tokens**2 * width + 2 * 2 * tokens * width * (4 * width)
+    measured = json.loads((tmp_path / "run" / "comparison.json").read_text())
+    assert measured["softmax"]["flops"] == embedding + layers * layer + 2 * width * 2
+
+    scoring = ["--task=zero-shot-segmentation", "--split=train", f"--dataset_name={masks}"]
+    run("score.py", *scoring, f"--checkpoint={tmp_path / 'run/cbsa-0'}", f"--output={tmp_path / 'scores.json'}")
+    scores = json.loads((tmp_path / "scores.json").read_text())
+    assert measured["cbsa"]["zero-shot IoU, ncut"] == [pytest.approx(scores["ncut"])]
+    assert measured["cbsa"]["zero-shot IoU, attention"] == [pytest.approx(scores["attention"])]
+
+    weights = sorted((tmp_path / "run").glob("*/model.safetensors"))
+    written = [path.stat().st_mtime_ns for path in weights]
+    run("compare.py", *arguments)
+    assert len(weights) == 4
+    assert [path.stat().st_mtime_ns for path in weights] == written

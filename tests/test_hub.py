@@ -1,14 +1,25 @@
-"""`cbsa push`, up to the upload."""
+"""`cbsa push` and `--push_to_hub` of the training scripts, up to the upload."""
 
+import json
+import signal
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import transformers
+from accelerate.state import AcceleratorState
+from conftest import ROOT
+from datasets import ClassLabel, Dataset, Features, Image
 from huggingface_hub import HfApi, ModelCard
-from transformers import AutoConfig, AutoImageProcessor
+from PIL import Image as PILImage
+from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassification
 
 from cbsa_hf.cli import main
+
+
+CODE = {"attention_cbsa.py", "configuration_cbsa.py", "mask_decoder_cbsa.py", "modeling_cbsa.py"}
+FILES = {"README.md", "config.json", "model.safetensors", "preprocessor_config.json"} | CODE
 
 
 @pytest.fixture
@@ -37,8 +48,7 @@ def test_push(hub, shipped, photo, capsys):
     assert main(["push", "somebody/cbsa-tiny-imagenette", "--private"]) == 0
     assert capsys.readouterr().out == "https://hub/somebody/cbsa-tiny-imagenette\n"
     assert hub["repo"] == ("somebody/cbsa-tiny-imagenette", True, True)
-    code = {"attention_cbsa.py", "configuration_cbsa.py", "mask_decoder_cbsa.py", "modeling_cbsa.py"}
-    assert hub["files"] == {"README.md", "config.json", "model.safetensors", "preprocessor_config.json"} | code
+    assert hub["files"] == FILES
     metadata = hub["card"].data
     assert (metadata.library_name, metadata.pipeline_tag) == ("transformers", "image-classification")
     assert metadata.eval_results[0].metric_type == "accuracy"
@@ -55,6 +65,45 @@ def test_push_of_a_segmenter(hub, tiny_segmenter, saved_segmenter):
     pixel_values = torch.randn(1, 3, 32, 48)
     with torch.no_grad():
         torch.testing.assert_close(hub["model"](pixel_values).logits, tiny_segmenter(pixel_values).logits)
+
+
+@pytest.fixture
+def training(monkeypatch):
+    """The training scripts can be imported; afterwards the process is as it was."""
+    monkeypatch.syspath_prepend(str(ROOT / "training"))
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    before = signal.getsignal(signal.SIGTERM)
+    yield
+    signal.signal(signal.SIGTERM, before)
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def test_push_at_the_end_of_a_run(hub, training, tmp_path):
+    import pretrain
+
+    random = np.random.default_rng(0)
+    pictures = [PILImage.fromarray(random.integers(0, 256, (16, 16, 3), dtype=np.uint8)) for _ in range(4)]
+    rows = {"image": pictures, "label": [0, 1, 0, 1]}
+    features = Features({"image": Image(), "label": ClassLabel(names=["a", "b"])})
+    for split in ("train", "validation"):
+        Dataset.from_dict(rows, features=features).to_parquet(tmp_path / f"{split}-00000-of-00001.parquet")
+    config = {"model_type": "cbsa", "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
+    (tmp_path / "config.json").write_text(json.dumps({**config, "image_size": 16, "patch_size": 8}))
+    run = tmp_path / "run"
+    settings = {"batch_size": 2, "num_epochs": 1, "num_workers": 0, "report_to": "none"}
+    names = {"dataset_name": str(tmp_path), "config_name": str(tmp_path / "config.json"), "output_dir": str(run)}
+    pretrain.main(pretrain.Arguments(**names, **settings, push_to_hub="somebody/trained"))
+
+    assert hub["repo"][0] == "somebody/trained"
+    assert hub["files"] == FILES
+    inputs = hub["processor"](pictures, return_tensors="pt")
+    trained = AutoModelForImageClassification.from_pretrained(run).eval()
+    with torch.no_grad():
+        torch.testing.assert_close(hub["model"](**inputs).logits, trained(**inputs).logits)
+    metadata = hub["card"].data
+    assert (metadata.library_name, metadata.pipeline_tag) == ("transformers", "image-classification")
+    accuracy = json.loads((run / "results.json").read_text())["metrics"]["accuracy"]
+    assert metadata.eval_results[0].metric_value == accuracy
 
 
 def test_nothing_is_pushed_without_a_complete_card(hub, shipped, tmp_path, capsys):

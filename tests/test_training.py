@@ -35,6 +35,7 @@ SETTINGS = {
     "ema_decay": 0.5,
 }
 NUM_STEPS = 24
+STREAMING = ["--streaming=true", "--num_train_images=24", "--mixup_alpha=0"]
 
 
 @pytest.fixture(scope="module")
@@ -193,13 +194,15 @@ def test_no_orphan_when_the_launcher_is_terminated(data, tmp_path):
     assert checkpoints(tmp_path)
 
 
-def test_two_processes_learn_as_one(data, tmp_path):
+@pytest.mark.parametrize("reading", [[], STREAMING], ids=["memory", "stream"])
+def test_two_processes_learn_as_one(data, tmp_path, reading):
     """The same losses, with a stem that has no batch norm; and each validation image counted once."""
     losses = []
     for processes in (1, 2):
         folder = tmp_path / str(processes)
         arguments = ["--patch_embedding_type=patchify", "--drop_path_rate=0", "--num_epochs=4"]
-        pretrain(data, folder, *arguments, "--checkpointing_steps=1", "--keep_checkpoints=1", processes=processes)
+        arguments += ["--checkpointing_steps=1", "--keep_checkpoints=1", *reading]
+        pretrain(data, folder, *arguments, processes=processes)
         results = json.loads((folder / "results.json").read_text())
         assert (results["processes"], results["step"]) == (processes, 12)
         assert results["metrics"]["accuracy"] * 7 == pytest.approx(round(results["metrics"]["accuracy"] * 7))
@@ -208,6 +211,35 @@ def test_two_processes_learn_as_one(data, tmp_path):
     assert len(losses[0]) == 12
     assert losses[0] == pytest.approx(losses[1], abs=1e-4)
     assert losses[0][-1] < losses[0][0]
+
+
+def test_throughput(data):
+    """The table: shares of one, and of the time that there was."""
+    script = str(ROOT / "benchmarks" / "training_throughput.py")
+    settings = ["--config_name", str(data / "config.json"), "--image_size=32", "--batch_size=4", "--turns=1"]
+    process = start([sys.executable, script, "--dataset_name", str(data), *settings, "--steps=2"])
+    printed, errors = process.communicate(timeout=300)
+    assert process.returncode == 0, errors
+    training, bare = ([cell.strip() for cell in line.split("|")[1:-1]] for line in printed.splitlines()[-2:])
+    share, waited = (float(cell.rstrip("%")) / 100 for cell in training[2:])
+    assert share == pytest.approx(float(training[1]) / float(bare[1]), abs=0.01)
+    assert 0 <= waited < 1
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [[*STREAMING, "--num_workers=1"], ["--optimizer=lion", "--learning_rate=1e-3"]],
+    ids=["stream", "lion"],
+)
+def test_learns_and_resumes_exactly(data, tmp_path, arguments):
+    """From the middle of an epoch."""
+    whole, resumed = tmp_path / "whole", tmp_path / "resumed"
+    pretrain(data, whole, *arguments, "--checkpointing_steps=4", "--keep_checkpoints=100")
+    results = json.loads((whole / "results.json").read_text())
+    assert (results["metrics"]["accuracy"], results["step"]) == (1.0, NUM_STEPS)
+    printed = pretrain(data, resumed, *arguments, f"--resume_from_checkpoint={whole / 'checkpoint-00000004'}")
+    assert f"4 of {NUM_STEPS} steps done" in printed
+    assert_same_weights(resumed, whole)
 
 
 def test_parts_of_a_batch_add_up(data, tmp_path):
@@ -248,7 +280,7 @@ def test_corrupt_images_are_skipped(data, tmp_path):
     _, errors = process.communicate(timeout=300)
     assert process.returncode == 0, errors
     assert errors.count("Skipped image 3,") == errors.count("Skipped image 7,") == 1
-    sentence = fail(folder, tmp_path / "stopped", "--num_epochs=2", "--max_corrupt=1")
+    sentence = fail(folder, tmp_path / "stopped", "--num_epochs=2", "--max_corrupt=1", "--num_workers=1")
     assert "2 images cannot be read (the log names them), more than `--max_corrupt 1`" in sentence
 
 
@@ -258,8 +290,13 @@ def test_corrupt_images_are_skipped(data, tmp_path):
         (["--dataset_name", "nobody/nothing"], "nobody/nothing is neither a folder or Parquet file with images, nor"),
         (["--config_name", "cbt-huge"], "`--config_name cbt-huge` is neither one of cbt-base"),
         (["--patch_size", "12"], "`patch_size` is 12, and has to be a power of two"),
+        (["--streaming", "true"], "`--mixup_alpha` needs any image at any time, which `--streaming` does not give"),
+        (["--streaming", "true", "--mixup_alpha", "0"], "does not say how many images it has: give `--num_train_"),
+        ([*STREAMING, "--num_train_images", "30"], "has 24 images, not 30: see `--num_train_images`"),
         (["--learning_rate", "1e30"], "The loss is nan at step 3"),
         (["--train_split", "training"], "has no split 'training'; it has train, validation"),
+        (["--image_column", "photo"], "has no column 'photo'; it has picture, kind"),
+        (["--label_column", "picture"], "needs an `Image` and a `ClassLabel` column"),
         (["--batch_size", "32"], "24 training images are less than one batch of 32"),
         (["--gradient_accumulation_steps", "3"], "`--batch_size 8` is not a multiple of 3"),
         (["--resume_from_checkpoint", "last"], "There is no checkpoint in"),

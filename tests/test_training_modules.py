@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT
-from datasets import ClassLabel, Dataset, Features, Image
+from datasets import ClassLabel, Dataset, Features, Image, Value
 from PIL import Image as PILImage
 from torch.nn import functional as F
 from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessorPil
@@ -18,12 +18,13 @@ from cbsa_hf import CBSAConfig, CBSAForImageClassification
 sys.path.insert(0, str(ROOT / "training"))
 
 from arguments import parse_arguments
-from data import TrainingImages
+from data import TrainingImages, find_columns, find_mask_columns
 from distillation import AutoTeacher, EfficientNetLite, TaughtImages, Teacher, write_answers
 from metrics import MeanIoU, count_pixels
 from optimization import build_optimizer, build_scheduler, parameter_groups
 from pretrain import Arguments
 from segmentation import IGNORED, TrainingMasks, class_weights, read_mask
+from streaming import StreamedRows
 
 
 MEAN, STD = [0.4, 0.5, 0.6], [0.2, 0.3, 0.4]
@@ -81,6 +82,88 @@ class TestArguments:
             command += ["--dataset_name", "nobody/nothing", "--output_dir", "nowhere"]
             process = subprocess.run(command, capture_output=True, text=True)
             assert "nobody/nothing is neither a folder" in process.stderr
+
+
+class TestColumns:
+    @pytest.fixture
+    def rows(self):
+        types = {name: Image() for name in ("image", "depth", "label")}
+        types |= {name: ClassLabel(names=["x", "y"]) for name in ("kind", "mood")}
+        types["age"] = Value("int64")
+        return Dataset.from_dict({name: [] for name in types}, features=Features(types))
+
+    def test_found_by_type_or_named(self, rows):
+        assert find_columns(rows) == ["image", "kind"]
+        assert find_columns(rows, "depth", "mood") == ["depth", "mood"]
+        assert find_mask_columns(rows.remove_columns("depth")) == ["image", "label"]
+        assert find_mask_columns(rows, "image") == ["image", "label"]
+        assert find_mask_columns(rows, "label", "depth") == ["label", "depth"]
+        assert find_mask_columns(rows.remove_columns("label"), label_column="depth") == ["image", "depth"]
+
+    def test_what_cannot_be_found(self, rows):
+        with pytest.raises(ValueError, match="no column 'photo'; it has image, depth, label, kind, mood, age"):
+            find_columns(rows, image_column="photo")
+        with pytest.raises(ValueError, match="needs an `Image` and a `ClassLabel` column"):
+            find_columns(rows, label_column="age")
+        with pytest.raises(ValueError, match=r"found were the images \['image', 'depth'\] and the masks \['label'\]"):
+            find_mask_columns(rows)
+
+
+class TestStreaming:
+    def order(self, stream, epoch):
+        stream.set_epoch(epoch)
+        return [row["label"] for _, row in stream]
+
+    def test_order(self):
+        """Every row once; another order in each epoch and for each seed, and the same again for the same ones."""
+        rows = Dataset.from_dict({"label": list(range(40))}).to_iterable_dataset(num_shards=4)
+        first, again, other = (StreamedRows(rows, 40, seed) for seed in (0, 0, 1))
+        orders = [self.order(first, 0), self.order(first, 1), self.order(other, 0)]
+        assert all(sorted(order) == list(range(40)) for order in orders)
+        assert len(set(map(tuple, orders))) == 3
+        assert [self.order(again, 0), self.order(again, 1)] == orders[:2]
+
+    def test_items_are_those_of_a_split_in_memory(self, labelled, processor):
+        """In the stream's order, by every number of workers."""
+        settings = {"max_corrupt": 0, "processor": processor, "crop_sizes": [32], "num_epochs": 1}
+        settings |= {"min_crop_scale": 0.3, "mixup_alpha": 0.0, "seed": 0}
+        stream = StreamedRows(labelled.to_iterable_dataset(), 8, seed=0)
+        positions = [
+            [image["bytes"] for image in self.encoded(labelled)].index(row["image"]["bytes"]) for _, row in stream
+        ]
+        expected = TrainingImages(dataset=labelled.select(positions), **settings)
+        for workers in (0, 2):
+            images = TrainingImages(dataset=stream, **settings)
+            loader = torch.utils.data.DataLoader(images, batch_size=2, sampler=stream, num_workers=workers)
+            items = {name: torch.cat([batch[name] for batch in loader]) for name in ("pixel_values", "labels")}
+            for index in range(8):
+                assert all(torch.equal(items[name][index], expected[index][name]) for name in items)
+
+    @staticmethod
+    def encoded(dataset):
+        return dataset.cast_column("image", Image(decode=False))["image"][:]
+
+    def test_broken_images(self, labelled, processor):
+        """The next of the batch takes a broken one's place; each epoch counts anew."""
+        encoded = self.encoded(labelled)
+        encoded[5]["bytes"] = encoded[5]["bytes"][:60]
+        rows = Dataset.from_dict({"image": encoded, "label": labelled["label"][:]}, features=labelled.features)
+        stream = StreamedRows(rows.to_iterable_dataset(), 8, seed=0)
+        settings = {"processor": processor, "crop_sizes": [32], "num_epochs": 2, "min_crop_scale": 1.0}
+        images = TrainingImages(stream, max_corrupt=1, mixup_alpha=0.0, seed=0, **settings)
+        for epoch in range(2):
+            images.set_epoch(epoch)
+            stream.set_epoch(epoch)
+            batch = list(stream)
+            broken = [row["image"]["bytes"] for _, row in batch].index(encoded[5]["bytes"])
+            labels = [row["label"] for _, row in batch]
+            labels[broken] = labels[(broken + 1) % 8]
+            assert [item["labels"].item() for item in images.__getitems__(batch)] == labels
+            assert images.corrupt.sum() == 1
+
+    def test_unknown_length(self, labelled):
+        with pytest.raises(ValueError, match="does not say how many images it has: give `--num_train_images`"):
+            StreamedRows(labelled.to_iterable_dataset(), None, seed=0)
 
 
 class TestOptimization:

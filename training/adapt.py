@@ -18,8 +18,8 @@ import torch
 from accelerate import Accelerator
 from arguments import parse_arguments
 from classification import Classification, ClassificationArguments, build_validation, train_classifier
-from data import class_names, find_split, load_images
-from loop import build_accelerator
+from data import class_names, find_columns
+from loop import build_accelerator, load_splits
 from torch import nn
 from torch.nn import functional as F
 from transformers import AutoModelForImageClassification, PreTrainedModel
@@ -124,8 +124,8 @@ def main(args: Arguments):
     if args.teacher is not None:
         raise ValueError("`--teacher` is not for adapt.py, whose teacher is the original: `--hidden_states_weight`.")
     accelerator = build_accelerator(args)
-    splits = load_images(args.dataset_name, args.dataset_config_name)
-    names = class_names(find_split(splits, args.train_split))
+    splits = load_splits(args, find_columns)
+    names = class_names(splits[0])
     conversion = convert_checkpoint(args.model_name_or_path, attention_type="softmax")
     original, processor = conversion.model, conversion.processor
     if not isinstance(original, CBSAForImageClassification):
@@ -134,7 +134,7 @@ def main(args: Arguments):
     changes = {} if args.drop_path_rate is None else {"drop_path_rate": args.drop_path_rate}
     model = replace_attention(original, args.attention_type, names, **changes)
 
-    validate, _ = build_validation(args, accelerator, find_split(splits, args.validation_split), processor)
+    validate, _ = build_validation(args, accelerator, splits[1], processor)
     before = {}
     if list(original.config.id2label.values()) == names:
         before["original"] = validate(Classification(original.to(accelerator.device).eval(), 0.0))

@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 import torch
 from accelerate import Accelerator
-from data import TrainingImages, ValidationImages, find_split
-from datasets import Dataset, DatasetDict
+from data import TrainingImages, ValidationImages
+from datasets import Dataset
 from distillation import TaughtImages, Teacher, build_teaching, prepare_teacher, write_answers
 from evaluation import evaluate_classifier
 from loop import TrainingArguments, build_loader, train
@@ -131,7 +131,7 @@ def train_classifier(
     accelerator: Accelerator,
     model: PreTrainedModel,
     processor: BaseImageProcessor,
-    splits: DatasetDict,
+    splits: tuple[Dataset, Dataset],
     task: nn.Module | None = None,
     teach: Callable[[torch.Tensor], dict] | None = None,
 ) -> dict:
@@ -143,11 +143,11 @@ def train_classifier(
         accelerator: from `build_accelerator`.
         model: the classifier.
         processor: its image processor.
-        splits: the data.
+        splits: from `load_splits`.
         task: what to minimise, of the model; [`Classification`] with the options' teacher when None.
         teach: see [`train`]; of the options' teacher when None.
     """
-    train_split, validation_split = (find_split(splits, s) for s in (args.train_split, args.validation_split))
+    train_split, validation_split = splits
     size = processor.size["height"]
     augmentation = {
         "dataset": train_split,

@@ -5,7 +5,9 @@ Train members of the family with the same budget and seeds, and write a table of
         --dataset_name ../shared/data/imagenette-128 --masks_name ../shared/data/coco128-seg
 
 Takes every option of `pretrain.py`. What is there already is not trained again, and what was interrupted goes on.
-Throughput is measured side by side: the members take turns, and the median of their turns counts.
+Throughput is measured side by side: the members take turns, and the median of their turns counts. Zero-shot
+segmentation is scored by the foreground's intersection over union: of `ncut` as it is by default, and of `attention`,
+the attention of CLS alone.
 """
 
 import dataclasses
@@ -14,6 +16,7 @@ import statistics
 import sys
 import time
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import pretrain
@@ -22,9 +25,13 @@ from accelerate import PartialState
 from accelerate.state import AcceleratorState
 from arguments import parse_arguments
 from checkpoints import CHECKPOINTS
+from data import find_mask_columns, find_split, load_images
+from segmentation import MaskedImages
 from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedModel
+from zero_shot_evaluation import build_segmenters, evaluate_zero_shot, model_results
 
 from cbsa_hf import load_checkpoint
 
@@ -35,6 +42,7 @@ MEMBERS = {
     "tssa": {"attention_type": "tssa", "feed_forward_type": "ista"},
     "softmax": {"attention_type": "softmax", "feed_forward_type": "mlp"},
 }
+METHODS = {"zero-shot IoU, ncut": "ncut", "zero-shot IoU, attention": "attention"}  # by column of the table
 TURNS = 5
 
 
@@ -62,7 +70,8 @@ def train_member(args: Arguments, member: str, seed: int) -> Path:
 
 def count_flops(model: PreTrainedModel, pixel_values: torch.Tensor) -> int:
     """Of the matrix products and convolutions of one forward pass; a multiply-add counts two."""
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
+    # The products of attention are counted one by one: the CPU's fused kernel is unknown to the counter.
+    with FlopCounterMode(display=False) as counter, torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
         model(pixel_values)
     return counter.get_total_flops()
 
@@ -94,6 +103,13 @@ def images_per_second(models: dict[str, PreTrainedModel], pixel_values: torch.Te
     return {name: statistics.median(values) for name, values in rates.items()}
 
 
+def zero_shot_scores(folder: Path, images: MaskedImages) -> dict[str, float]:
+    """Mean intersection over union of the foreground, by the name of the method."""
+    segmenters = build_segmenters(*load_checkpoint(str(folder)))
+    chosen = {name: segmenters[name] for name in METHODS.values()}
+    return evaluate_zero_shot(partial(model_results, chosen), images.readable())
+
+
 def write_table(rows: dict[str, dict], path: Path):
     """The rows as Markdown; a mean over several seeds stands with its standard deviation."""
 
@@ -102,7 +118,7 @@ def write_table(rows: dict[str, dict], path: Path):
         return f"{statistics.mean(values):.3f}{spread}"
 
     first = next(iter(rows.values()))
-    scored = [name for name in ("accuracy", "zero-shot IoU") if first.get(name)]
+    scored = [name for name in ("accuracy", *METHODS) if name in first]
     lines = [f"| member | {' | '.join(scored)} | parameters | GFLOPs | images/s, training | images/s, inference |"]
     lines.append("|---" * (5 + len(scored)) + "|")
     for name, row in rows.items():
@@ -127,17 +143,23 @@ def main(args: Arguments):
     pixel_values = torch.randn(args.batch_size, 3, size, size, device=device)
     training = images_per_second({name: model.train() for name, model in models.items()}, pixel_values, train=True)
     inference = images_per_second({name: model.eval() for name, model in models.items()}, pixel_values, train=False)
+    if args.masks_name is not None:
+        split = find_split(load_images(args.masks_name), args.masks_split)
+        split = split.select_columns(find_mask_columns(split))
+        masks = MaskedImages(split, args.max_corrupt, num_labels=256, reduce_labels=False)
     rows = {}
     for name, paths in folders.items():
         results = [json.loads((path / "results.json").read_text()) for path in paths]
         rows[name] = {
             "accuracy": [result["metrics"]["accuracy"] for result in results],
-            "zero-shot IoU": [],
             "parameters": sum(parameter.numel() for parameter in models[name].parameters()),
             "flops": count_flops(models[name], pixel_values[:1]),
             "training": training[name],
             "inference": inference[name],
         }
+        if args.masks_name is not None:
+            scores = [zero_shot_scores(path, masks) for path in paths]
+            rows[name] |= {column: [score[method] for score in scores] for column, method in METHODS.items()}
     output_dir = Path(args.output_dir)
     (output_dir / "comparison.json").write_text(json.dumps(rows, indent=2) + "\n")
     write_table(rows, output_dir / "comparison.md")

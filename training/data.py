@@ -1,40 +1,64 @@
 """Labelled images from the Hub or from local files, as tensors for training and for validation."""
 
 import logging
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
-from datasets import ClassLabel, Dataset, DatasetDict, Image, load_dataset
+from datasets import ClassLabel, Dataset, DatasetDict, Image, IterableDatasetDict, load_dataset
 from PIL import Image as PILImage
+from streaming import StreamedRows
 from transformers import BaseImageProcessor
 
 from cbsa_hf.images import to_rgb
 
 
+MASK_NAMES = ("label", "mask", "annotation", "segmentation_mask")
+
 logger = logging.getLogger(__name__)
 
 
-def load_images(name: str, config_name: str | None = None) -> DatasetDict:
+@dataclass(kw_only=True)
+class DataArguments:
+    """Options of every script that reads labelled images."""
+
+    dataset_name: str = field(metadata={"help": "hub id, local folder or Parquet file"})
+    dataset_config_name: str | None = field(default=None, metadata={"help": "configuration, where there are several"})
+    image_column: str | None = field(default=None, metadata={"help": "column of the images; default: by its type"})
+    label_column: str | None = field(
+        default=None, metadata={"help": "column of the classes or masks; default: by its type, masks by their name"}
+    )
+    max_corrupt: int = field(default=10, metadata={"help": "unreadable images that are skipped before the run stops"})
+
+
+def load_images(
+    name: str, config_name: str | None = None, streaming: bool = False
+) -> DatasetDict | IterableDatasetDict:
     """
     Load a data set by hub id, local folder (Parquet files or an image folder), or the path of one Parquet file.
 
     Args:
         name: the id or path.
         config_name: which of its configurations, where it has several.
+        streaming: read it as it comes, not before.
 
     Raises:
-        ValueError: nothing of that name, or no such configuration.
+        ValueError: nothing of that name, or no such configuration; or its columns are not known before it is read.
     """
     try:
         if name.endswith(".parquet"):
-            return load_dataset("parquet", data_files=name)
-        return load_dataset(name, config_name)
+            splits = load_dataset("parquet", data_files=name, streaming=streaming)
+        else:
+            splits = load_dataset(name, config_name, streaming=streaming)
     except (FileNotFoundError, ConnectionError) as error:
         raise ValueError(
             f"{name} is neither a folder or Parquet file with images, nor the id of a data set that can be reached on "
             "the Hub."
         ) from error
+    if any(split.features is None for split in splits.values()):
+        raise ValueError(f"What columns {name} has is not known before it is read: leave out `--streaming`.")
+    return splits
 
 
 def find_split(splits: DatasetDict, name: str) -> Dataset:
@@ -44,44 +68,55 @@ def find_split(splits: DatasetDict, name: str) -> Dataset:
     return splits[name]
 
 
-def find_columns(dataset: Dataset) -> tuple[str, str]:
+def columns_of_type(dataset: Dataset, kind: type, name: str | None) -> list[str]:
+    """All columns of a type, or the one of that name if it is; a ValueError when there is none of that name."""
+    if name is not None and name not in dataset.features:
+        raise ValueError(f"The data set has no column {name!r}; it has {', '.join(dataset.features)}.")
+    return [
+        column for column, feature in dataset.features.items() if isinstance(feature, kind) and name in (None, column)
+    ]
+
+
+def find_columns(dataset: Dataset, image_column: str | None = None, label_column: str | None = None) -> list[str]:
     """
-    Names of the image and of the label column, by their types.
+    Names of the image and of the label column: those given, or the first of their types.
 
     Raises:
         ValueError: no image column, or no label column.
     """
-    images = [name for name, feature in dataset.features.items() if isinstance(feature, Image)]
-    labels = [name for name, feature in dataset.features.items() if isinstance(feature, ClassLabel)]
+    images = columns_of_type(dataset, Image, image_column)
+    labels = columns_of_type(dataset, ClassLabel, label_column)
     if not images or not labels:
         raise ValueError(
             f"The data set needs an `Image` and a `ClassLabel` column; it has {dict(dataset.features)}. "
             "Cast it with `datasets`, for example `dataset.cast_column('label', ClassLabel(names=[...]))`."
         )
-    return images[0], labels[0]
+    return [images[0], labels[0]]
 
 
 def class_names(dataset: Dataset) -> list[str]:
-    """Names of the classes, as the label column has them."""
-    return dataset.features[find_columns(dataset)[1]].names
+    """Names of the classes of a data set of two columns, as its label column has them."""
+    _, labels = dataset.features.values()
+    return labels.names
 
 
-def find_mask_columns(dataset: Dataset) -> tuple[str, str]:
+def find_mask_columns(dataset: Dataset, image_column: str | None = None, label_column: str | None = None) -> list[str]:
     """
-    Names of the image and of the mask column: the mask is the image column named like one.
+    Names of the image and of the mask column: those given, or else the mask is the image column named like one.
 
     Raises:
         ValueError: not exactly one image and one mask column.
     """
-    columns = [name for name, feature in dataset.features.items() if isinstance(feature, Image)]
-    masks = [name for name in columns if name in ("label", "mask", "annotation", "segmentation_mask")]
-    images = [name for name in columns if name not in masks]
+    images, masks = (columns_of_type(dataset, Image, name) for name in (image_column, label_column))
+    if label_column is None:
+        masks = [name for name in masks if name in MASK_NAMES and name != image_column]
+    images = [name for name in images if name not in masks]
     if len(images) != 1 or len(masks) != 1:
         raise ValueError(
-            f"The data set needs one image column and one of masks named `label`, `mask`, `annotation` or "
-            f"`segmentation_mask`; its image columns are {columns}."
+            f"The data set needs one image column and one of masks, named {', '.join(MASK_NAMES)} or given as "
+            f"`--label_column`; found were the images {images} and the masks {masks}."
         )
-    return images[0], masks[0]
+    return images + masks
 
 
 def to_tensor(image: PILImage.Image, processor: BaseImageProcessor) -> torch.Tensor:
@@ -96,19 +131,29 @@ class LabelledImages(torch.utils.data.Dataset):
     Rows of a data set whose images may be broken: those are skipped, named in the log, and counted.
 
     Args:
-        dataset: rows with an image, and a label or mask.
-        columns: names of the two columns.
-        max_corrupt: how many broken images are too many to go on.
+        dataset: of two columns, an image, and a label or mask.
+        max_corrupt: how many broken images are too many to go on; of a stream, in one epoch.
     """
 
-    def __init__(self, dataset: Dataset, columns: tuple[str, str], max_corrupt: int):
+    def __init__(self, dataset: Dataset | StreamedRows, max_corrupt: int):
         self.dataset = dataset
-        self.image_column, self.label_column = columns
+        self.image_column, self.label_column = dataset.features
         self.max_corrupt = max_corrupt
         self.corrupt = torch.zeros(len(dataset), dtype=torch.bool).share_memory_()  # written by the workers
+        self.epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # read by workers that outlive an epoch
 
     def __len__(self) -> int:
         return len(self.dataset)
+
+    def __getitems__(self, batch: list) -> list[dict[str, torch.Tensor]]:
+        """The items of a batch, as its sampler has chosen them."""
+        indices = self.dataset.hold(batch) if isinstance(self.dataset, StreamedRows) else batch
+        return [self[index] for index in indices]
+
+    def set_epoch(self, epoch: int):
+        self.epoch.fill_(epoch)
+        if isinstance(self.dataset, StreamedRows):
+            self.corrupt.zero_()  # every epoch has an order of its own
 
     def read(self, index: int) -> tuple[PILImage.Image, int | PILImage.Image] | None:
         """Image in RGB, and label or mask; None when the row is broken."""
@@ -120,6 +165,10 @@ class LabelledImages(torch.utils.data.Dataset):
                 logger.warning("Skipped image %d, which cannot be read: %s", index, error)
             self.corrupt[index] = True
             return None
+
+    def readable(self) -> Iterator[tuple[PILImage.Image, int | PILImage.Image]]:
+        """What [`read`] says of each row in turn, the broken ones left out."""
+        return (found for index in range(len(self)) if (found := self.read(index)) is not None)
 
     def read_next(self, index: int) -> tuple[int, PILImage.Image, int | PILImage.Image]:
         """That row, or the next that can be read: its index, and what [`read`] says."""
@@ -163,8 +212,7 @@ class TrainingImages(LabelledImages):
     antialiased call.
 
     Args:
-        dataset: rows with an image and a label.
-        max_corrupt: see [`LabelledImages`].
+        dataset, max_corrupt: see [`LabelledImages`].
         processor: says how pixels are scaled and normalised.
         crop_sizes: sides of the square crops in pixels, one for each of as many equal parts of the run.
         num_epochs: length of the run.
@@ -185,7 +233,7 @@ class TrainingImages(LabelledImages):
         mixup_alpha: float,
         seed: int,
     ):
-        super().__init__(dataset, find_columns(dataset), max_corrupt)
+        super().__init__(dataset, max_corrupt)
         self.num_labels = dataset.features[self.label_column].num_classes
         self.processor = processor
         self.crop_sizes = crop_sizes
@@ -193,10 +241,6 @@ class TrainingImages(LabelledImages):
         self.min_crop_scale = min_crop_scale
         self.mixup_alpha = mixup_alpha
         self.seed = seed
-        self.epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # read by workers that outlive an epoch
-
-    def set_epoch(self, epoch: int):
-        self.epoch.fill_(epoch)
 
     def random_box(self, width: int, height: int, random: np.random.Generator) -> tuple[int, int, int, int]:
         """A box (left, upper, right, lower) of random area, of aspect 3/4 to 4/3, at a random place."""
@@ -246,7 +290,7 @@ class ValidationImages(LabelledImages):
     """The same rows, each as the processor alone makes it; a broken image is black and its label -100."""
 
     def __init__(self, dataset: Dataset, max_corrupt: int, processor: BaseImageProcessor):
-        super().__init__(dataset, find_columns(dataset), max_corrupt)
+        super().__init__(dataset, max_corrupt)
         self.processor = processor
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:

@@ -14,8 +14,8 @@ from dataclasses import dataclass, field
 
 from arguments import find_value, parse_arguments
 from classification import ClassificationArguments, train_classifier
-from data import class_names, find_split, load_images
-from loop import build_accelerator
+from data import class_names, find_columns
+from loop import build_accelerator, load_splits
 from segmentation import SegmentationArguments, train_segmenter
 from transformers import AutoImageProcessor, AutoModelForImageClassification
 
@@ -33,8 +33,8 @@ class FinetuningArguments(ClassificationArguments):
 def finetune_classifier(args: FinetuningArguments):
     """Fine-tune a classifier, its head made anew where the classes differ."""
     accelerator = build_accelerator(args)
-    splits = load_images(args.dataset_name, args.dataset_config_name)
-    names = class_names(find_split(splits, args.train_split))
+    splits = load_splits(args, find_columns)
+    names = class_names(splits[0])
     source = args.model_name_or_path or default_checkpoint()
     changes = {} if args.drop_path_rate is None else {"drop_path_rate": args.drop_path_rate}
     try:

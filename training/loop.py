@@ -6,7 +6,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -17,11 +17,14 @@ from accelerate import Accelerator
 from accelerate.utils import DataLoaderConfiguration, DistributedType, set_seed
 from card import write_card
 from checkpoints import Progress, checkpoint_path, find_checkpoint, load_state, save_checkpoint
+from data import DataArguments, LabelledImages, find_split, load_images
+from datasets import Dataset
 from optimization import OPTIMIZERS, SCHEDULES, build_optimizer, build_scheduler, parameter_groups
 from safetensors.torch import load_file
+from streaming import StreamedRows
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import BaseImageProcessor, PreTrainedModel
 
@@ -29,17 +32,26 @@ from cbsa_hf.hub import push_checkpoint
 
 
 LOG_STEPS = 10
+IN_MEMORY = ("class_balanced", "mixup_alpha", "teacher_cache")  # options that do not go with streaming
 
 
 @dataclass(kw_only=True)
-class TrainingArguments:
+class TrainingArguments(DataArguments):
     """Options of every training script."""
 
-    dataset_name: str = field(metadata={"help": "hub id, local folder or Parquet file"})
-    dataset_config_name: str | None = field(default=None, metadata={"help": "configuration, where there are several"})
     train_split: str = field(default="train", metadata={"help": "split to train on"})
     validation_split: str = field(default="validation", metadata={"help": "split to validate on"})
     output_dir: str = field(metadata={"help": "where checkpoints, logs and the trained model go"})
+    streaming: bool = field(
+        default=False,
+        metadata={
+            "help": "whether training images are read as they come, by every process, each shuffled among 1000; those "
+            "of validation are read into memory, still encoded"
+        },
+    )
+    num_train_images: int | None = field(
+        default=None, metadata={"help": "images per epoch when streaming; default: as the data set says"}
+    )
     num_epochs: int = field(default=30, metadata={"help": "passes over the training split"})
     batch_size: int = field(default=64, metadata={"help": "images per step, over all processes together"})
     gradient_accumulation_steps: int = field(
@@ -62,7 +74,6 @@ class TrainingArguments:
     )
     num_workers: int = field(default=1, metadata={"help": "processes that load images, per training process"})
     seed: int = field(default=0, metadata={"help": "seed of weights, order and augmentation"})
-    max_corrupt: int = field(default=10, metadata={"help": "unreadable images that are skipped before the run stops"})
     validation_epochs: int = field(
         default=1, metadata={"help": "epochs from one validation, and the checkpoint after it, to the next"}
     )
@@ -131,15 +142,38 @@ def build_accelerator(args: TrainingArguments) -> Accelerator:
     return accelerator
 
 
-def build_loader(dataset: Dataset, args: TrainingArguments, train: bool) -> DataLoader:
+def load_splits(
+    args: TrainingArguments, find_columns: Callable[[Dataset, str | None, str | None], list[str]]
+) -> tuple[Dataset | StreamedRows, Dataset]:
+    """
+    Training and validation split, each of two columns: the image, and the label or mask.
+
+    Raises:
+        ValueError: no such data set, split or column; an option that does not go with streaming.
+    """
+    splits = load_images(args.dataset_name, args.dataset_config_name, args.streaming)
+    named = [find_split(splits, name) for name in (args.train_split, args.validation_split)]
+    train, validation = (s.select_columns(find_columns(s, args.image_column, args.label_column)) for s in named)
+    if args.streaming:
+        for name in IN_MEMORY:
+            if getattr(args, name, None):
+                raise ValueError(f"`--{name}` needs any image at any time, which `--streaming` does not give.")
+        train = StreamedRows(train, args.num_train_images, args.seed)
+        validation = Dataset.from_list(list(validation.decode(False)), features=validation.features)
+    return train, validation
+
+
+def build_loader(dataset: LabelledImages, args: TrainingArguments, train: bool) -> DataLoader:
     """Batches of the global size; shuffled and without the rest when training. A ValueError if there is no batch."""
     if train and len(dataset) < args.batch_size:
         raise ValueError(f"{len(dataset)} training images are less than one batch of {args.batch_size}.")
+    stream = dataset.dataset if isinstance(dataset.dataset, StreamedRows) else None
     workers = {"persistent_workers": True, "prefetch_factor": 4} if args.num_workers else {}
     return DataLoader(
         dataset,
         batch_size=args.batch_size,
-        shuffle=train,
+        sampler=stream,
+        shuffle=train and stream is None,
         drop_last=train,
         num_workers=args.num_workers,
         pin_memory=torch.cuda.is_available(),
@@ -164,15 +198,25 @@ def split_batch(batch: dict[str, torch.Tensor], parts: int) -> list[dict[str, to
     return [{name: chunks[name][i] for name in batch} for i in range(parts)]
 
 
+def next_batch(batches: Iterator[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    """The next one; a ValueError in a worker, which comes with a traceback in its message, is its sentence again."""
+    try:
+        return next(batches)
+    except ValueError as error:
+        raise ValueError(str(error).splitlines()[-1].removeprefix("ValueError: ")) from error
+
+
 def take_step(
+    args: TrainingArguments,
     accelerator: Accelerator,
     task: nn.Module,
-    teach: Callable[[torch.Tensor], dict] | None,
+    optimizer: torch.optim.Optimizer,
+    scheduler: torch.optim.lr_scheduler.LRScheduler,
     batch: dict[str, torch.Tensor],
-    parts: int,
+    teach: Callable[[torch.Tensor], dict] | None = None,
 ) -> dict[str, torch.Tensor]:
-    """Forward and backward over the batch, in parts -> the losses, averaged over the parts."""
-    totals = {}
+    """Forward and backward over the batch, in parts, and the optimiser's step -> the losses, means over the parts."""
+    totals, parts = {}, args.gradient_accumulation_steps
     for i, part in enumerate(split_batch(batch, parts)):
         taught = {} if teach is None else teach(part["pixel_values"])
         with accelerator.no_sync(task) if i < parts - 1 else nullcontext():
@@ -180,6 +224,10 @@ def take_step(
             accelerator.backward(losses["loss"] / parts)
         for name, loss in losses.items():
             totals[name] = totals.get(name, 0) + loss.detach() / parts
+    accelerator.clip_grad_norm_(task.parameters(), args.max_grad_norm)
+    optimizer.step()
+    scheduler.step()
+    optimizer.zero_grad()
     return totals
 
 
@@ -188,7 +236,7 @@ def train(
     accelerator: Accelerator,
     task: nn.Module,
     processor: BaseImageProcessor,
-    train_data: Dataset,
+    train_data: LabelledImages,
     validate: Callable[[nn.Module], dict[str, float]],
     metric: str,
     teach: Callable[[torch.Tensor], dict] | None = None,
@@ -206,7 +254,7 @@ def train(
         task: called with the tensors of a batch it returns a dict of losses, of which `loss` is minimised;
             `task.model` is the model to be saved.
         processor: the model's image processor.
-        train_data: with `set_epoch`, and `check` for what it met and could not read.
+        train_data: the training images.
         validate: the task or its average, in evaluation mode -> metrics.
         metric: which of them is looked at, the larger the better.
         teach: pixels -> what the task is called with besides the batch.
@@ -259,14 +307,10 @@ def train(
         bar.set_description(f"epoch {epoch + 1}/{args.num_epochs}")
         for _ in range(done, steps_per_epoch):
             asked = time.time()
-            batch = next(batches)
+            batch = next_batch(batches)
             progress.waited += time.time() - asked
             seed_step(args.seed, progress.step, accelerator.process_index)
-            losses = take_step(accelerator, task, teach, batch, args.gradient_accumulation_steps)
-            accelerator.clip_grad_norm_(task.parameters(), args.max_grad_norm)
-            optimizer.step()
-            scheduler.step()
-            optimizer.zero_grad()
+            losses = take_step(args, accelerator, task, optimizer, scheduler, batch, teach)
             if average is not None:
                 average.update_parameters(accelerator.unwrap_model(task, keep_torch_compile=False))
             progress.step += 1

@@ -11,10 +11,16 @@ from dataclasses import dataclass, field
 
 from arguments import parse_arguments
 from classification import ClassificationArguments, train_classifier
-from data import class_names, find_split, load_images
+from data import class_names, find_columns
 from huggingface_hub.errors import StrictDataclassError
-from loop import build_accelerator
-from transformers import AutoConfig, AutoModelForImageClassification, PreTrainedConfig, ViTImageProcessorPil
+from loop import build_accelerator, load_splits
+from transformers import (
+    AutoConfig,
+    AutoModelForImageClassification,
+    PreTrainedConfig,
+    PreTrainedModel,
+    ViTImageProcessorPil,
+)
 from transformers.utils.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 from cbsa_hf import PRESETS, preset_path
@@ -59,10 +65,9 @@ def build_config(args: Arguments, names: list[str]) -> PreTrainedConfig:
     return config
 
 
-def main(args: Arguments):
-    accelerator = build_accelerator(args)
-    splits = load_images(args.dataset_name, args.dataset_config_name)
-    config = build_config(args, class_names(find_split(splits, args.train_split)))
+def build_model(args: Arguments, names: list[str]) -> tuple[PreTrainedModel, ViTImageProcessorPil]:
+    """A model that the arguments describe, for those class names, its weights random; and its image processor."""
+    config = build_config(args, names)
     model = AutoModelForImageClassification.from_config(config)
     height, width = to_pair(config.image_size)
     processor = ViTImageProcessorPil(
@@ -71,7 +76,13 @@ def main(args: Arguments):
         image_std=IMAGENET_DEFAULT_STD,
         do_convert_rgb=True,
     )
-    train_classifier(args, accelerator, model, processor, splits)
+    return model, processor
+
+
+def main(args: Arguments):
+    accelerator = build_accelerator(args)
+    splits = load_splits(args, find_columns)
+    train_classifier(args, accelerator, *build_model(args, class_names(splits[0])), splits)
 
 
 if __name__ == "__main__":

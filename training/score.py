@@ -15,11 +15,17 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 from arguments import parse_arguments
-from data import ValidationImages, find_split, load_images
+from data import DataArguments, ValidationImages, find_columns, find_mask_columns, find_split, load_images
 from evaluation import evaluate_classifier, evaluate_segmenter
 from segmentation import MaskedImages, draw_predictions
 from torch.utils.data import DataLoader
-from zero_shot_evaluation import build_segmenters, evaluate_zero_shot
+from zero_shot_evaluation import (
+    MIN_FOREGROUND,
+    build_segmenters,
+    evaluate_zero_shot,
+    model_results,
+    trivial_results,
+)
 
 from cbsa_hf import SlidingWindowSegmenter, load_checkpoint
 
@@ -27,11 +33,9 @@ from cbsa_hf import SlidingWindowSegmenter, load_checkpoint
 TASKS = ("image-classification", "semantic-segmentation", "zero-shot-segmentation")
 
 
-@dataclass
-class Arguments:
-    dataset_name: str = field(metadata={"help": "hub id, local folder or Parquet file"})
+@dataclass(kw_only=True)
+class Arguments(DataArguments):
     task: str = field(default=TASKS[0], metadata={"help": "what to score", "choices": TASKS})
-    dataset_config_name: str | None = field(default=None, metadata={"help": "configuration, where there are several"})
     checkpoint: str | None = field(default=None, metadata={"help": "folder or hub id; default: the shipped one"})
     split: str = field(default="validation", metadata={"help": "split to score on"})
     batch_size: int = field(default=64, metadata={"help": "images per batch, over all processes together"})
@@ -42,8 +46,7 @@ class Arguments:
         default=False, metadata={"help": "whether label 0 does not count and the others move down by one (ADE20K)"}
     )
     flip: bool = field(default=False, metadata={"help": "whether semantic segmentation also looks at mirrored images"})
-    min_foreground: float = field(default=0.02, metadata={"help": "images with less foreground are left out"})
-    max_corrupt: int = field(default=10, metadata={"help": "unreadable images that are skipped before the run stops"})
+    min_foreground: float = field(default=MIN_FOREGROUND, metadata={"help": "least foreground that counts"})
     sharp: bool = field(default=False, metadata={"help": "whether masks follow the edges of the image"})
     random_weights: bool = field(
         default=False, metadata={"help": "score the checkpoint's configuration with random weights, seed 0"}
@@ -62,6 +65,8 @@ def main(args: Arguments):
         torch.manual_seed(0)
         model = type(model)(model.config).eval()
     dataset = find_split(load_images(args.dataset_name, args.dataset_config_name), args.split)
+    find = find_columns if args.task == "image-classification" else find_mask_columns
+    dataset = dataset.select_columns(find(dataset, args.image_column, args.label_column))
     if args.task == "image-classification":
         if args.image_size is not None:
             processor.size = {"height": args.image_size, "width": args.image_size}
@@ -79,8 +84,12 @@ def main(args: Arguments):
     else:
         options = {"sharp": args.sharp} | ({} if args.image_size is None else {"long_side": args.image_size})
         images = MaskedImages(dataset, args.max_corrupt, num_labels=256, reduce_labels=False)
-        samples = (found for i in range(len(images)) if (found := images.read(i)) is not None)
-        results = evaluate_zero_shot(build_segmenters(model, processor, **options), samples, args.min_foreground)
+        segmenters = build_segmenters(model, processor, **options)
+        results = evaluate_zero_shot(
+            lambda image: (*model_results(segmenters, image), *trivial_results(image)),
+            images.readable(),
+            args.min_foreground,
+        )
     images.check()
     if accelerator.is_main_process:
         for name, value in results.items():

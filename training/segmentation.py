@@ -6,10 +6,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from data import LabelledImages, find_mask_columns, find_split, load_images
+from data import LabelledImages, find_mask_columns
 from evaluation import evaluate_segmenter
 from kornia import augmentation
-from loop import TrainingArguments, build_accelerator, train
+from loop import TrainingArguments, build_accelerator, load_splits, train
 from PIL import Image
 from torch import nn
 from torch.nn import functional as F
@@ -112,7 +112,7 @@ class MaskedImages(LabelledImages):
     """
 
     def __init__(self, dataset, max_corrupt: int, num_labels: int, reduce_labels: bool):
-        super().__init__(dataset, find_mask_columns(dataset), max_corrupt)
+        super().__init__(dataset, max_corrupt)
         self.num_labels = num_labels
         self.reduce_labels = reduce_labels
 
@@ -151,7 +151,6 @@ class TrainingMasks(MaskedImages):
         super().__init__(dataset, max_corrupt, num_labels, reduce_labels)
         self.resize_ratios = resize_ratios
         self.seed = seed
-        self.epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # read by workers that outlive an epoch
         colours = [augmentation.ColorJitter(0.4, 0.5, 0.5, 0.1)] if photometric_distortion else []
         self.augment = augmentation.AugmentationSequential(
             augmentation.RandomCrop(crop_size, pad_if_needed=True),
@@ -162,9 +161,6 @@ class TrainingMasks(MaskedImages):
         self.normalise = augmentation.Normalize(
             torch.tensor(processor.image_mean), torch.tensor(processor.image_std), keepdim=True
         )
-
-    def set_epoch(self, epoch: int):
-        self.epoch.fill_(epoch)
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
         seeds = np.random.SeedSequence((self.seed, int(self.epoch), index))
@@ -209,9 +205,8 @@ def class_weights(images: MaskedImages) -> torch.Tensor:
     than it won for the small ones.
     """
     counts = np.zeros(images.num_labels)
-    for index in range(len(images)):
-        if (found := images.read(index)) is not None:
-            counts += np.bincount(found[1][found[1] != IGNORED], minlength=images.num_labels)
+    for _, labels in images.readable():
+        counts += np.bincount(labels[labels != IGNORED], minlength=images.num_labels)
     return torch.from_numpy(1 / np.log(1.02 + counts / counts.sum())).float()
 
 
@@ -252,8 +247,7 @@ def load_segmenter(args: SegmentationArguments, names: dict[int, str]) -> tuple[
 def train_segmenter(args: SegmentationArguments):
     """Train a segmenter as the options say; see [`train`] for what it leaves behind and raises."""
     accelerator = build_accelerator(args)
-    splits = load_images(args.dataset_name, args.dataset_config_name)
-    train_split, validation_split = (find_split(splits, s) for s in (args.train_split, args.validation_split))
+    train_split, validation_split = load_splits(args, find_mask_columns)
     names = read_names(args.id2label, args.dataset_name)
     model, processor = load_segmenter(args, names)
     crop_size = processor.size["height"], processor.size["width"]

@@ -4,7 +4,7 @@ Zero-shot segmentation against masks: every method of [`ZeroShotSegmenter`], and
 Methods and rules are fixed before the masks are seen, but for what is named an oracle.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import numpy as np
 from PIL import Image
@@ -18,6 +18,8 @@ from cbsa_hf import ZeroShotSegmenter
 IGNORED = 255  # no label is known there
 NUM_SEGMENTS = 6
 MIN_SHARE = 0.01  # of an image, for a class to be counted
+MIN_FOREGROUND = 0.02  # of an image, for it to be counted
+MethodResults = Iterator[tuple[str, np.ndarray | None, np.ndarray | None]]
 
 
 def intersection_over_union(mask: np.ndarray, truth: np.ndarray) -> float:
@@ -74,7 +76,7 @@ def two_by_three(shape: tuple[int, int]) -> np.ndarray:
     return 3 * rows[:, None] + columns
 
 
-def trivial_results(image: Image.Image) -> Iterator[tuple[str, np.ndarray | None, np.ndarray | None]]:
+def trivial_results(image: Image.Image) -> MethodResults:
     """Name, foreground mask and segments of what needs no model."""
     pixels = np.asarray(image)
     shape = pixels.shape[:2]
@@ -113,9 +115,7 @@ def build_segmenters(model: PreTrainedModel, processor: BaseImageProcessor, **op
     }
 
 
-def model_results(
-    segmenters: dict[str, ZeroShotSegmenter], image: Image.Image
-) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
+def model_results(segmenters: dict[str, ZeroShotSegmenter], image: Image.Image) -> MethodResults:
     """As [`trivial_results`]."""
     for name, segmenter in segmenters.items():
         found = segmenter(image)
@@ -123,19 +123,19 @@ def model_results(
 
 
 def evaluate_zero_shot(
-    segmenters: dict[str, ZeroShotSegmenter],
+    segment: Callable[[Image.Image], MethodResults],
     samples: Iterable[tuple[Image.Image, np.ndarray]],
-    min_foreground: float,
+    min_foreground: float = MIN_FOREGROUND,
 ) -> dict[str, float]:
     """
     Means over the images, each counted once. Under a method's name the intersection over union of the foreground, any
     label but 0; under the name with "best overlap" what [`best_overlap`] says of its segments.
 
-    `attention, best head (oracle)` lets the masks choose the head for each image, as DINO and CRATE do; all else is
-    fixed before they are seen.
+    Where single heads are among the methods, `attention, best head (oracle)` lets the masks choose the head for each
+    image, as DINO and CRATE do; all else is fixed before they are seen.
 
     Args:
-        segmenters: by name, as [`build_segmenters`] makes them.
+        segment: image -> what [`model_results`] and [`trivial_results`] yield.
         samples: RGB images, and labels (height, width) of their size; see [`read_labels`].
         min_foreground: images with a smaller share are left out.
 
@@ -156,13 +156,14 @@ def evaluate_zero_shot(
         if not labels.any() or (labels > 0).mean() < min_foreground:
             continue
         score = {}
-        for name, mask, segments in (*model_results(segmenters, image), *trivial_results(image)):
+        for name, mask, segments in segment(image):
             if mask is not None:
                 score[name] = intersection_over_union(mask[known], labels > 0)
             if segments is not None:
                 score[f"{name}, best overlap"] = best_overlap(segments[known], labels)
-        heads = [value for name, value in score.items() if name.startswith("attention, head")]
-        scores.append(score | {"attention, best head (oracle)": max(heads)})
+        if heads := [value for name, value in score.items() if name.startswith("attention, head")]:
+            score["attention, best head (oracle)"] = max(heads)
+        scores.append(score)
     if not scores:
         raise ValueError(f"No image has at least {min_foreground:.0%} foreground.")
     means = {name: float(np.nanmean([score[name] for score in scores])) for name in scores[0]}
