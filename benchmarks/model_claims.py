@@ -26,7 +26,8 @@ def digest_of(*paths: Path) -> str:
 
 def score_masks(bench: Workbench, name: str, checkpoint: str) -> dict[str, float]:
     """What `training/score.py` says of a checkpoint's masks; from the cache unless weights or code have changed."""
-    code = [ROOT / "training" / "score.py", ROOT / "cbsa_hf" / "zero_shot.py"]
+    code = [ROOT / "training" / name for name in ("score.py", "zero_shot_evaluation.py")]
+    code += [ROOT / "cbsa_hf" / name for name in ("zero_shot.py", "token_groups.py", "spectral.py")]
     digest = digest_of(Path(checkpoint) / "model.safetensors", Path(checkpoint) / "config.json", *code)
     output = bench.cache / f"masks-{name}-{digest}.json"
     if not output.is_file():
@@ -294,8 +295,9 @@ def adaptation(bench: Workbench) -> Finding:
         "softmax tuned": "softmax, fine-tuned as long",
     }
     run = (
-        "A small softmax model; `agent` takes its place with the same weights, and is fine-tuned for half as many "
-        f"epochs as it was trained, at a quarter of the rate. {bench.describe_small()}"
+        "A small softmax model, trained from scratch on the same images where the paper has a pretrained ViT; `agent` "
+        "takes its attention's place with the same weights, and is fine-tuned for half as many epochs as it was "
+        f"trained, at a quarter of the rate. {bench.describe_small()}"
     )
     rows = [[names[name], spread(found)] for name, found in scores.items()]
     return Finding(run, {part: (verdict, reason)}, [table(["model", "accuracy"], rows)])

@@ -79,7 +79,7 @@ def draw_measures(measures: LayerMeasures) -> Image.Image:
     titles = {
         "coding rate, normalised tokens": ("nats", rates),
         "coding rate, tokens as they are": ("nats", raw_rates),
-        "zeros after the feed-forward": ("share of entries", lines(before="zeros_before", after="zeros_after")),
+        "zeros around the feed-forward": ("share of entries", lines(before="zeros_before", after="zeros_after")),
         "rank of the attention": ("effective rank", lines(factor_A="factor_rank", map="map_rank")),
     }
     layers = list(range(measures.zeros_after.shape[1]))

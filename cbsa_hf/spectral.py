@@ -33,6 +33,13 @@ class Cut(NamedTuple):
         """With the first vector and `count` more: the coarsest structure of the affinity."""
         return Cut(self.degrees, self.values[: 1 + count], self.vectors[:, : 1 + count])
 
+    def diffusion_map(self, count: int) -> torch.Tensor:
+        """
+        (N, count), points as far apart as the places that one step of a random walk leads to, by the leading vectors
+        (Coifman, Lafon 2006).
+        """
+        return self.vectors[:, :count] * self.values[:count]
+
 
 def cut_factored(factor: torch.Tensor) -> Cut:
     """
@@ -64,12 +71,22 @@ def cut_dense(affinity: torch.Tensor) -> Cut:
     return Cut(degrees, values[kept].flip(0), vectors[:, kept].flip(1) * scale.unsqueeze(1))
 
 
+def positions(grid: tuple[int, int]) -> torch.Tensor:
+    """(N, 2), where each patch of a grid is, from -1 to 1 downwards and to the right, row by row."""
+    rows, columns = (2 * (torch.arange(side, dtype=torch.float64) + 0.5) / side - 1 for side in grid)
+    return torch.cartesian_prod(rows, columns)
+
+
 def landmark_factor(
-    features: torch.Tensor, grid: tuple[int, int], size: int | tuple[int, int], temperature: float
+    features: torch.Tensor,
+    grid: tuple[int, int],
+    size: int | tuple[int, int],
+    temperature: float,
+    locality: float = 0.0,
 ) -> torch.Tensor:
     """
     A factor (m, N) for tokens by their features: m landmarks are pooled from the grid, as the representatives of CBSA
-    are, and a softmax over the landmarks spreads each token by its cosines to them.
+    are, and a softmax over the landmarks spreads each token by its cosines to them, and by how near they are.
 
     With Z (N, m) these shares, the affinity is `Z diag(1^T Z)^-1 Z^T`: two steps of a random walk, to a landmark and
     back to a token (anchor graphs; Liu, He, Chang 2010). Its degrees are all 1.
@@ -79,10 +96,16 @@ def landmark_factor(
         grid: their (height, width).
         size: of the grid of landmarks: its side, or (height, width).
         temperature: of the softmax; the lower, the fewer landmarks a token follows.
+        locality: what is taken from a logit per squared distance to the landmark, see [`positions`].
     """
-    landmarks = F.adaptive_avg_pool2d(features.T.unflatten(1, grid), size).flatten(1).T
-    cosines = F.normalize(features, dim=1) @ F.normalize(landmarks, dim=1).T
-    shares = torch.softmax(cosines / temperature, dim=1)
+
+    def pool(values: torch.Tensor) -> torch.Tensor:
+        return F.adaptive_avg_pool2d(values.T.unflatten(1, grid), size).flatten(1).T
+
+    cosines = F.normalize(features, dim=1) @ F.normalize(pool(features), dim=1).T
+    places = positions(grid).to(features)
+    distances = torch.cdist(places, pool(places))
+    shares = torch.softmax(cosines / temperature - locality * distances.square(), dim=1)
     return (shares * shares.sum(0).rsqrt()).T
 
 

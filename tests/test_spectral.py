@@ -57,19 +57,33 @@ def test_stacked_factors_are_the_mean_affinity():
     np.testing.assert_allclose(stacked.T @ stacked, expected, rtol=1e-10)
 
 
-def test_landmark_factor():
+@pytest.mark.parametrize("locality", [0.0, 2.0])
+def test_landmark_factor(locality):
     """Against the shares of each token written out, on a grid whose bins do not overlap."""
     features = torch.randn(24, 5, dtype=torch.float64, generator=torch.manual_seed(0))
     tokens = features.numpy().reshape(4, 6, 5)
     landmarks = [tokens[2 * i : 2 * i + 2, 3 * j : 3 * j + 3].mean((0, 1)) for i in range(2) for j in range(2)]
     shares = np.zeros((24, 4))
+    middles = [(i, j) for i in (-0.5, 0.5) for j in (-0.5, 0.5)]  # of the bins; the sides of the grid are at -1 and 1
     for n, token in enumerate(tokens.reshape(24, 5)):
         cosines = [token @ q / np.linalg.norm(token) / np.linalg.norm(q) for q in landmarks]
-        shares[n] = np.exp(np.array(cosines) / 0.3)
+        place = (n // 6 + 0.5) / 2 - 1, (n % 6 + 0.5) / 3 - 1
+        squares = [(place[0] - i) ** 2 + (place[1] - j) ** 2 for i, j in middles]
+        shares[n] = np.exp(np.array(cosines) / 0.3 - locality * np.array(squares))
         shares[n] /= shares[n].sum()
-    factor = landmark_factor(features, (4, 6), 2, 0.3)
+    factor = landmark_factor(features, (4, 6), 2, 0.3, locality)
     np.testing.assert_allclose(factor.T @ factor, shares @ np.diag(1 / shares.sum(0)) @ shares.T, rtol=1e-10)
     np.testing.assert_allclose((factor.T @ factor).sum(1), np.ones(24), rtol=1e-10)
+
+
+def test_diffusion_map(factor):
+    """Distances between tokens are those between their walks' places after one step, against the transition matrix."""
+    affinity = (factor.T @ factor).numpy()
+    degrees = affinity.sum(1)
+    transition = affinity / degrees[:, None]
+    expected = (((transition[:, None] - transition) ** 2) / degrees).sum(2) ** 0.5
+    points = cut_factored(factor).diffusion_map(6)
+    np.testing.assert_allclose(torch.cdist(points, points), expected, atol=1e-7)
 
 
 def test_visits(factor):

@@ -20,8 +20,8 @@ from cbsa_hf.token_groups import (
     METHODS,
     Options,
     contraction,
-    distance_from_centre,
     encode,
+    look_twice,
     median_filter,
     smallest_share,
     surroundings,
@@ -66,7 +66,6 @@ def test_median_filter():
 def test_grids():
     assert surroundings((3, 4)).reshape(3, 4).tolist() == [[1, 1, 1, 1], [1, 0, 0, 1], [1, 0, 0, 1]]
     assert surroundings((1, 1)).tolist() == [1]
-    assert distance_from_centre((2, 1)).tolist() == [0.25, 0.25]
 
 
 def check(result, image: Image.Image):
@@ -119,6 +118,22 @@ def test_encode(tiny_config, attention_type):
     torch.testing.assert_close(attention, expected, rtol=1e-4, atol=1e-6)
 
 
+def test_look_twice(tiny_model):
+    """Tokens of length 1, and those of the mirror image at two thirds of the size, mirrored back and interpolated."""
+    pixel_values = torch.randn(1, 3, 48, 24)
+    tokens, _ = encode(tiny_model, pixel_values, Options(), wants_attention=False)
+    second = look_twice(tiny_model, pixel_values, tokens) - F.normalize(tokens, dim=2)
+    smaller = F.interpolate(pixel_values, size=(32, 16), mode="bilinear", antialias=True).flip(3)
+    seen = tiny_model.cbsa(smaller, interpolate_pos_encoding=True).last_hidden_state[0, 1:].detach()
+    seen = F.normalize(seen, dim=1).unflatten(0, (4, 2))
+    across = torch.tensor([[0.0, 1], [0.5, 0.5], [1, 0]])  # from the right to the left: 2 columns to 3
+    down = torch.zeros(6, 4)  # 4 rows to 6
+    for row, place in enumerate([0, 0.5, 7 / 6, 11 / 6, 2.5, 3]):
+        down[row, int(place)] = 1 - place % 1
+        down[row, min(int(place) + 1, 3)] += place % 1
+    torch.testing.assert_close(second, torch.einsum("ir,jc,rcd->ijd", down, across, seen), rtol=1e-4, atol=1e-5)
+
+
 def test_contraction(tiny_model):
     """Against the map that is exact: what the representatives write is `kappa S^T A`."""
     pixel_values = torch.randn(1, 3, 32, 48)
@@ -164,7 +179,7 @@ def test_planted_objects_are_found(shipped):
         scores.append((overlap(result.mask, truth), best, overlap(everything, truth), overlap(ellipse, truth)))
     found, best, *chance = np.mean(scores, axis=0)
     assert found > max(chance) + 0.15
-    assert best > max(chance) + 0.05
+    assert best > max(chance) + 0.15
 
 
 def cost(model, side: int) -> int:
@@ -176,7 +191,7 @@ def cost(model, side: int) -> int:
 
 
 def test_cost_is_linear_in_the_tokens(shipped):
-    small, medium, large = (cost(shipped[0], side) for side in (128, 256, 512))  # 256, 1024 and 4096 patches
+    small, medium, large = (cost(shipped[0], side) for side in (96, 192, 384))  # 144, 576 and 2304 patches
     assert (large - medium) / (medium - small) == pytest.approx(4, rel=0.01)
 
 

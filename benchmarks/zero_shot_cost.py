@@ -1,0 +1,58 @@
+"""
+What zero-shot segmentation of one photo costs as it grows: the normalised cut in linear time beside the dense one.
+
+    python benchmarks/zero_shot_cost.py
+"""
+
+import time
+from collections.abc import Callable
+
+import skimage.data
+import torch
+from PIL import Image
+from torch.profiler import ProfilerActivity, profile
+from workbench import table
+
+from cbsa_hf import ZeroShotSegmenter, load_checkpoint
+from cbsa_hf.images import to_pixel_values
+from cbsa_hf.spectral import cut_dense, cut_factored, landmark_factor
+from cbsa_hf.token_groups import LANDMARKS, TEMPERATURE, Options, encode
+
+
+def measure(run: Callable[[], object]) -> tuple[float, float]:
+    """Seconds of the second run, and the peak in the first of what torch held in MiB, inputs and weights left out."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
+        run()
+    # Every allocation and release in order: the running sum's peak.
+    held = peak = 0
+    for event in record.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            held += event.nbytes()
+            peak = max(peak, held)
+    started = time.perf_counter()
+    run()
+    seconds = time.perf_counter() - started
+    return seconds, peak / 2**20
+
+
+def main():
+    torch.set_num_threads(1)
+    model, processor = load_checkpoint()
+    photo = Image.fromarray(skimage.data.astronaut())
+    rows = []
+    for side in (192, 512, 1024):
+        pixel_values = to_pixel_values(photo, processor, side, model.config.patch_size)
+        tokens, _ = encode(model, pixel_values, Options(), wants_attention=False)
+        grid = tuple(tokens.shape[:2])
+        factor = landmark_factor(tokens.flatten(0, 1).double(), grid, LANDMARKS, TEMPERATURE)
+        segmenter = ZeroShotSegmenter(model, processor, long_side=side)
+        runs = [lambda s=segmenter: s(photo), lambda f=factor: cut_factored(f)]
+        if side < 1024:  # 64 times the time of 512 px, and matrices of 2 GiB each
+            runs.append(lambda f=factor: cut_dense(f.T @ f))
+        cells = [f"{seconds:.3g} s, {memory:.0f} MiB" for seconds, memory in map(measure, runs)]
+        rows.append([f"{side} px, {grid[0] * grid[1]} patches", *cells, *["not run"] * (3 - len(cells))])
+    print(table(["input", "the whole segmenter", "of it the cut", "a dense cut of the same affinity"], rows))
+
+
+if __name__ == "__main__":
+    main()
