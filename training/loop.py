@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DataLoaderConfiguration, DistributedType, set_seed
+from accelerate.utils import DataLoaderConfiguration, DistributedType, broadcast, set_seed
 from card import write_card
 from checkpoints import Progress, checkpoint_path, find_checkpoint, load_state, save_checkpoint
 from data import DataArguments, LabelledImages, find_split, load_images
@@ -333,6 +333,9 @@ def train(
                 break
         network = (task if average is None else average.module).eval()
         if validates:
+            if accelerator.num_processes > 1:
+                # Batch norm saw another share of the last batch in each process; what is saved is the first one's.
+                broadcast(dict(network.named_buffers()))
             progress.metrics = validate(network)
             for name in progress.metrics.keys() & {metric, "loss"}:
                 check_finite(name, progress.metrics[name], progress.step)
