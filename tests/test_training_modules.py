@@ -21,7 +21,7 @@ from arguments import parse_arguments
 from data import TrainingImages, find_columns, find_mask_columns
 from distillation import AutoTeacher, EfficientNetLite, TaughtImages, Teacher, write_answers
 from metrics import MeanIoU, count_pixels
-from optimization import build_optimizer, build_scheduler, parameter_groups
+from optimization import OPTIMIZERS, build_optimizer, build_scheduler, parameter_groups
 from pretrain import Arguments
 from segmentation import IGNORED, TrainingMasks, class_weights, read_mask
 from streaming import StreamedRows
@@ -206,11 +206,13 @@ class TestOptimization:
         assert torch.allclose(moved, torch.eye(4), atol=0.35)  # five Newton-Schulz steps come no nearer
         assert bias.detach().abs() == pytest.approx(torch.full((4,), 0.1), rel=1e-4)  # AdamW's first step
 
+    @pytest.mark.parametrize("optimizer", OPTIMIZERS)
     @pytest.mark.parametrize(
         ("name", "middle"), [("cosine", 0.5 * (1 + np.cos(np.pi * 0.5))), ("polynomial", 0.5**0.9)]
     )
-    def test_schedule(self, name, middle):
-        optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=2.0)
+    def test_schedule(self, name, middle, optimizer):
+        groups = [{"params": [torch.nn.Parameter(torch.zeros(2, 2))], "lr": 2.0, "use_muon": True}]
+        optimizer = build_optimizer(optimizer, groups, 2.0)
         scheduler = build_scheduler(name, optimizer, num_steps=12, num_warmup_steps=1.5)
         rates = []
         for _ in range(12):

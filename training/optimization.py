@@ -67,7 +67,9 @@ def build_optimizer(name: str, groups: list[dict], learning_rate: float) -> torc
     if name == "lion":
         return Lion(groups, lr=learning_rate)
     if name == "muon":
-        return Muon(groups, use_adjusted_lr=True)
+        optimizer = Muon(groups, use_adjusted_lr=True)
+        optimizer.defaults["lr"] = learning_rate  # where the polynomial schedule looks for it
+        return optimizer
     if name == "sgd":
         return torch.optim.SGD(groups, lr=learning_rate, momentum=0.9)
     return torch.optim.AdamW(groups, lr=learning_rate)
