@@ -3,6 +3,7 @@
 import json
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -308,5 +309,7 @@ def test_corrupt_images_are_skipped(data, tmp_path):
     ],
 )
 def test_bad_input(data, tmp_path, arguments, message):
+    # A copy, since `datasets` remembers how many images there are in a folder that it has read.
+    data = shutil.copytree(data, tmp_path / "data")
     assert message in fail(data, tmp_path / "run", *arguments)
     assert not list(tmp_path.rglob("*.safetensors"))
