@@ -50,7 +50,7 @@ def segment(args: argparse.Namespace):
     check_output(mask_path)
     image = open_image(args.photo)
     if args.task == "semantic":
-        overlay, mask, found = find_classes(image, args.checkpoint, args.long_side)
+        overlay, mask, found = find_classes(image, args.checkpoint, args.long_side, args.sharp)
     else:
         options = {"method": args.method, "sharp": args.sharp}
         if args.long_side is not None:
@@ -93,12 +93,12 @@ def show_segments(image: Image.Image, found: ZeroShotSegmentation) -> tuple[Imag
 
 
 def find_classes(
-    image: Image.Image, checkpoint: str | None, long_side: int | None
+    image: Image.Image, checkpoint: str | None, long_side: int | None, sharp: bool
 ) -> tuple[Image.Image, Image.Image, str]:
     """Overlay with a legend, class indices as a mask, and what was found in words."""
     model, processor = load_checkpoint(checkpoint, "semantic-segmentation")
     long_side = long_side or max(processor.size["height"], processor.size["width"])
-    labels = SlidingWindowSegmenter(model, processor, long_side=long_side)(image)
+    labels = SlidingWindowSegmenter(model, processor, long_side=long_side, sharp=sharp)(image)
     names = model.config.id2label
     found = ", ".join(text for _, text in class_legend(labels, names))
     return overlay_classes(image, labels, names), label_picture(labels, len(names)), found
@@ -205,9 +205,7 @@ def build_parser() -> argparse.ArgumentParser:
     command.add_argument(
         "--segments", type=at_least_two, metavar="K", help="for foreground: show K segments, with names where known"
     )
-    command.add_argument(
-        "--sharp", action="store_true", help="for foreground: move edges to the photo's; needs kornia"
-    )
+    command.add_argument("--sharp", action="store_true", help="move edges to the photo's; needs kornia")
     command.add_argument("--mask", type=Path, help="the mask to write, a .png; default: OUTPUT_mask.png")
     command.set_defaults(run=segment)
 

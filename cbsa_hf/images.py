@@ -1,4 +1,7 @@
-"""Photographs in: any file, mode and orientation to upright RGB, and on to the pixels that a model takes."""
+"""
+Photographs in: any file, mode and orientation to upright RGB, and on to the pixels that a model takes. Maps out: their
+edges moved to a photograph's.
+"""
 
 import os
 
@@ -81,3 +84,21 @@ def to_pixel_values(
     """An RGB image -> (1, 3, height, width) as the processor makes it, but at the size of [`fit_to_patches`]."""
     height, width = fit_to_patches((image.height, image.width), long_side, patch_size)
     return processor(image, size={"height": height, "width": width}, return_tensors="pt")["pixel_values"]
+
+
+def follow_edges(maps: torch.Tensor, image: Image.Image, radius: int) -> torch.Tensor:
+    """
+    Maps (k, height, width) over an image, their edges moved to the image's by a guided filter (He, Sun, Tang 2013).
+
+    Args:
+        radius: of the filter's windows in pixels.
+
+    Raises:
+        ValueError: kornia is not installed.
+    """
+    try:
+        from kornia.filters import guided_blur
+    except ImportError as error:
+        raise ValueError("Sharp edges need kornia: pip install 'cbsa-hf[sharp]'.") from error
+    guide = torch.from_numpy(np.array(image, dtype=np.float32) / 255).permute(2, 0, 1).to(maps.device)
+    return guided_blur(guide[None], maps[None].float(), kernel_size=2 * radius + 1, eps=1e-4)[0]

@@ -9,10 +9,11 @@ from torch.nn import functional as F
 from transformers import BaseImageProcessor, PreTrainedModel
 
 from .attention_cbsa import to_pair
-from .images import to_rgb
+from .images import follow_edges, to_rgb
 
 
 ROWS_AT_A_TIME = 64  # of the result; any number gives the same
+EDGE_RADIUS = 16  # pixels; chosen on the validation images of CamVid
 
 
 def window_starts(length: int, window: int, stride: int) -> list[int]:
@@ -105,6 +106,7 @@ class SlidingWindowSegmenter:
         long_side: pixels that the image's longer side is resized to first; its own size when not given.
         scales: factors by which it is resized beyond that; logits are averaged over them.
         flip: whether each window is also seen mirrored, and the logits averaged.
+        sharp: move edges to those of the image, and smooth between them; needs kornia. See [`follow_edges`].
 
     Raises:
         ValueError: a size that is not positive, or a stride that leaves gaps.
@@ -134,6 +136,7 @@ class SlidingWindowSegmenter:
         long_side: int | None = None,
         scales: Sequence[float] = (1.0,),
         flip: bool = False,
+        sharp: bool = False,
     ):
         if window is None:
             window = processor.size["height"], processor.size["width"]
@@ -155,6 +158,7 @@ class SlidingWindowSegmenter:
         self.long_side = long_side
         self.scales = scales
         self.flip = flip
+        self.sharp = sharp
 
     def logit_rows(self, image: Image.Image, scale: float) -> LogitRows:
         """The logits of an RGB image resized by that factor."""
@@ -178,7 +182,11 @@ class SlidingWindowSegmenter:
                 logits = self.model(pixel_values).logits.float()
                 if self.flip:
                     logits = (logits + self.model(pixel_values.flip(3)).logits.float().flip(3)) / 2
-                yield from F.interpolate(logits, size=pixel_values.shape[2:], mode="bilinear")
+                logits = F.interpolate(logits, size=pixel_values.shape[2:], mode="bilinear")
+                if self.sharp:
+                    yield from (follow_edges(*pair, EDGE_RADIUS) for pair in zip(logits, windows, strict=True))
+                else:
+                    yield from logits
 
         num_labels, device = self.model.config.num_labels, self.model.device
         return LogitRows(predict, (height, width), self.window, self.stride, num_labels, device)

@@ -10,7 +10,7 @@ from PIL import Image
 from torch.nn import functional as F
 from transformers import BaseImageProcessor, PreTrainedModel
 
-from .images import to_image, to_pixel_values
+from .images import follow_edges, to_image, to_pixel_values
 from .token_groups import METHODS, Grouping, Options
 
 
@@ -52,24 +52,6 @@ class ZeroShotSegmentation:
     def labels(self) -> np.ndarray:
         """(height, width), the index of each pixel's segment."""
         return np.argmax([segment.mask for segment in self.segments], axis=0)
-
-
-def follow_edges(maps: torch.Tensor, image: Image.Image, radius: int) -> torch.Tensor:
-    """
-    Maps (k, height, width) over an image, their edges moved to the image's by a guided filter (He, Sun, Tang 2013).
-
-    Args:
-        radius: of the filter's windows in pixels.
-
-    Raises:
-        ValueError: kornia is not installed.
-    """
-    try:
-        from kornia.filters import guided_blur
-    except ImportError as error:
-        raise ValueError("Sharp edges need kornia: pip install 'cbsa-hf[sharp]'.") from error
-    guide = torch.from_numpy(np.array(image, dtype=np.float32) / 255).permute(2, 0, 1)
-    return guided_blur(guide[None], maps[None].float(), kernel_size=2 * radius + 1, eps=1e-4)[0]
 
 
 class ZeroShotSegmenter:

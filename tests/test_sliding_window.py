@@ -2,11 +2,13 @@
 
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw
+from torch import nn
 from torch.nn import functional as F
 from transformers import SegformerConfig, SegformerForSemanticSegmentation, SegformerImageProcessorPil
 
@@ -53,6 +55,32 @@ def assert_labels(labels: np.ndarray, logits: torch.Tensor, tolerance: float):
     chosen = logits.gather(0, torch.from_numpy(labels.astype(np.int64))[None])[0]
     assert (logits.amax(0) - chosen).max() <= tolerance
     assert len(np.unique(labels)) >= 3
+
+
+class RedOrNot(nn.Module):
+    """Logits of two classes on a coarse grid, by how red an image is there."""
+
+    config = SimpleNamespace(num_labels=2)
+    device = torch.device("cpu")
+
+    def forward(self, pixel_values):
+        red = F.avg_pool2d(pixel_values[:, :1], 20) - 0.5
+        return SimpleNamespace(logits=torch.cat([-red, red], dim=1))
+
+
+def test_sharp(processor):
+    """A disc of one colour on another, known on a coarse grid alone: guided, the edge of the class is the disc's."""
+    pytest.importorskip("kornia")
+    processor.do_normalize = False
+    image = Image.new("RGB", (320, 240), (30, 90, 40))
+    ImageDraw.Draw(image).ellipse((100, 50, 240, 190), (220, 60, 50))
+    truth = np.asarray(image)[..., 0] > 100
+
+    def overlap(**options) -> float:
+        labels = SlidingWindowSegmenter(RedOrNot(), processor, window=(160, 160), **options)(image)
+        return ((labels == 1) & truth).sum() / ((labels == 1) | truth).sum()
+
+    assert overlap(sharp=True) > max(0.98, overlap() + 0.01)
 
 
 @pytest.mark.parametrize("window", [(97, 131), 200, (97, 1000)])

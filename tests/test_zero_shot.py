@@ -15,18 +15,19 @@ from transformers import ViTImageProcessorPil, pipeline
 
 from cbsa_hf import CBSAForImageClassification, CBSAModel, ZeroShotSegmenter, attention_maps
 from cbsa_hf.attention_cbsa import ATTENTIONS
+from cbsa_hf.images import follow_edges
 from cbsa_hf.interpretability import exact_maps
 from cbsa_hf.token_groups import (
     METHODS,
     Options,
     contraction,
+    describe,
     encode,
     look_twice,
     median_filter,
     smallest_share,
     surroundings,
 )
-from cbsa_hf.zero_shot import follow_edges
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +65,7 @@ def test_median_filter():
 
 
 def test_grids():
-    assert surroundings((3, 4)).reshape(3, 4).tolist() == [[1, 1, 1, 1], [1, 0, 0, 1], [1, 0, 0, 1]]
+    assert surroundings((3, 4)).reshape(3, 4).tolist() == [[1, 1, 1, 1], [1, 0, 0, 1], [1, 1, 1, 1]]
     assert surroundings((1, 1)).tolist() == [1]
 
 
@@ -132,6 +133,21 @@ def test_look_twice(tiny_model):
         down[row, int(place)] = 1 - place % 1
         down[row, min(int(place) + 1, 3)] += place % 1
     torch.testing.assert_close(second, torch.einsum("ir,jc,rcd->ijd", down, across, seen), rtol=1e-4, atol=1e-5)
+
+
+def test_describe(tiny_model):
+    """Patch by patch: features less half their mean, of length 1; and a quarter of how the colour differs."""
+    pixel_values = torch.randn(1, 3, 32, 48)
+    tokens, _ = encode(tiny_model, pixel_values, Options(), wants_attention=False)
+    described = describe(tiny_model, pixel_values, tokens)
+    features = look_twice(tiny_model, pixel_values, tokens).double()
+    for row in range(4):
+        for column in range(6):
+            feature = features[row, column] - features.mean((0, 1)) / 2
+            patch = pixel_values[0, :, 8 * row : 8 * row + 8, 8 * column : 8 * column + 8].double()
+            colour = patch.mean((1, 2)) - pixel_values[0].double().mean((1, 2))
+            expected = torch.cat([feature / feature.norm(), colour / 4])
+            torch.testing.assert_close(described[6 * row + column], expected, rtol=1e-4, atol=1e-6)
 
 
 def test_contraction(tiny_model):

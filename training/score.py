@@ -77,7 +77,7 @@ def main(args: Arguments):
         )
     elif args.task == "semantic-segmentation":
         images = MaskedImages(dataset, args.max_corrupt, model.config.num_labels, args.reduce_labels)
-        segmenter = SlidingWindowSegmenter(model.to(accelerator.device), processor, flip=args.flip)
+        segmenter = SlidingWindowSegmenter(model.to(accelerator.device), processor, flip=args.flip, sharp=args.sharp)
         results = evaluate_segmenter(segmenter, images.read, len(images), accelerator)
         if args.strip is not None and accelerator.is_main_process:
             draw_predictions(segmenter, images).save(args.strip)
