@@ -119,7 +119,8 @@ def write_page(output: Path, cache: Path):
             verdicts = found["verdicts"]
             section += [f"- {part}: **{verdict}**; {reason}" for part, (verdict, reason) in verdicts.items()]
             if found["run"]:
-                section.append(f"\n{found['run']} ({found['seconds']:.0f} s; {found['machine']}.)")
+                cost = f"{found['seconds']:.0f} s besides what the cache had; {found['machine']}."
+                section.append(f"\n{found['run']} ({cost})")
             section += [f"\n{text}" for text in found["tables"]]
             if found["picture"]:
                 section.append(f"\n![{claim}]({found['picture']['name']})\n\n*{found['picture']['caption']}*")

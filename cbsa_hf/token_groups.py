@@ -20,7 +20,8 @@ COMMON_SHARE = 0.5  # of what all patches have in common, which is taken away
 COLOUR_WEIGHT = 0.25
 FOREGROUND_VECTORS = 6
 CENTRE_WEIGHT = 0.25
-SMALLEST_SHARE = 1e-12  # of a representative's attention, lest a patch has none at all
+CLS_WEIGHT = 0.25
+SMALLEST_SHARE = 1e-12  # of the attention of CLS or a representative, lest a patch has none at all
 
 
 @dataclass
@@ -63,13 +64,6 @@ def standardise(values: torch.Tensor) -> torch.Tensor:
     """The values less their mean, in standard deviations; all 0 if they are equal."""
     values = values - values.mean()
     return values / values.std(correction=0).clamp_min(1e-9)
-
-
-def foreground(rarely: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
-    """How much a patch is foreground, (height, width): how rarely walks from there visit the surroundings (N,), and,
-    with less weight, how central it is."""
-    eccentricity = positions(grid).square().sum(1)
-    return standardise(standardise(rarely) - CENTRE_WEIGHT * standardise(eccentricity)).unflatten(0, grid)
 
 
 @dataclass
@@ -147,6 +141,19 @@ def attention_of_heads(model: PreTrainedModel, pixel_values: torch.Tensor, layer
     return maps / maps.sum((1, 2), keepdim=True)
 
 
+def foreground(rarely: torch.Tensor, model: PreTrainedModel, pixel_values: torch.Tensor) -> torch.Tensor:
+    """
+    How much a patch is foreground, (height, width): how rarely walks from there visit the surroundings (N,), and, each
+    a quarter as much, how central it is and how much CLS attends to it, by the logarithm.
+    """
+    attended = attention_of_heads(model, pixel_values, layer=None).mean(0)
+    grid = tuple(attended.shape)
+    central = -positions(grid).square().sum(1)
+    attended = attended.flatten().clamp_min(SMALLEST_SHARE).log()
+    total = standardise(rarely) + CENTRE_WEIGHT * standardise(central) + CLS_WEIGHT * standardise(attended)
+    return standardise(total).unflatten(0, grid)
+
+
 def group_by_attention(model: PreTrainedModel, pixel_values: torch.Tensor, options: Options) -> Grouping:
     """
     Foreground by the attention of CLS, after DINO's visualisation (arXiv 2104.14294): its row of the token-to-token
@@ -204,7 +211,7 @@ def group_by_cut(model: PreTrainedModel, pixel_values: torch.Tensor, options: Op
 
     Groups are clusters in the affinity's diffusion map. Foreground is where random walks over the affinity visit the
     image's border more rarely than on average: surroundings are what is there, and what looks like it, wherever it is.
-    How central a patch is counts too, a quarter as much.
+    See [`foreground`] for what else counts.
     """
     tokens, attention = encode(model, pixel_values, options, wants_attention=options.attention_weight > 0)
     grid = tuple(tokens.shape[:2])
@@ -214,7 +221,7 @@ def group_by_cut(model: PreTrainedModel, pixel_values: torch.Tensor, options: Op
     # One coordinate less than groups did best for six of them; the first is constant, so two at least.
     labels = k_means(cut.diffusion_map(max(2, options.num_segments - 1)), options.num_segments)
     rarely = -visits(cut.leading(FOREGROUND_VECTORS), surroundings(grid))
-    return Grouping(F.one_hot(labels).T.unflatten(1, grid), foreground(rarely, grid), tokens)
+    return Grouping(F.one_hot(labels).T.unflatten(1, grid), foreground(rarely, model, pixel_values), tokens)
 
 
 def contraction(model: PreTrainedModel, pixel_values: torch.Tensor, options: Options) -> torch.Tensor:
@@ -255,7 +262,7 @@ def group_by_representatives(model: PreTrainedModel, pixel_values: torch.Tensor,
     members = F.one_hot(k_means(cut.vectors[:, : options.num_segments], options.num_segments)).double().T
     members = members @ reads / members.sum(1, keepdim=True)
     rarely = -visits(cut.leading(FOREGROUND_VECTORS), reads @ surroundings(grid)) @ (reads / reads.sum(0))
-    return Grouping(members.unflatten(1, grid), foreground(rarely, grid), tokens)
+    return Grouping(members.unflatten(1, grid), foreground(rarely, model, pixel_values), tokens)
 
 
 METHODS = {

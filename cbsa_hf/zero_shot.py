@@ -40,7 +40,7 @@ class ZeroShotSegmentation:
         mask: (height, width) of the image, bool; True is foreground, a score above 0.
         scores: (height, width), how much each pixel is foreground. Method `attention`: the attention of CLS, divided
             by the least in the foreground, less 1. Others: how much more rarely than on average a random walk from
-            there visits the surroundings, and how central it is, in standard deviations.
+            there visits the surroundings, how central it is and how much CLS attends to it, in standard deviations.
         segments: a partition of the image, the most foreground first.
     """
 

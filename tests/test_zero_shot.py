@@ -20,9 +20,11 @@ from cbsa_hf.interpretability import exact_maps
 from cbsa_hf.token_groups import (
     METHODS,
     Options,
+    attention_of_heads,
     contraction,
     describe,
     encode,
+    foreground,
     look_twice,
     median_filter,
     smallest_share,
@@ -148,6 +150,21 @@ def test_describe(tiny_model):
             colour = patch.mean((1, 2)) - pixel_values[0].double().mean((1, 2))
             expected = torch.cat([feature / feature.norm(), colour / 4])
             torch.testing.assert_close(described[6 * row + column], expected, rtol=1e-4, atol=1e-6)
+
+
+def test_foreground(tiny_model):
+    """By how rarely walks visit the surroundings, and a quarter as much by nearness to the centre and by CLS."""
+    pixel_values, rarely = torch.randn(1, 3, 32, 48), torch.randn(24, dtype=torch.float64)
+    rows, columns = np.mgrid[0:4, 0:6]
+    central = -(((2 * rows - 3) / 4) ** 2 + ((2 * columns - 5) / 6) ** 2)
+    attended = attention_of_heads(tiny_model, pixel_values, None).mean(0).log().numpy()
+
+    def standard(values: np.ndarray) -> np.ndarray:
+        return (values - values.mean()) / values.std()
+
+    visits = rarely.numpy().reshape(4, 6)
+    expected = standard(standard(visits) + standard(central) / 4 + standard(attended) / 4)
+    np.testing.assert_allclose(foreground(rarely, tiny_model, pixel_values).numpy(), expected, rtol=1e-6)
 
 
 def test_contraction(tiny_model):
