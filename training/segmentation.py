@@ -151,7 +151,7 @@ class TrainingMasks(MaskedImages):
         super().__init__(dataset, max_corrupt, num_labels, reduce_labels)
         self.resize_ratios = resize_ratios
         self.seed = seed
-        colours = [augmentation.ColorJitter(0.3, 0.3, 0.3, 0.05)] if photometric_distortion else []
+        colours = [augmentation.ColorJitter(0.4, 0.5, 0.5, 0.1)] if photometric_distortion else []
         self.augment = augmentation.AugmentationSequential(
             augmentation.RandomCrop(crop_size, pad_if_needed=True),
             augmentation.RandomHorizontalFlip(),
