@@ -11,7 +11,6 @@ import skimage.data
 import torch
 from PIL import Image
 from torch.profiler import ProfilerActivity, profile
-from workbench import table
 
 from cbsa_hf import ZeroShotSegmenter, load_checkpoint
 from cbsa_hf.images import to_pixel_values
@@ -51,7 +50,9 @@ def main():
             runs.append(lambda f=factor: cut_dense(f.T @ f))
         cells = [f"{seconds:.3g} s, {memory:.0f} MiB" for seconds, memory in map(measure, runs)]
         rows.append([f"{side} px, {grid[0] * grid[1]} patches", *cells, *["not run"] * (3 - len(cells))])
-    print(table(["input", "the whole segmenter", "of it the cut", "a dense cut of the same affinity"], rows))
+    header = ["input", "the whole segmenter", "of it the cut", "a dense cut of the same affinity"]
+    for row in (header, ["---"] * 4, *rows):
+        print(f"| {' | '.join(row)} |")
 
 
 if __name__ == "__main__":

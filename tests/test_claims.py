@@ -160,3 +160,10 @@ def test_bad_input(tmp_path, monkeypatch, values, message):
     with pytest.raises(ValueError, match=message):
         main(Arguments(**values))
     assert not list(tmp_path.iterdir())
+
+
+def test_peak_memory_of_the_cost_benchmark():
+    from zero_shot_cost import measure
+
+    _, peak = measure(lambda: [torch.ones(2**18), torch.ones(2**18)])  # both at once, 1 MiB each
+    assert peak == pytest.approx(2, rel=0.01)
