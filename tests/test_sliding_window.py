@@ -70,7 +70,6 @@ class RedOrNot(nn.Module):
 
 def test_sharp(processor):
     """A disc of one colour on another, known on a coarse grid alone: guided, the edge of the class is the disc's."""
-    pytest.importorskip("kornia")
     processor.do_normalize = False
     image = Image.new("RGB", (320, 240), (30, 90, 40))
     ImageDraw.Draw(image).ellipse((100, 50, 240, 190), (220, 60, 50))

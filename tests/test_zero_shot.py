@@ -271,7 +271,6 @@ def test_names(shipped, photo):
 
 def test_sharp_edges(shipped):
     """A disc of one colour on another, known by patches alone: guided, the edge of the map is the disc's."""
-    pytest.importorskip("kornia")
     image = Image.new("RGB", (320, 240), (30, 90, 40))
     ImageDraw.Draw(image).ellipse((100, 50, 240, 190), (220, 60, 50))
     truth = np.asarray(image)[..., 0] > 100
