@@ -97,7 +97,7 @@ def find_classes(
 ) -> tuple[Image.Image, Image.Image, str]:
     """Overlay with a legend, class indices as a mask, and what was found in words."""
     model, processor = load_checkpoint(checkpoint, "semantic-segmentation")
-    long_side = long_side or max(processor.size["height"], processor.size["width"])
+    long_side = long_side or max(dict(processor.size).values())
     labels = SlidingWindowSegmenter(model, processor, long_side=long_side, sharp=sharp)(image)
     names = model.config.id2label
     found = ", ".join(text for _, text in class_legend(labels, names))

@@ -99,11 +99,13 @@ class SlidingWindowSegmenter:
     Args:
         model: for semantic segmentation, of this library or any other in Transformers with `logits` by class.
         processor: its image processor, which normalises the windows; they are not resized.
-        window: (height, width) of a window, or its side; the size that the processor resizes to when not given.
+        window: (height, width) of a window, or its side; when not given the processor's `crop_size`, or, where it has
+            none, the size that it resizes to.
         stride: (down, across) from one window to the next, or both; the window when not given, so that only the last
-            ones overlap.
+            ones overlap. One that is no multiple of the patch also averages over where patches begin.
         batch_size: windows that the model sees at once.
-        long_side: pixels that the image's longer side is resized to first; its own size when not given.
+        long_side: pixels that the image's longer side is resized to first; when not given the largest that the
+            processor admits (`max_height`), or, where it says none, the image's own.
         scales: factors by which it is resized beyond that; logits are averaged over them.
         flip: whether each window is also seen mirrored, and the logits averaged.
         sharp: move edges to those of the image, and smooth between them; needs kornia. See [`follow_edges`].
@@ -139,7 +141,10 @@ class SlidingWindowSegmenter:
         sharp: bool = False,
     ):
         if window is None:
-            window = processor.size["height"], processor.size["width"]
+            size = getattr(processor, "crop_size", None) or processor.size
+            window = size["height"], size["width"]
+        if long_side is None:
+            long_side = processor.size.get("max_height")
         self.window = to_pair(window)
         self.stride = self.window if stride is None else to_pair(stride)
         if min(self.window) < 1:

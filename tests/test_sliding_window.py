@@ -135,6 +135,15 @@ def test_scales_and_flip(tiny_segmenter, processor, picture, long_side, scales, 
     assert_labels(segmenter(picture), logits / len(scales), 1e-3)
 
 
+def test_the_processor_says_sizes(tiny_segmenter, processor, picture):
+    sized = SegformerImageProcessorPil(
+        size={"max_height": 64, "max_width": 64}, crop_size={"height": 32, "width": 48}, do_convert_rgb=True
+    )
+    labels = SlidingWindowSegmenter(tiny_segmenter, sized)(picture)
+    assert np.array_equal(labels, SlidingWindowSegmenter(tiny_segmenter, processor, long_side=64)(picture))
+    assert not np.array_equal(labels, SlidingWindowSegmenter(tiny_segmenter, processor)(picture))
+
+
 @pytest.mark.parametrize("size", [(97, 131), (200, 262), (400, 60), (31, 300), (1, 1)])
 def test_rows_are_those_of_the_whole(size):
     logits = torch.randn(5, 97, 131)

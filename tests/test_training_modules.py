@@ -319,6 +319,7 @@ class TestSegmentation:
         settings = {
             "processor": processor,
             "crop_size": (48, 56),
+            "image_size": None,
             "resize_ratios": (0.5, 2.0),
             "photometric_distortion": False,
             "seed": 0,
@@ -339,6 +340,15 @@ class TestSegmentation:
             assert ((red - colours).abs() < 1).float().mean() > 0.75
             seen |= set(item["labels"].unique().tolist())
         assert seen == {0, 1, 2, IGNORED}
+
+    @pytest.mark.parametrize(("image_size", "ratio"), [(36, 1.0), (72, 0.5)])
+    def test_images_have_their_size_first(self, masked, processor, image_size, ratio):
+        """The whole of each, 72 x 60, at half its size."""
+        images = self.make(masked, processor, crop_size=(30, 36), image_size=image_size, resize_ratios=(ratio, ratio))
+        for index, row in enumerate(masked):
+            expected = np.asarray(row["label"].resize((36, 30), PILImage.Resampling.NEAREST))
+            labels = images[index]["labels"].numpy()
+            assert np.array_equal(labels, expected) or np.array_equal(labels, expected[:, ::-1])
 
     def test_what_is_drawn_depends_on_seed_epoch_and_index(self, masked, processor):
         images, again = (self.make(masked, processor, photometric_distortion=True) for _ in range(2))

@@ -17,7 +17,7 @@ from accelerate import Accelerator
 from arguments import parse_arguments
 from data import DataArguments, ValidationImages, find_columns, find_mask_columns, find_split, load_images
 from evaluation import evaluate_classifier, evaluate_segmenter
-from segmentation import MaskedImages, draw_predictions
+from segmentation import MaskedImages, draw_predictions, read_size
 from torch.utils.data import DataLoader
 from zero_shot_evaluation import (
     MIN_FOREGROUND,
@@ -44,6 +44,16 @@ class Arguments(DataArguments):
     )
     reduce_labels: bool = field(
         default=False, metadata={"help": "whether label 0 does not count and the others move down by one (ADE20K)"}
+    )
+    stride: list[int] | None = field(
+        default=None,
+        metadata={
+            "help": "pixels down and across from one window of semantic segmentation to the next; default: the window"
+        },
+    )
+    scales: list[float] = field(
+        default_factory=lambda: [1.0],
+        metadata={"help": "factors on the image's size; semantic segmentation averages over them"},
     )
     flip: bool = field(default=False, metadata={"help": "whether semantic segmentation also looks at mirrored images"})
     min_foreground: float = field(default=MIN_FOREGROUND, metadata={"help": "least foreground that counts"})
@@ -77,7 +87,15 @@ def main(args: Arguments):
         )
     elif args.task == "semantic-segmentation":
         images = MaskedImages(dataset, args.max_corrupt, model.config.num_labels, args.reduce_labels)
-        segmenter = SlidingWindowSegmenter(model.to(accelerator.device), processor, flip=args.flip, sharp=args.sharp)
+        segmenter = SlidingWindowSegmenter(
+            model.to(accelerator.device),
+            processor,
+            stride=None if args.stride is None else read_size(args.stride),
+            long_side=args.image_size,
+            scales=args.scales,
+            flip=args.flip,
+            sharp=args.sharp,
+        )
         results = evaluate_segmenter(segmenter, images.read, len(images), accelerator)
         if args.strip is not None and accelerator.is_main_process:
             draw_predictions(segmenter, images).save(args.strip)

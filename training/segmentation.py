@@ -22,7 +22,6 @@ from transformers import (
 )
 
 from cbsa_hf import SlidingWindowSegmenter, default_checkpoint
-from cbsa_hf.attention_cbsa import to_pair
 from cbsa_hf.figures import class_strip
 from cbsa_hf.mask_decoder_cbsa import DECODERS
 
@@ -50,8 +49,12 @@ class SegmentationArguments(TrainingArguments):
     crop_size: list[int] = field(
         default_factory=lambda: [512], metadata={"help": "height and width of the training crops in pixels, or a side"}
     )
-    min_resize_ratio: float = field(default=0.5, metadata={"help": "least factor that images are resized by"})
-    max_resize_ratio: float = field(default=2.0, metadata={"help": "largest factor that images are resized by"})
+    image_size: int | None = field(
+        default=None,
+        metadata={"help": "long side that images have in training and validation, in pixels; default: as they come"},
+    )
+    min_resize_ratio: float = field(default=0.5, metadata={"help": "least factor beyond that in training"})
+    max_resize_ratio: float = field(default=2.0, metadata={"help": "largest factor beyond that in training"})
     photometric_distortion: bool = field(default=True, metadata={"help": "whether colours are distorted at random"})
     class_balanced: bool = field(default=False, metadata={"help": "whether rare classes weigh more"})
     window: list[int] | None = field(
@@ -80,6 +83,18 @@ def read_names(path: str | None, dataset_name: str) -> dict[int, str]:
         ) from error
     except (ValueError, AttributeError) as error:
         raise ValueError(f"{file} is not a JSON file that maps numbers to names of classes.") from error
+
+
+def read_size(sides: list[int]) -> tuple[int, int]:
+    """
+    (height, width) of an option that takes either both or the side of a square.
+
+    Raises:
+        ValueError: neither one nor two numbers.
+    """
+    if len(sides) not in (1, 2):
+        raise ValueError(f"{' '.join(map(str, sides))} is not a size; give a height and a width, or one side.")
+    return sides[0], sides[-1]
 
 
 def read_mask(mask: Image.Image, num_labels: int, reduce_labels: bool) -> np.ndarray:
@@ -131,7 +146,8 @@ class TrainingMasks(MaskedImages):
         dataset, max_corrupt, num_labels, reduce_labels: see [`MaskedImages`].
         processor: says how pixels are normalised.
         crop_size: (height, width) of the crops in pixels.
-        resize_ratios: least and largest factor.
+        image_size: long side that images are resized to first; their own when None.
+        resize_ratios: least and largest factor beyond that.
         photometric_distortion: whether brightness, contrast, saturation and hue vary.
         seed: seed of the run.
     """
@@ -144,11 +160,13 @@ class TrainingMasks(MaskedImages):
         reduce_labels: bool,
         processor: BaseImageProcessor,
         crop_size: tuple[int, int],
+        image_size: int | None,
         resize_ratios: tuple[float, float],
         photometric_distortion: bool,
         seed: int,
     ):
         super().__init__(dataset, max_corrupt, num_labels, reduce_labels)
+        self.image_size = image_size
         self.resize_ratios = resize_ratios
         self.seed = seed
         colours = [augmentation.ColorJitter(0.4, 0.5, 0.5, 0.1)] if photometric_distortion else []
@@ -166,6 +184,7 @@ class TrainingMasks(MaskedImages):
         seeds = np.random.SeedSequence((self.seed, int(self.epoch), index))
         _, image, labels = self.read_next(index)
         ratio = np.random.default_rng(seeds).uniform(*self.resize_ratios)
+        ratio *= 1 if self.image_size is None else self.image_size / max(image.size)
         size = [max(1, round(side * ratio)) for side in image.size]
         pixels = torch.from_numpy(np.array(image.resize(size, Image.Resampling.BILINEAR))).permute(2, 0, 1) / 255
         # One more than the label, so that what padding adds, 0, is what does not count.
@@ -233,9 +252,11 @@ def load_segmenter(args: SegmentationArguments, names: dict[int, str]) -> tuple[
         processor = AutoImageProcessor.from_pretrained(source)
     except OSError as error:
         raise ValueError(f"{source} is neither a folder nor a hub id with a model that can be fine-tuned.") from error
-    height, width = to_pair(args.crop_size if len(args.crop_size) == 2 else args.crop_size[0])
+    crop_size = dict(zip(("height", "width"), read_size(args.crop_size), strict=True))
+    size = crop_size if args.image_size is None else dict.fromkeys(("max_height", "max_width"), args.image_size)
     processor = SegformerImageProcessorPil(
-        size={"height": height, "width": width},
+        size=size,
+        crop_size=crop_size,
         image_mean=processor.image_mean,
         image_std=processor.image_std,
         do_reduce_labels=args.reduce_labels,
@@ -250,13 +271,13 @@ def train_segmenter(args: SegmentationArguments):
     train_split, validation_split = load_splits(args, find_mask_columns)
     names = read_names(args.id2label, args.dataset_name)
     model, processor = load_segmenter(args, names)
-    crop_size = processor.size["height"], processor.size["width"]
     masks = {"max_corrupt": args.max_corrupt, "num_labels": len(names), "reduce_labels": args.reduce_labels}
     train_images = TrainingMasks(
         train_split,
         **masks,
         processor=processor,
-        crop_size=crop_size,
+        crop_size=read_size(args.crop_size),
+        image_size=args.image_size,
         resize_ratios=(args.min_resize_ratio, args.max_resize_ratio),
         photometric_distortion=args.photometric_distortion,
         seed=args.seed,
@@ -264,7 +285,7 @@ def train_segmenter(args: SegmentationArguments):
     validation_images = MaskedImages(validation_split, **masks)
 
     def build_segmenter(model: PreTrainedModel) -> SlidingWindowSegmenter:
-        return SlidingWindowSegmenter(model, processor, window=args.window or crop_size)
+        return SlidingWindowSegmenter(model, processor, read_size(args.window or args.crop_size))
 
     def validate(network: Segmentation) -> dict[str, float]:
         segmenter = build_segmenter(accelerator.unwrap_model(network, keep_torch_compile=False).model)
