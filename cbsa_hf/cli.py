@@ -97,7 +97,6 @@ def find_classes(
 ) -> tuple[Image.Image, Image.Image, str]:
     """Overlay with a legend, class indices as a mask, and what was found in words."""
     model, processor = load_checkpoint(checkpoint, "semantic-segmentation")
-    long_side = long_side or max(dict(processor.size).values())
     labels = SlidingWindowSegmenter(model, processor, long_side=long_side, sharp=sharp)(image)
     names = model.config.id2label
     found = ", ".join(text for _, text in class_legend(labels, names))
@@ -193,8 +192,8 @@ def build_parser() -> argparse.ArgumentParser:
     command.add_argument(
         "--long-side",
         type=positive,
-        help="pixels of the longer side that the model sees; default: 192, or for --task semantic those of the image "
-        "processor; more than that is seen through sliding windows",
+        help="pixels of the longer side that the model sees; default: 192, or for --task semantic what the image "
+        "processor says, else the photo's own",
     )
     command.add_argument(
         "--method",

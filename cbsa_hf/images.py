@@ -102,4 +102,5 @@ def follow_edges(maps: torch.Tensor, image: Image.Image, radius: int) -> torch.T
     except ImportError as error:
         raise ValueError("Sharp edges need kornia: pip install 'cbsa-hf[sharp]'.") from error
     guide = torch.from_numpy(np.array(image, dtype=np.float32) / 255).permute(2, 0, 1).to(maps.device)
-    return guided_blur(guide[None], maps[None].float(), 2 * radius + 1, eps=1e-4, subsample=max(1, radius // 4))[0]
+    settings = {"eps": 1e-4, "border_type": "replicate", "subsample": max(1, radius // 4)}
+    return guided_blur(guide[None], maps[None].float(), 2 * radius + 1, **settings)[0]

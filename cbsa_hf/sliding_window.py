@@ -64,6 +64,7 @@ class LogitRows:
         kept = self.sums[:, first - self.first :].clone()
         self.sums = None  # lest two bands are in memory
         self.sums = F.pad(kept, (0, 0, 0, top + height - first - kept.shape[1]))
+        del kept
         self.first = first
         boxes = [(left, top, left + width, top + height) for left in self.lefts]
         for left, logits in zip(self.lefts, self.predict(boxes), strict=True):
@@ -99,19 +100,19 @@ class SlidingWindowSegmenter:
     Args:
         model: for semantic segmentation, of this library or any other in Transformers with `logits` by class.
         processor: its image processor, which normalises the windows; they are not resized.
-        window: (height, width) of a window, or its side; when not given the processor's `crop_size`, or, where it has
-            none, the size that it resizes to.
+        window: (height, width) of a window, or its side; when not given what the processor resizes to, or, where its
+            `size` has no height and width but bounds (`max_height`, `max_width`), its `crop_size`.
         stride: (down, across) from one window to the next, or both; the window when not given, so that only the last
             ones overlap. One that is no multiple of the patch also averages over where patches begin.
         batch_size: windows that the model sees at once.
-        long_side: pixels that the image's longer side is resized to first; when not given the largest that the
-            processor admits (`max_height`), or, where it says none, the image's own.
+        long_side: pixels that the image's longer side is resized to first; when not given the image fills the
+            processor's bounds, or, where it has none, keeps its size.
         scales: factors by which it is resized beyond that; logits are averaged over them.
         flip: whether each window is also seen mirrored, and the logits averaged.
         sharp: move edges to those of the image, and smooth between them; needs kornia. See [`follow_edges`].
 
     Raises:
-        ValueError: a size that is not positive, or a stride that leaves gaps.
+        ValueError: a size that is not positive, a stride that leaves gaps, or no window where the processor has none.
 
     Example:
 
@@ -141,10 +142,10 @@ class SlidingWindowSegmenter:
         sharp: bool = False,
     ):
         if window is None:
-            size = getattr(processor, "crop_size", None) or processor.size
+            size = processor.size if processor.size.get("height") else getattr(processor, "crop_size", None)
+            if not size:
+                raise ValueError(f"The image processor's size is {dict(processor.size)}; give a `window`.")
             window = size["height"], size["width"]
-        if long_side is None:
-            long_side = processor.size.get("max_height")
         self.window = to_pair(window)
         self.stride = self.window if stride is None else to_pair(stride)
         if min(self.window) < 1:
@@ -182,7 +183,9 @@ class SlidingWindowSegmenter:
         def predict(boxes):
             for i in range(0, len(boxes), self.batch_size):
                 windows = [crop(*box) for box in boxes[i : i + self.batch_size]]
-                pixel_values = self.processor(windows, do_resize=False, return_tensors="pt")["pixel_values"]
+                pixel_values = self.processor(windows, do_resize=False, do_center_crop=False, return_tensors="pt")[
+                    "pixel_values"
+                ]
                 pixel_values = pixel_values.to(self.model.device)
                 logits = self.model(pixel_values).logits.float()
                 if self.flip:
@@ -196,11 +199,20 @@ class SlidingWindowSegmenter:
         num_labels, device = self.model.config.num_labels, self.model.device
         return LogitRows(predict, (height, width), self.window, self.stride, num_labels, device)
 
+    def base_scale(self, height: int, width: int) -> float:
+        """The factor that an image is resized by before `scales`."""
+        bounds = self.processor.size
+        if self.long_side is not None:
+            return self.long_side / max(height, width)
+        if bounds.get("max_height") and bounds.get("max_width"):
+            return min(bounds["max_height"] / height, bounds["max_width"] / width)
+        return 1
+
     @torch.inference_mode()
     def __call__(self, image: Image.Image) -> np.ndarray:
         """Class indices, (height, width) of one image of any size and mode."""
         image = to_rgb(image)
-        base = 1 if self.long_side is None else self.long_side / max(image.size)
+        base = self.base_scale(image.height, image.width)
         sources = [self.logit_rows(image, base * scale) for scale in self.scales]
         size = image.height, image.width
         labels = np.empty(size, dtype=np.min_scalar_type(self.model.config.num_labels - 1))

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -20,6 +21,7 @@ from transformers import (
     ViTConfig,
     ViTForImageClassification,
     ViTImageProcessorPil,
+    pipeline,
 )
 
 from cbsa_hf import CBSAConfig, CBSAForImageClassification, SlidingWindowSegmenter
@@ -82,18 +84,8 @@ SEGMENTATION = ["--task=semantic-segmentation", "--crop_size", "32", "40", "--ba
 SEGMENTATION += ["--learning_rate=5e-3", "--warmup_epochs=0", "--report_to=none"]
 
 
-def test_segmentation_learns_and_scores_each_image_once(classifier, masks, tmp_path):
-    arguments = [*SEGMENTATION, f"--dataset_name={masks}", f"--model_name_or_path={classifier}"]
-    arguments += [f"--output_dir={tmp_path}", "--num_epochs=16", "--validation_epochs=8", "--class_balanced=true"]
-    run("finetune.py", *arguments, processes=2)
-    results = json.loads((tmp_path / "results.json").read_text())
-    assert results["processes"] == 2
-    assert results["metrics"]["iou/red"] > 0.5
-
-    model = AutoModelForSemanticSegmentation.from_pretrained(tmp_path).eval()
-    assert model.config.id2label == {0: "noise", 1: "red", 2: "never seen"}
-    processor = AutoImageProcessor.from_pretrained(tmp_path)
-    segmenter = SlidingWindowSegmenter(model, processor, window=(32, 40))
+def measure(segmenter: SlidingWindowSegmenter, masks: Path) -> dict[str, float]:
+    """Pixel accuracy and mean IoU on the validation pictures, pixel by pixel."""
     hits, unions, right, counted = np.zeros(3), np.zeros(3), 0, 0
     for row in Dataset.from_parquet(str(masks / "validation-00000-of-00001.parquet")):
         predicted, labels = segmenter(row["image"]), np.asarray(row["label"])
@@ -103,13 +95,43 @@ def test_segmentation_learns_and_scores_each_image_once(classifier, masks, tmp_p
         for k in range(3):
             hits[k] += ((predicted == k) & (labels == k) & inside).sum()
             unions[k] += (((predicted == k) | (labels == k)) & inside).sum()
-    # To a few pixels, whose classes are so close that rounding decides.
-    assert results["metrics"]["pixel_accuracy"] == pytest.approx(right / counted, abs=2e-3)
-    assert results["metrics"]["mean_iou"] == pytest.approx(np.mean(hits[unions > 0] / unions[unions > 0]), abs=2e-3)
+    return {"pixel_accuracy": right / counted, "mean_iou": np.mean(hits[unions > 0] / unions[unions > 0])}
+
+
+def test_segmentation_learns_and_scores_each_image_once(classifier, masks, tmp_path):
+    arguments = [*SEGMENTATION, f"--dataset_name={masks}", f"--model_name_or_path={classifier}", "--image_size=80"]
+    arguments += [f"--output_dir={tmp_path}", "--num_epochs=16", "--validation_epochs=8", "--class_balanced=true"]
+    run("finetune.py", *arguments, processes=2)
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert results["processes"] == 2
+    assert results["metrics"]["iou/red"] > 0.5
+
+    model = AutoModelForSemanticSegmentation.from_pretrained(tmp_path).eval()
+    assert model.config.id2label == {0: "noise", 1: "red", 2: "never seen"}
+    processor = AutoImageProcessor.from_pretrained(tmp_path)
+    segmenter = SlidingWindowSegmenter(model, processor)  # the processor knows the size and the windows
+    for name, value in measure(segmenter, masks).items():
+        # To a few pixels, whose classes are so close that rounding decides.
+        assert results["metrics"][name] == pytest.approx(value, abs=2e-3)
+
+    scoring = ["--task=semantic-segmentation", f"--dataset_name={masks}", f"--checkpoint={tmp_path}"]
+    options = ["--image_size=64", "--stride", "19", "21", "--scales", "0.75", "1.25", "--flip=true", "--batch_size=2"]
+    looks = {"long_side": 64, "stride": (19, 21), "scales": [0.75, 1.25], "flip": True}
+    scored = run("score.py", *scoring, *options, processes=2)
+    printed = dict(line.split() for line in scored.stdout.splitlines() if len(line.split()) == 2)
+    for name, value in measure(SlidingWindowSegmenter(model, processor, **looks), masks).items():
+        assert float(printed[name]) == pytest.approx(value, abs=2e-3)
+
+    picture = Dataset.from_parquet(str(masks / "validation-00000-of-00001.parquet"))[0]["image"]
+    with torch.no_grad():
+        logits = model(**processor(picture, return_tensors="pt")).logits
+    assert logits.shape == (1, 3, 60, 80)  # 64 x 48 fills the bounds
+    (expected,) = processor.post_process_semantic_segmentation(SimpleNamespace(logits=logits), [(48, 64)])
+    for found in pipeline("image-segmentation", model=model, image_processor=processor)(picture):
+        assert np.array_equal(np.asarray(found["mask"]) > 0, expected == model.config.label2id[found["label"]])
 
     strip = tmp_path / "strip.png"
-    arguments = ["--task=semantic-segmentation", f"--dataset_name={masks}", f"--checkpoint={tmp_path}"]
-    scored = run("score.py", *arguments, f"--strip={strip}")
+    scored = run("score.py", *scoring, f"--strip={strip}")
     printed = dict(line.split() for line in scored.stdout.splitlines() if len(line.split()) == 2)
     assert float(printed["mean_iou"]) == pytest.approx(results["metrics"]["mean_iou"], abs=2e-3)
     pixels, left = np.asarray(PILImage.open(strip)), 0
@@ -131,6 +153,8 @@ def test_segmentation_learns_and_scores_each_image_once(classifier, masks, tmp_p
         (["--task=captioning"], "`--task` is captioning; choose one of image-classification, semantic-segmentation."),
         ([*SEGMENTATION, "--image_column=photo"], "The data set has no column 'photo'; it has image, label."),
         ([*SEGMENTATION, "--label_column=photo"], "The data set has no column 'photo'; it has image, label."),
+        ([*SEGMENTATION, "--window", "8", "8", "8"], "8 8 8 is not a size; give a height and a width, or one side."),
+        ([*SEGMENTATION, "--image_size=0"], "`--image_size` is 0, and has to be at least 1."),
         ([*SEGMENTATION, "--id2label=nowhere.json"], "The names of the classes are not in nowhere.json"),
         ([*SEGMENTATION, "--model_name_or_path=nobody/nothing"], "nobody/nothing is neither a folder nor a hub id"),
     ],

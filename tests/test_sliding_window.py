@@ -135,13 +135,20 @@ def test_scales_and_flip(tiny_segmenter, processor, picture, long_side, scales, 
     assert_labels(segmenter(picture), logits / len(scales), 1e-3)
 
 
-def test_the_processor_says_sizes(tiny_segmenter, processor, picture):
-    sized = SegformerImageProcessorPil(
-        size={"max_height": 64, "max_width": 64}, crop_size={"height": 32, "width": 48}, do_convert_rgb=True
-    )
-    labels = SlidingWindowSegmenter(tiny_segmenter, sized)(picture)
-    assert np.array_equal(labels, SlidingWindowSegmenter(tiny_segmenter, processor, long_side=64)(picture))
+@pytest.mark.parametrize(("bounds", "long_side"), [((64, 64), 64), ((200, 64), 64), ((74, 1000), 100)])
+def test_the_processor_says_sizes(tiny_segmenter, processor, picture, bounds, long_side):
+    """Bounds that the picture, 131 x 97, fills, and a crop that the windows have."""
+    sizes = {"size": dict(zip(("max_height", "max_width"), bounds, strict=True)), "crop_size": dict(processor.size)}
+    labels = SlidingWindowSegmenter(tiny_segmenter, SegformerImageProcessorPil(**sizes))(picture)
+    assert np.array_equal(labels, SlidingWindowSegmenter(tiny_segmenter, processor, long_side=long_side)(picture))
     assert not np.array_equal(labels, SlidingWindowSegmenter(tiny_segmenter, processor)(picture))
+
+
+def test_nothing_is_cropped(tiny_segmenter, processor, picture):
+    """Some processors crop the centre, and a crop they could make is not a window."""
+    cropping = SegformerImageProcessorPil(size=dict(processor.size), crop_size=16, do_center_crop=True)
+    labels = SlidingWindowSegmenter(tiny_segmenter, cropping)(picture)
+    assert np.array_equal(labels, SlidingWindowSegmenter(tiny_segmenter, processor)(picture))
 
 
 @pytest.mark.parametrize("size", [(97, 131), (200, 262), (400, 60), (31, 300), (1, 1)])
@@ -179,8 +186,8 @@ def test_any_mode(tiny_segmenter, processor, picture):
 
 
 LARGE = """
-import resource
 import sys
+from pathlib import Path
 
 import numpy as np
 from PIL import Image
@@ -188,16 +195,22 @@ from transformers import SegformerImageProcessorPil
 
 from cbsa_hf import CBSAForSemanticSegmentation, SlidingWindowSegmenter
 
+
+def peak() -> int:
+    # Of this process alone, in kB; `ru_maxrss` begins at its parent's.
+    return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0])
+
+
 model = CBSAForSemanticSegmentation.from_pretrained(sys.argv[1]).eval()
 processor = SegformerImageProcessorPil(size={"height": 512, "width": 512})
 pixels = np.random.default_rng(0).integers(0, 256, (3000, 4000, 3), dtype=np.uint8)
 image = Image.fromarray(pixels)
 segmenter = SlidingWindowSegmenter(model, processor, batch_size=2, scales=[1, 0.2])
 segmenter(image.crop((0, 0, 300, 300)))
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+before = peak()
 labels = segmenter(image)
 assert labels.shape == (3000, 4000) and labels.max() < 11
-print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 2**10)
+print((peak() - before) / 2**10)
 """
 
 
@@ -226,3 +239,9 @@ def test_memory_is_bounded(tiny_config, tmp_path):
 def test_bad_settings(tiny_segmenter, processor, values, message):
     with pytest.raises(ValueError, match=message):
         SlidingWindowSegmenter(tiny_segmenter, processor, **values)
+
+
+def test_no_window(tiny_segmenter):
+    processor = SegformerImageProcessorPil(size={"shortest_edge": 40})
+    with pytest.raises(ValueError, match=r"The image processor's size is {'shortest_edge': 40}; give a `window`."):
+        SlidingWindowSegmenter(tiny_segmenter, processor)

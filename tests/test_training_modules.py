@@ -1,7 +1,9 @@
 """The pieces of the training scripts, each against something worked out by hand."""
 
+import json
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -23,7 +25,7 @@ from distillation import AutoTeacher, EfficientNetLite, TaughtImages, Teacher, w
 from metrics import MeanIoU, count_pixels
 from optimization import OPTIMIZERS, build_optimizer, build_scheduler, parameter_groups
 from pretrain import Arguments
-from segmentation import IGNORED, TrainingMasks, class_weights, read_mask
+from segmentation import IGNORED, Segmentation, TrainingMasks, class_weights, read_mask, read_names
 from streaming import StreamedRows
 
 
@@ -366,6 +368,26 @@ class TestSegmentation:
         assert read_mask(mask, 150, reduce_labels=True).tolist() == [[IGNORED, 0, 149, IGNORED]]
         with pytest.raises(ValueError, match="has the label 150; masks are grey, with labels below 150"):
             read_mask(mask, 150, reduce_labels=False)
+
+    def test_a_mask_of_another_size(self, masked, processor):
+        turned = masked.map(lambda row: {"label": row["label"].transpose(PILImage.Transpose.ROTATE_90)})
+        with pytest.raises(ValueError, match=r"Image 2 has \(72, 60\) pixels across and down, its mask \(60, 72\)."):
+            self.make(turned, processor)[2]
+
+    @pytest.mark.parametrize("names", [{"1": "a", "2": "b"}, {"0": "a", "2": "b"}, {"0": "a", "1": "a"}])
+    def test_names_that_leave_gaps(self, tmp_path, names):
+        (tmp_path / "id2label.json").write_text(json.dumps(names))
+        with pytest.raises(ValueError, match="does not give each number from 0 on a name of its own"):
+            read_names(None, str(tmp_path))
+
+    @pytest.mark.parametrize("weights", [None, torch.tensor([0.5, 4, 1.5])])
+    def test_loss(self, weights):
+        logits, labels = torch.randn(2, 3, 4, 5), torch.randint(0, 3, (2, 4, 5))
+        labels[:, 1:3] = IGNORED
+        task = Segmentation(lambda pixel_values: SimpleNamespace(logits=logits), weights)
+        expected = F.cross_entropy(logits, labels, weights, ignore_index=IGNORED)
+        torch.testing.assert_close(task(None, labels)["loss"], expected)
+        assert task(None, torch.full_like(labels, IGNORED))["loss"] == 0  # such as a crop of ADE20K
 
     def test_class_weights(self, masked, processor):
         images = self.make(masked, processor)

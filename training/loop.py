@@ -270,7 +270,8 @@ def train(
     stop = StopRequest()
     loader = build_loader(train_data, args, train=True)
     steps_per_epoch, num_steps = len(loader), args.num_epochs * len(loader)
-    num_layers = task.model.config.num_hidden_layers
+    encoder = getattr(task.model.config, "backbone_config", None) or task.model.config
+    num_layers = getattr(encoder, "num_hidden_layers", task.model.config.num_hidden_layers)
     groups = parameter_groups(task, num_layers, args.learning_rate, args.weight_decay, args.layer_decay)
     optimizer = build_optimizer(args.optimizer, groups, args.learning_rate)
     scheduler = build_scheduler(args.schedule, optimizer, num_steps, args.warmup_epochs * steps_per_epoch)

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, DataLoaderConfiguration
 from arguments import parse_arguments
 from data import DataArguments, ValidationImages, find_columns, find_mask_columns, find_split, load_images
 from evaluation import evaluate_classifier, evaluate_segmenter
@@ -68,7 +68,7 @@ class Arguments(DataArguments):
 
 
 def main(args: Arguments):
-    accelerator = Accelerator()
+    accelerator = Accelerator(dataloader_config=DataLoaderConfiguration(split_batches=True))
     kind = "semantic-segmentation" if args.task == "semantic-segmentation" else "image-classification"
     model, processor = load_checkpoint(args.checkpoint, kind)
     if args.random_weights:

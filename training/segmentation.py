@@ -71,18 +71,20 @@ def read_names(path: str | None, dataset_name: str) -> dict[int, str]:
         dataset_name: where to look for `id2label.json` when no path is given.
 
     Raises:
-        ValueError: no such file, or not such a mapping.
+        ValueError: no such file, not such a mapping, or numbers that do not begin at 0 or leave gaps.
     """
     file = Path(path) if path is not None else Path(dataset_name) / "id2label.json"
     try:
-        names = json.loads(file.read_text())
-        return {int(number): str(name) for number, name in names.items()}
+        names = {int(number): str(name) for number, name in json.loads(file.read_text()).items()}
     except OSError as error:
         raise ValueError(
             f"The names of the classes are not in {file}; give a JSON file like {{'0': 'sky', ...}} as `--id2label`."
         ) from error
     except (ValueError, AttributeError) as error:
         raise ValueError(f"{file} is not a JSON file that maps numbers to names of classes.") from error
+    if sorted(names) != list(range(len(names))) or len(set(names.values())) < len(names):
+        raise ValueError(f"{file} does not give each number from 0 on a name of its own.")
+    return names
 
 
 def read_size(sides: list[int]) -> tuple[int, int]:
@@ -90,9 +92,9 @@ def read_size(sides: list[int]) -> tuple[int, int]:
     (height, width) of an option that takes either both or the side of a square.
 
     Raises:
-        ValueError: neither one nor two numbers.
+        ValueError: neither one nor two numbers, or one below 1.
     """
-    if len(sides) not in (1, 2):
+    if len(sides) not in (1, 2) or min(sides) < 1:
         raise ValueError(f"{' '.join(map(str, sides))} is not a size; give a height and a width, or one side.")
     return sides[0], sides[-1]
 
@@ -132,15 +134,20 @@ class MaskedImages(LabelledImages):
         self.reduce_labels = reduce_labels
 
     def read(self, index: int) -> tuple[Image.Image, np.ndarray] | None:
-        """Image in RGB and class indices (height, width); None when the row is broken."""
+        """Image in RGB and class indices (height, width), a ValueError if they differ; None when the row is broken."""
         found = super().read(index)
-        return None if found is None else (found[0], read_mask(found[1], self.num_labels, self.reduce_labels))
+        if found is None:
+            return None
+        image, mask = found
+        if image.size != mask.size:
+            raise ValueError(f"Image {index} has {image.size} pixels across and down, its mask {mask.size}.")
+        return image, read_mask(mask, self.num_labels, self.reduce_labels)
 
 
 class TrainingMasks(MaskedImages):
     """
     Random resizing, crops, flips and distorted colours, of image and mask together; what is drawn depends on seed,
-    epoch and index alone. Outside the image, pixels are black and do not count.
+    epoch and index alone. Outside the image, pixels do not count.
 
     Args:
         dataset, max_corrupt, num_labels, reduce_labels: see [`MaskedImages`].
@@ -214,7 +221,11 @@ class Segmentation(nn.Module):
     def forward(self, pixel_values: torch.Tensor, labels: torch.Tensor) -> dict[str, torch.Tensor]:
         """Pixels (batch, channels, height, width) and class indices (batch, height, width) -> the loss."""
         logits = self.model(pixel_values).logits.float()
-        return {"loss": F.cross_entropy(logits, labels, weight=self.class_weights, ignore_index=IGNORED)}
+        weights = logits.new_ones(logits.shape[1]) if self.class_weights is None else self.class_weights
+        counts = labels != IGNORED
+        total = (weights[labels * counts] * counts).sum()
+        loss = F.cross_entropy(logits, labels, weight=weights, ignore_index=IGNORED, reduction="sum")
+        return {"loss": loss / total.clamp(min=1)}  # 0, not NaN, where no pixel counts
 
 
 def class_weights(images: MaskedImages) -> torch.Tensor:
@@ -238,7 +249,7 @@ def draw_predictions(segmenter: SlidingWindowSegmenter, images: MaskedImages, co
 
 
 def load_segmenter(args: SegmentationArguments, names: dict[int, str]) -> tuple[PreTrainedModel, BaseImageProcessor]:
-    """The model to fine-tune, and an image processor of its normalisation; a ValueError when there is none."""
+    """The model to fine-tune, and an image processor of its normalisation; a ValueError when that is not possible."""
     source = args.model_name_or_path or default_checkpoint()
     changes = {"decoder_type": args.decoder_type, "drop_path_rate": args.drop_path_rate}
     try:
@@ -252,6 +263,8 @@ def load_segmenter(args: SegmentationArguments, names: dict[int, str]) -> tuple[
         processor = AutoImageProcessor.from_pretrained(source)
     except OSError as error:
         raise ValueError(f"{source} is neither a folder nor a hub id with a model that can be fine-tuned.") from error
+    if args.image_size is not None and args.image_size < 1:
+        raise ValueError(f"`--image_size` is {args.image_size}, and has to be at least 1.")
     crop_size = dict(zip(("height", "width"), read_size(args.crop_size), strict=True))
     size = crop_size if args.image_size is None else dict.fromkeys(("max_height", "max_width"), args.image_size)
     processor = SegformerImageProcessorPil(
@@ -289,12 +302,15 @@ def train_segmenter(args: SegmentationArguments):
 
     def validate(network: Segmentation) -> dict[str, float]:
         segmenter = build_segmenter(accelerator.unwrap_model(network, keep_torch_compile=False).model)
-        return evaluate_segmenter(segmenter, validation_images.read, len(validation_images), accelerator)
+        metrics = evaluate_segmenter(segmenter, validation_images.read, len(validation_images), accelerator)
+        validation_images.check()
+        return metrics
 
     def draw(model: PreTrainedModel) -> dict[str, np.ndarray]:
         strip = draw_predictions(build_segmenter(model), validation_images)
         return {"validation/predictions": np.asarray(strip)[None]}
 
+    build_segmenter(model)  # bad sizes are told before the training, not at its first validation
     weights = class_weights(train_images) if args.class_balanced else None
     task = Segmentation(model, weights)
     train(args, accelerator, task, processor, train_images, validate, metric="mean_iou", draw=draw)
