@@ -41,7 +41,7 @@ def test_segment_into_classes(photo, photo_file, tiny_segmenter, saved_segmenter
     mask = Image.open(tmp_path / "overlay_mask.png")
     labels = np.asarray(mask)
     processor = AutoImageProcessor.from_pretrained(saved_segmenter)
-    segmenter = SlidingWindowSegmenter(tiny_segmenter, processor, window=(32, 48), long_side=long_side or 48)
+    segmenter = SlidingWindowSegmenter(tiny_segmenter, processor, long_side=long_side)
     assert np.array_equal(labels, segmenter(photo))
 
     shares = {tiny_segmenter.config.id2label[i]: (labels == i).mean() for i in np.unique(labels)}

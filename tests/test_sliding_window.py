@@ -107,7 +107,7 @@ def test_one_window_is_the_whole_image(tiny_segmenter, processor, picture, windo
 @pytest.mark.parametrize("batch_size", [1, 3])
 def test_overlaps_are_averaged(tiny_segmenter, processor, picture, window, stride, batch_size):
     labels = SlidingWindowSegmenter(tiny_segmenter, processor, window, stride, batch_size)(picture)
-    pairs = [(32, 48) if window is None else window] * 2 if stride is None else [window, stride]
+    pairs = [window or (32, 48), stride or (21, 32)]
     window, stride = ((pair, pair) if isinstance(pair, int) else pair for pair in pairs)
     logits = average_logits(tiny_segmenter, processor, picture, (97, 131), window, stride, flip=False)
     assert_labels(labels, logits, 1e-5)

@@ -48,7 +48,7 @@ class Arguments(DataArguments):
     stride: list[int] | None = field(
         default=None,
         metadata={
-            "help": "pixels down and across from one window of semantic segmentation to the next; default: the window"
+            "help": "pixels down and across from one window of semantic segmentation to the next; default: two thirds"
         },
     )
     scales: list[float] = field(
