@@ -389,6 +389,20 @@ class TestSegmentation:
         torch.testing.assert_close(task(None, labels)["loss"], expected)
         assert task(None, torch.full_like(labels, IGNORED))["loss"] == 0  # such as a crop of ADE20K
 
+    def test_dice_joins_the_loss(self):
+        logits, labels = torch.randn(3, 4, 6, 5), torch.randint(0, 3, (3, 6, 5))  # the last class is absent
+        labels[0, :2] = IGNORED
+        losses = [
+            Segmentation(lambda pixel_values: SimpleNamespace(logits=logits), None, dice)(None, labels)["loss"]
+            for dice in (False, True)
+        ]
+        shares, overlaps = logits.double().softmax(1), []
+        for k in range(3):
+            probability = shares[:, k]
+            inside, counts = labels == k, labels != IGNORED
+            overlaps.append(2 * probability[inside].sum() / (probability[counts].sum() + inside.sum()))
+        torch.testing.assert_close(losses[1] - losses[0], 1 - sum(overlaps).float() / 3)
+
     def test_class_weights(self, masked, processor):
         images = self.make(masked, processor)
         counts = np.zeros(3)

@@ -9,6 +9,7 @@ import torch
 from data import LabelledImages, find_mask_columns
 from evaluation import evaluate_segmenter
 from kornia import augmentation
+from kornia.losses import dice_loss
 from loop import TrainingArguments, build_accelerator, load_splits, train
 from PIL import Image
 from torch import nn
@@ -57,6 +58,9 @@ class SegmentationArguments(TrainingArguments):
     max_resize_ratio: float = field(default=2.0, metadata={"help": "largest factor beyond that in training"})
     photometric_distortion: bool = field(default=True, metadata={"help": "whether colours are distorted at random"})
     class_balanced: bool = field(default=False, metadata={"help": "whether rare classes weigh more"})
+    dice: bool = field(
+        default=False, metadata={"help": "whether the overlap of masks, class by class, joins the loss of the pixels"}
+    )
     window: list[int] | None = field(
         default=None, metadata={"help": "height and width of the windows of validation; default: crop_size"}
     )
@@ -211,11 +215,14 @@ class Segmentation(nn.Module):
     Args:
         model: for semantic segmentation.
         class_weights: (num_labels,) weights of the classes; all the same when None.
+        dice: whether to add 1 - soft Dice (V-Net, arXiv 1606.04797), the mean over the classes in the batch, whose
+            pixels are taken together: like the mean IoU, it gives every class the same say.
     """
 
-    def __init__(self, model: PreTrainedModel, class_weights: torch.Tensor | None):
+    def __init__(self, model: PreTrainedModel, class_weights: torch.Tensor | None, dice: bool = False):
         super().__init__()
         self.model = model
+        self.dice = dice
         self.register_buffer("class_weights", class_weights, persistent=False)
 
     def forward(self, pixel_values: torch.Tensor, labels: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -225,7 +232,11 @@ class Segmentation(nn.Module):
         counts = labels != IGNORED
         total = (weights[labels * counts] * counts).sum()
         loss = F.cross_entropy(logits, labels, weight=weights, ignore_index=IGNORED, reduction="sum")
-        return {"loss": loss / total.clamp(min=1)}  # 0, not NaN, where no pixel counts
+        loss = loss / total.clamp(min=1)  # 0, not NaN, where no pixel counts
+        if self.dice:
+            as_one = logits.transpose(0, 1).flatten(1, 2), labels.flatten(0, 1)
+            loss = loss + dice_loss(*(t.unsqueeze(0) for t in as_one), average="macro", ignore_index=IGNORED)
+        return {"loss": loss}
 
 
 def class_weights(images: MaskedImages) -> torch.Tensor:
@@ -312,5 +323,5 @@ def train_segmenter(args: SegmentationArguments):
 
     build_segmenter(model)  # bad sizes are told before the training, not at its first validation
     weights = class_weights(train_images) if args.class_balanced else None
-    task = Segmentation(model, weights)
+    task = Segmentation(model, weights, args.dice)
     train(args, accelerator, task, processor, train_images, validate, metric="mean_iou", draw=draw)
