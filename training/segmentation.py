@@ -234,8 +234,8 @@ class Segmentation(nn.Module):
         loss = F.cross_entropy(logits, labels, weight=weights, ignore_index=IGNORED, reduction="sum")
         loss = loss / total.clamp(min=1)  # 0, not NaN, where no pixel counts
         if self.dice:
-            as_one = logits.transpose(0, 1).flatten(1, 2), labels.flatten(0, 1)
-            loss = loss + dice_loss(*(t.unsqueeze(0) for t in as_one), average="macro", ignore_index=IGNORED)
+            as_one_image = logits.transpose(0, 1).flatten(1, 2).unsqueeze(0)
+            loss = loss + dice_loss(as_one_image, labels.flatten(0, 1).unsqueeze(0), "macro", ignore_index=IGNORED)
         return {"loss": loss}
 
 
