@@ -166,10 +166,13 @@ def checkpoints_whole(folder: Path) -> bool:
     return bool(found) and all((path / part).stat().st_size for path in found for part in parts)
 
 
-def test_terminated_run_writes_a_checkpoint(data, trained, tmp_path):
-    process = start(command(data, tmp_path))
-    wait_for_log(tmp_path)
-    process.send_signal(signal.SIGTERM)
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_terminated_run_writes_a_checkpoint(data, trained, tmp_path, num_workers):
+    """Also where all of its processes are asked to stop, as a cluster does."""
+    arguments = [f"--num_workers={num_workers}", "--checkpointing_steps=1"]
+    process = start(command(data, tmp_path, *arguments), start_new_session=True)
+    wait_for(tmp_path, "checkpoint-00000001")
+    os.killpg(process.pid, signal.SIGTERM)
     printed, _ = process.communicate(timeout=60)
     assert process.returncode == 143
     step = checkpoints(tmp_path)[-1]
@@ -179,17 +182,17 @@ def test_terminated_run_writes_a_checkpoint(data, trained, tmp_path):
     assert_same_weights(tmp_path, trained)
 
 
-def wait_for_log(folder: Path):
-    """Until a run has begun to write to its log."""
+def wait_for(folder: Path, pattern: str):
+    """Until a run has begun to write such a file or folder."""
     waited = time.time()
-    while not list(folder.rglob("events.out.*")):
+    while not list(folder.rglob(pattern)):
         assert time.time() - waited < 120
         time.sleep(0.01)
 
 
 def test_no_orphan_when_the_launcher_is_terminated(data, tmp_path):
     launcher = start(command(data, tmp_path, "--num_epochs=100000", processes=1))
-    wait_for_log(tmp_path)
+    wait_for(tmp_path, "events.out.*")
     launcher.send_signal(signal.SIGTERM)
     launcher.communicate(timeout=60)  # returns when the last process that holds its pipes has ended
     assert checkpoints(tmp_path)

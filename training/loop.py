@@ -163,12 +163,19 @@ def load_splits(
     return train, validation
 
 
+def ignore_termination(worker: int):
+    """A worker goes on when all processes of a run are asked to stop: the step in hand, the last, needs its batch."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
 def build_loader(dataset: LabelledImages, args: TrainingArguments, train: bool) -> DataLoader:
     """Batches of the global size; shuffled and without the rest when training. A ValueError if there is no batch."""
     if train and len(dataset) < args.batch_size:
         raise ValueError(f"{len(dataset)} training images are less than one batch of {args.batch_size}.")
     stream = dataset.dataset if isinstance(dataset.dataset, StreamedRows) else None
-    workers = {"persistent_workers": True, "prefetch_factor": 4} if args.num_workers else {}
+    workers = {}
+    if args.num_workers:
+        workers = {"persistent_workers": True, "prefetch_factor": 4, "worker_init_fn": ignore_termination}
     return DataLoader(
         dataset,
         batch_size=args.batch_size,

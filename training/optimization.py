@@ -3,8 +3,9 @@
 import math
 import re
 
+import pytorch_optimizer
 import torch
-from pytorch_optimizer import Lion, Muon
+from pytorch_optimizer.optimizer.utils.matrix import zero_power_via_newton_schulz_5
 from torch import nn
 from transformers import get_scheduler
 
@@ -59,13 +60,24 @@ def parameter_groups(
     ]
 
 
+class Muon(pytorch_optimizer.Muon):
+    """Muon whose Newton-Schulz steps are float32 on a CPU: most only emulate bfloat16, twenty times as slowly."""
+
+    @staticmethod
+    def _orthogonalize(group: dict, updates: list[torch.Tensor]) -> list[torch.Tensor]:
+        if updates[0].device.type != "cpu":
+            return pytorch_optimizer.Muon._orthogonalize(group, updates)
+        settings = {"num_steps": group["ns_steps"], "weights": group["ns_coeffs"], "dtype": torch.float32}
+        return [zero_power_via_newton_schulz_5(update.flatten(1), **settings) for update in updates]
+
+
 def build_optimizer(name: str, groups: list[dict], learning_rate: float) -> torch.optim.Optimizer:
     """
     One of [`OPTIMIZERS`] over the groups; each optimiser's other settings are its usual ones. Muon is scaled so that
     AdamW's learning rates suit it (arXiv 2502.16982), and leaves what it is not for to AdamW.
     """
     if name == "lion":
-        return Lion(groups, lr=learning_rate)
+        return pytorch_optimizer.Lion(groups, lr=learning_rate)
     if name == "muon":
         optimizer = Muon(groups, use_adjusted_lr=True)
         optimizer.defaults["lr"] = learning_rate  # where the polynomial schedule looks for it
