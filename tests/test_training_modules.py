@@ -1,6 +1,8 @@
 """The pieces of the training scripts, each against something worked out by hand."""
 
 import json
+import multiprocessing
+import signal
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -12,6 +14,7 @@ from conftest import ROOT
 from datasets import ClassLabel, Dataset, Features, Image, Value
 from PIL import Image as PILImage
 from torch.nn import functional as F
+from torch.utils.data import DataLoader
 from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessorPil
 
 from cbsa_hf import CBSAConfig, CBSAForImageClassification
@@ -22,6 +25,7 @@ sys.path.insert(0, str(ROOT / "training"))
 from arguments import parse_arguments
 from data import TrainingImages, find_columns, find_mask_columns
 from distillation import AutoTeacher, EfficientNetLite, TaughtImages, Teacher, write_answers
+from loop import outlive_termination
 from metrics import MeanIoU, count_pixels
 from optimization import OPTIMIZERS, build_optimizer, build_scheduler, parameter_groups
 from pretrain import Arguments
@@ -436,6 +440,19 @@ class TestSegmentation:
         assert scores["iou"][:3] == pytest.approx(hits[:3] / unions[:3])
         assert np.isnan(scores["iou"][3])  # a class that never occurs
         assert scores["mean_iou"] == pytest.approx(np.mean(hits[:3] / unions[:3]))
+
+
+@pytest.mark.skipif(not hasattr(signal, "sigwaitinfo"), reason="the sender of a signal is not told here")
+def test_a_worker_ends_for_its_parent_alone():
+    others = multiprocessing.active_children()
+    batches = iter(DataLoader(range(100), num_workers=1, worker_init_fn=outlive_termination))
+    assert next(batches).item() == 0
+    (worker,) = [child for child in multiprocessing.active_children() if child not in others]
+    subprocess.run(["kill", str(worker.pid)], check=True)
+    assert [next(batches).item() for _ in range(20)] == list(range(1, 21))
+    worker.terminate()
+    worker.join(60)
+    assert worker.exitcode == 0
 
 
 def test_drop_path():

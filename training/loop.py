@@ -5,6 +5,7 @@ import math
 import os
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
@@ -163,9 +164,21 @@ def load_splits(
     return train, validation
 
 
-def ignore_termination(worker: int):
-    """A worker goes on when all processes of a run are asked to stop: the step in hand, the last, needs its batch."""
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+def outlive_termination(worker: int):
+    """
+    A worker goes on when all processes of a run are asked to stop, as clusters do: the step in hand needs its batch.
+    Its parent can still end it, as at the end of a run. (Nothing is changed where the sender cannot be told: macOS.)
+    """
+    if not hasattr(signal, "sigwaitinfo"):
+        return
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+
+    def wait():
+        while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+            pass
+        os._exit(0)
+
+    threading.Thread(target=wait, daemon=True).start()
 
 
 def build_loader(dataset: LabelledImages, args: TrainingArguments, train: bool) -> DataLoader:
@@ -175,7 +188,7 @@ def build_loader(dataset: LabelledImages, args: TrainingArguments, train: bool) 
     stream = dataset.dataset if isinstance(dataset.dataset, StreamedRows) else None
     workers = {}
     if args.num_workers:
-        workers = {"persistent_workers": True, "prefetch_factor": 4, "worker_init_fn": ignore_termination}
+        workers = {"persistent_workers": True, "prefetch_factor": 4, "worker_init_fn": outlive_termination}
     return DataLoader(
         dataset,
         batch_size=args.batch_size,
