@@ -61,7 +61,7 @@ def parameter_groups(
 
 
 class Muon(pytorch_optimizer.Muon):
-    """Muon whose Newton-Schulz steps are float32 on a CPU: most only emulate bfloat16, twenty times as slowly."""
+    """Muon whose Newton-Schulz steps are float32 on a CPU: many only emulate bfloat16, twenty times as slowly."""
 
     @staticmethod
     def _orthogonalize(group: dict, updates: list[torch.Tensor]) -> list[torch.Tensor]:
