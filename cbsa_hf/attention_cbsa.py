@@ -81,11 +81,13 @@ class SelfAttention(nn.Module):
         uses_representatives: whether the operator has representatives.
         has_factor: whether `forward` can return a factor A.
         map_is_gram: whether the token-to-token map is `A^T A`.
+        map_formula: what that map is, for titles.
     """
 
     uses_representatives = False
     has_factor = False
     map_is_gram = False
+    map_formula: str
 
     def __init__(self, hidden_size: int, num_heads: int, head_dim: int, representatives: nn.Module | None = None):
         super().__init__()
@@ -147,6 +149,7 @@ class ContractAndBroadcastSelfAttention(SharedProjectionSelfAttention):
     uses_representatives = True
     has_factor = True
     map_is_gram = True
+    map_formula = "$A^T A$"
 
     def __init__(self, hidden_size: int, num_heads: int, head_dim: int, representatives: nn.Module):
         super().__init__(hidden_size, num_heads, head_dim, representatives)
@@ -173,6 +176,8 @@ class MultiHeadSubspaceSelfAttention(SharedProjectionSelfAttention):
     themselves. Quadratic in N. The map is `softmax(W W^T / sqrt(p))`.
     """
 
+    map_formula = "softmax of scaled $W W^T$"
+
     def forward(self, hidden_states, grid, output_attentions=False, output_factor=False):
         tokens = self.split_heads(self.proj(hidden_states))
         if not output_attentions:
@@ -189,6 +194,8 @@ class TokenStatisticsSelfAttention(SharedProjectionSelfAttention):
 
     The map, which the update does not use, is the reference's: softmax over heads of `W W^T`.
     """
+
+    map_formula = "softmax over heads of $W W^T$"
 
     def __init__(self, hidden_size: int, num_heads: int, head_dim: int, representatives: nn.Module | None = None):
         super().__init__(hidden_size, num_heads, head_dim, representatives)
@@ -216,6 +223,7 @@ class LinearSelfAttention(SharedProjectionSelfAttention):
 
     has_factor = True
     map_is_gram = True
+    map_formula = "$A^T A$"
 
     def forward(self, hidden_states, grid, output_attentions=False, output_factor=False):
         tokens = self.split_heads(self.proj(hidden_states))
@@ -229,6 +237,8 @@ class LinearSelfAttention(SharedProjectionSelfAttention):
 
 class SoftmaxSelfAttention(SelfAttention):
     """The usual attention with query, key and value, each with bias (ViT). Quadratic in N. The map's rows sum to 1."""
+
+    map_formula = "softmax of scaled $Q K^T$"
 
     def __init__(self, hidden_size: int, num_heads: int, head_dim: int, representatives: nn.Module | None = None):
         super().__init__(hidden_size, num_heads, head_dim, representatives)
@@ -258,6 +268,7 @@ class AgentSelfAttention(SoftmaxSelfAttention):
 
     uses_representatives = True
     has_factor = True
+    map_formula = "$B A$"
 
     def forward(self, hidden_states, grid, output_attentions=False, output_factor=False):
         q, k, v = self.project(hidden_states)

@@ -109,7 +109,8 @@ def attention(args: argparse.Namespace):
     model, processor = load_checkpoint(args.checkpoint)
     pixel_values = to_pixel_values(image, processor, args.long_side, model.config.patch_size)
     maps = attention_maps(model, pixel_values)[:, 0]
-    title = "attention of CLS to the patches: its row of $A^T A$, per layer and head"
+    formula = model.base_model.layers[0].attention.map_formula
+    title = f"attention of CLS to the patches: its row of {formula}, per layer and head"
     save_png(attention_grid(image, maps, title), args.output)
     print(f"{args.output}: {maps.shape[0]} layers x {maps.shape[1]} heads, {maps.shape[2]} x {maps.shape[3]} patches.")
 
@@ -187,7 +188,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--task",
         choices=["foreground", "semantic"],
         default="foreground",
-        help="foreground: with a classifier, which never saw a mask; semantic: with a segmenter",
+        help="foreground: with any model, which need not have seen a mask; semantic: with a segmenter",
     )
     command.add_argument(
         "--long-side",

@@ -60,7 +60,9 @@ class CBSAConfig(BackboneConfigMixin, PreTrainedConfig):
             the published segmenters do.
         num_channels (`int`, defaults to 3): Channels of the image.
         layer_norm_eps (`float`, defaults to 1e-5): Epsilon of every LayerNorm.
-        initializer_range (`float`, defaults to 0.02): Standard deviation of the initial weights.
+        initializer_range (`float`, defaults to 0.02):
+            Standard deviation of the initial CLS token, positions, class tokens and convolutions. Linear layers start
+            as in torch (`kaiming_uniform_`), whose spread depends on their width.
         decoder_type (`str`, defaults to `"cbsa"`):
             What makes masks of the tokens: `"cbsa"`, `"mssa"`, `"softmax"` (Segmenter) or `"linear"`.
             `mask_decoder_cbsa.py` defines each.
@@ -167,8 +169,8 @@ class CBSAConfig(BackboneConfigMixin, PreTrainedConfig):
                 raise ValueError(f"`{name}` is {value}, and has to be at least 1.")
         for name in ("image_size", "representatives_size", "decoder_representatives_size"):
             value = getattr(self, name)
-            sides = [value] if isinstance(value, int) else list(value)
-            if len(sides) not in (1, 2) or min(sides) < 1:
+            sides = [value, value] if isinstance(value, int) else value
+            if len(sides) != 2 or min(sides) < 1:
                 raise ValueError(f"`{name}` is {value}; give one side or (height, width), each at least 1.")
 
     def validate_types(self):

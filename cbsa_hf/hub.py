@@ -6,7 +6,7 @@ from tempfile import TemporaryDirectory
 from huggingface_hub import HfApi, ModelCard
 from huggingface_hub.errors import HFValidationError, HTTPError  # of whichever HTTP client the Hub's library uses
 
-from .checkpoint import checkpoint_task, default_checkpoint, load_checkpoint
+from .checkpoint import default_checkpoint, load_checkpoint
 
 
 REQUIRED_METADATA = ("library_name", "pipeline_tag", "license")
@@ -45,7 +45,7 @@ def push_checkpoint(name: str, checkpoint: str | None = None, private: bool = Fa
         ValueError: not a complete checkpoint with a card, or the Hub refuses; nothing is uploaded but all of it.
     """
     checkpoint = default_checkpoint() if checkpoint is None else checkpoint
-    model, processor = load_checkpoint(checkpoint, checkpoint_task(checkpoint))
+    model, processor = load_checkpoint(checkpoint)
     card = load_card(checkpoint)
     with TemporaryDirectory() as folder:
         model.save_pretrained(folder)

@@ -11,6 +11,9 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from transformers import BaseImageProcessor
 
 
+ImageSource = Image.Image | np.ndarray | str | os.PathLike
+
+
 def to_rgb(image: Image.Image) -> Image.Image:
     """Upright by its EXIF orientation, in RGB: 16-bit greys scaled to 8 bits, transparency laid over white."""
     image = ImageOps.exif_transpose(image)
@@ -44,7 +47,7 @@ def open_image(path: str | os.PathLike) -> Image.Image:
         raise ValueError(f"{path} is damaged or cannot be read: {error}") from error
 
 
-def to_image(source: Image.Image | np.ndarray | str | os.PathLike) -> Image.Image:
+def to_image(source: ImageSource) -> Image.Image:
     """
     A PIL image, a path, or an array (height, width) or (height, width, 3 or 4), uint8 or uint16, as an RGB image.
 
@@ -100,7 +103,7 @@ def follow_edges(maps: torch.Tensor, image: Image.Image, radius: int) -> torch.T
     try:
         from kornia.filters import guided_blur
     except ImportError as error:
-        raise ValueError("Sharp edges need kornia: pip install 'cbsa-hf[sharp]'.") from error
+        raise ValueError("Sharp edges need kornia: `pip install kornia`.") from error
     guide = torch.from_numpy(np.array(image, dtype=np.float32) / 255).permute(2, 0, 1).to(maps.device)
     settings = {"eps": 1e-4, "border_type": "replicate", "subsample": max(1, radius // 4)}
     return guided_blur(guide[None], maps[None].float(), 2 * radius + 1, **settings)[0]

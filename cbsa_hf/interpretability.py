@@ -38,7 +38,10 @@ def watching(model: PreTrainedModel) -> Iterator[PreTrainedModel]:
 
 
 def patch_grid(model: PreTrainedModel, pixel_values: torch.Tensor) -> tuple[int, int]:
-    """(height, width) of the patches of that input."""
+    """(height, width) of the patches of that input; a ValueError when the encoder is not one of this library."""
+    backbone = getattr(model.config, "backbone_config", None)
+    if backbone is not None:
+        raise ValueError(f"This segmenter has a backbone of type {backbone.model_type!r}; only CBSA encoders open up.")
     return model.base_model.embeddings.patch_embeddings.grid(*pixel_values.shape[2:])
 
 
@@ -72,7 +75,7 @@ def attention_maps(
         (layers, batch, heads, grid height, grid width), not negative.
 
     Raises:
-        ValueError: `patch` lies outside the grid.
+        ValueError: `patch` lies outside the grid, or the model has another library's backbone.
     """
     grid = patch_grid(model, pixel_values)
     token = token_index(grid, patch)

@@ -44,7 +44,8 @@ class CBSAModelOutput(BaseModelOutputWithPooling):
         pooler_output: (batch, hidden_size), its CLS token.
         hidden_states: the embeddings and the output of every layer, each (batch, 1 + patches, hidden_size), before the
             final LayerNorm; with `output_hidden_states=True`.
-        attentions: per layer `A^T A`, (batch, heads, tokens, tokens); with `output_attentions=True`.
+        attentions: per layer the token-to-token map, (batch, heads, tokens, tokens), for `"cbsa"` `A^T A`; with
+            `output_attentions=True`.
         representative_attentions: per layer the factor A, (batch, heads, m, tokens), whose rows sum to 1; with
             `output_representative_attentions=True`.
     """
@@ -464,6 +465,11 @@ class CBSAForSemanticSegmentation(CBSAPreTrainedModel):
             outputs = self.cbsa(pixel_values, interpolate_pos_encoding=True, **kwargs)
             grid = self.cbsa.embeddings.patch_embeddings.grid(*pixel_values.shape[2:])
             return outputs.last_hidden_state[:, 1:], grid, outputs
+        if self.is_wanted("output_representative_attentions", kwargs):
+            raise ValueError(
+                f"A backbone of type {self.config.backbone_config.model_type!r} has no `representative_attentions`; "
+                "they are the CBSA encoder's."
+            )
         outputs = self.backbone.forward_with_filtered_kwargs(
             pixel_values.to(self.dtype),
             **{name: self.is_wanted(name, kwargs) for name in ("output_hidden_states", "output_attentions")},
@@ -485,7 +491,8 @@ class CBSAForSemanticSegmentation(CBSAPreTrainedModel):
                 configuration's value counts when not given.
 
         Raises:
-            ValueError: the sizes of image and labels differ, or the decoder has no class tokens.
+            ValueError: the sizes of image and labels differ; or there are no class tokens or representatives whose
+                attention could be returned.
         """
         batch_size, _, height, width = pixel_values.shape
         if labels is not None and labels.shape != (batch_size, height, width):
@@ -538,8 +545,13 @@ class CBSABackbone(BackboneMixin, CBSAPreTrainedModel):
     def forward(self, pixel_values: torch.Tensor, **kwargs: Unpack[TransformersKwargs]) -> BackboneOutput:
         """
         Args:
-            pixel_values, output_*: see [`CBSAModel`].
+            pixel_values, output_hidden_states, output_attentions: see [`CBSAModel`].
+
+        Raises:
+            ValueError: the factor was asked for, for which the output of a backbone has no place.
         """
+        if self.is_wanted("output_representative_attentions", kwargs):
+            raise ValueError("A backbone does not return `representative_attentions`; `CBSAModel` does.")
         outputs = self.cbsa(pixel_values, interpolate_pos_encoding=True, **kwargs)
         grid = self.cbsa.embeddings.patch_embeddings.grid(*pixel_values.shape[2:])
         feature_maps = tuple(

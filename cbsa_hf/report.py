@@ -7,9 +7,10 @@ from tempfile import TemporaryDirectory
 
 import torch
 from PIL import Image
+from torch import nn
 from transformers import BaseImageProcessor, PreTrainedModel
 
-from .attention_cbsa import ContractAndBroadcastSelfAttention, TokenStatisticsSelfAttention, to_pair
+from .attention_cbsa import ContractAndBroadcastSelfAttention, to_pair
 from .charts import line_panels, representative_sheet
 from .figures import attention_grid, overlay_signed
 from .images import to_pixel_values
@@ -49,8 +50,8 @@ def describe_maps(maps: torch.Tensor) -> dict[str, list]:
 
 
 def predictions(model: PreTrainedModel, pixel_values: torch.Tensor, count: int = 5) -> list[dict]:
-    """The most probable classes of one image, most probable first; none without a head."""
-    if model.config.num_labels == 0:
+    """The most probable classes of one image, most probable first; none without a classifier."""
+    if not isinstance(getattr(model, "classifier", None), nn.Linear):
         return []
     with watching(model):
         logits = model(pixel_values.to(model.device), interpolate_pos_encoding=True).logits[0]
@@ -95,12 +96,7 @@ def inspect_attention(
     image: Image.Image, model: PreTrainedModel, pixel_values: torch.Tensor, patch: tuple[int, int] | None
 ) -> Report:
     """The query's row of the token-to-token map that the model returns as its `attentions`."""
-    attention = model.base_model.layers[0].attention
-    if isinstance(attention, TokenStatisticsSelfAttention):
-        formula = "softmax over heads of $W W^T$"
-    else:
-        formula = "$A^T A$" if attention.map_is_gram else "the softmax map from tokens to tokens"
-    what = f"row of {query_name(patch)} in {formula}"
+    what = f"row of {query_name(patch)} in {model.base_model.layers[0].attention.map_formula}"
     exact = "exact" if map_is_exact(model) else "the update is made otherwise"
     maps = attention_maps(model, pixel_values, patch)[:, 0]
     numbers = {"what": what.replace("$", ""), "exact": map_is_exact(model), "picture": "attention.png", "values": maps}
@@ -158,18 +154,18 @@ def inspect_photo(
     patch: tuple[int, int] | None = None,
 ) -> Report:
     """
-    Look at a classifier at work on an RGB image; it is not changed. Lists go over layers, then heads, then what is
+    Look at a model at work on an RGB image; it is not changed. Lists go over layers, then heads, then what is
     looked at. What the attention type does not have is None.
 
     Args:
         image: the photo.
-        model: a CBSA classifier.
+        model: a CBSA model with any head; classifiers say what they see.
         processor: its image processor.
         long_side: pixels that the longer side is resized to.
         patch: (row, column) of the patch whose attention is shown; CLS when None.
 
     Raises:
-        ValueError: `patch` lies outside the grid of patches.
+        ValueError: `patch` lies outside the grid of patches, or the model has another library's backbone.
     """
     pixel_values = to_pixel_values(image, processor, long_side, model.config.patch_size)
     grid = patch_grid(model, pixel_values)

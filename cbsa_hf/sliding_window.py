@@ -9,7 +9,8 @@ from torch.nn import functional as F
 from transformers import BaseImageProcessor, PreTrainedModel
 
 from .attention_cbsa import to_pair
-from .images import follow_edges, to_rgb
+from .images import ImageSource, follow_edges, to_image
+from .interpretability import watching
 
 
 ROWS_AT_A_TIME = 64  # of the result; any number gives the same
@@ -208,10 +209,8 @@ class SlidingWindowSegmenter:
             return min(bounds["max_height"] / height, bounds["max_width"] / width)
         return 1
 
-    @torch.inference_mode()
-    def __call__(self, image: Image.Image) -> np.ndarray:
-        """Class indices, (height, width) of one image of any size and mode."""
-        image = to_rgb(image)
+    def segment(self, image: Image.Image) -> np.ndarray:
+        """Segment one RGB image."""
         base = self.base_scale(image.height, image.width)
         sources = [self.logit_rows(image, base * scale) for scale in self.scales]
         size = image.height, image.width
@@ -221,3 +220,16 @@ class SlidingWindowSegmenter:
             logits = sum(source.resized(first, last, size) for source in sources)
             labels[first:last] = logits.argmax(0).cpu()
         return labels
+
+    def __call__(self, images: ImageSource | Sequence[ImageSource]) -> np.ndarray | list[np.ndarray]:
+        """
+        Class indices, (height, width) of one image or of each of several, of any size and mode: PIL images, arrays or
+        paths.
+
+        Raises:
+            ValueError: an image cannot be read; the message is one sentence for people.
+        """
+        with watching(self.model), torch.inference_mode():
+            if isinstance(images, (list, tuple)):
+                return [self.segment(to_image(image)) for image in images]
+            return self.segment(to_image(images))

@@ -1,6 +1,5 @@
 """Segmentation without labels, by the attention and the tokens of a classifier that never saw a mask."""
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -10,11 +9,8 @@ from PIL import Image
 from torch.nn import functional as F
 from transformers import BaseImageProcessor, PreTrainedModel
 
-from .images import follow_edges, to_image, to_pixel_values
+from .images import ImageSource, follow_edges, to_image, to_pixel_values
 from .token_groups import METHODS, Grouping, Options
-
-
-ImageSource = Image.Image | np.ndarray | str | os.PathLike
 
 
 @dataclass
@@ -98,6 +94,8 @@ class ZeroShotSegmenter:
     ):
         if method not in METHODS:
             raise ValueError(f"`method` is {method!r}; choose one of {', '.join(map(repr, METHODS))}.")
+        if long_side < 1:
+            raise ValueError(f"`long_side` is {long_side}, and has to be at least 1.")
         self.model = model
         self.processor = processor
         self.method = method

@@ -62,6 +62,12 @@ def test_pipeline(shipped, photo):
     assert abs(scores[0]["score"] - expected.max().item()) < 1e-4
 
 
+@pytest.mark.parametrize("function", [default_checkpoint, lambda task: load_checkpoint(task=task)])
+def test_unknown_task(function):
+    with pytest.raises(ValueError, match="There is no task 'semantic'; choose one of 'image-classification', 'sem"):
+        function("semantic")
+
+
 def test_street_scene():
     """Pale above and dark grey below is sky over a road."""
     model, processor = load_checkpoint(task="semantic-segmentation")

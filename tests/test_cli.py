@@ -6,9 +6,16 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from transformers import AutoImageProcessor
+from transformers import AutoImageProcessor, Dinov2Config
 
-from cbsa_hf import SlidingWindowSegmenter, ZeroShotSegmenter, attention_maps, default_checkpoint
+from cbsa_hf import (
+    CBSAConfig,
+    CBSAForSemanticSegmentation,
+    SlidingWindowSegmenter,
+    ZeroShotSegmenter,
+    attention_maps,
+    default_checkpoint,
+)
 from cbsa_hf.cli import main
 from cbsa_hf.images import to_pixel_values
 from cbsa_hf.interpretability import exact_maps
@@ -179,10 +186,39 @@ def check_refusal(arguments, message, folder, capsys):
     assert sorted(folder.rglob("*")) == before
 
 
-@pytest.mark.parametrize(("task", "title"), [("foreground", "image classifier"), ("semantic", "semantic segmenter")])
-def test_model_of_another_task(photo_file, saved_segmenter, tmp_path, capsys, task, title):
-    checkpoint = saved_segmenter if task == "foreground" else default_checkpoint()
-    command = ["segment", str(photo_file), "-o", str(tmp_path / "out.png"), "--task", task]
-    assert main([*command, "--checkpoint", str(checkpoint)]) == 2
-    assert f"{checkpoint} is no {title}: " in capsys.readouterr().err
+def test_classifier_for_semantic_segmentation(photo_file, tmp_path, capsys):
+    command = ["segment", str(photo_file), "-o", str(tmp_path / "out.png"), "--task", "semantic"]
+    assert main([*command, "--checkpoint", default_checkpoint()]) == 2
+    assert f"{default_checkpoint()} is no semantic segmenter: " in capsys.readouterr().err
     assert not (tmp_path / "out.png").exists()
+
+
+@pytest.mark.parametrize("command", ["segment", "attention", "inspect"])
+@pytest.mark.parametrize("kind", ["encoder", "segmenter"])
+def test_any_head(photo_file, tiny_model, shipped, saved_segmenter, tmp_path, command, kind):
+    """A bare encoder, as `cbsa convert` makes of DINOv2, and a segmenter can be looked into as well."""
+    checkpoint = saved_segmenter
+    if kind == "encoder":
+        checkpoint = tmp_path / "encoder"
+        tiny_model.cbsa.save_pretrained(checkpoint)
+        shipped[1].save_pretrained(checkpoint)
+    output = tmp_path / ("report" if command == "inspect" else "out.png")
+    arguments = [command, str(photo_file), "-o", str(output), "--long-side", "48"]
+    assert main([*arguments, "--checkpoint", str(checkpoint)]) == 0
+    if command == "inspect":
+        report = json.loads((output / "report.json").read_text())
+        assert report["predictions"] == []
+        output = output / "attention.png"
+    assert len(set(Image.open(output).convert("L").resize((64, 64)).tobytes())) > 30
+
+
+def test_backbone_of_another_kind(photo_file, tmp_path, capsys):
+    backbone = Dinov2Config(hidden_size=12, num_hidden_layers=1, num_attention_heads=2, image_size=28)
+    model = CBSAForSemanticSegmentation(CBSAConfig(backbone_config=backbone))
+    folder = tmp_path / "segmenter"
+    model.save_pretrained(folder)
+    AutoImageProcessor.from_pretrained(default_checkpoint()).save_pretrained(folder)
+    for command in ("attention", "inspect", "segment"):
+        output = tmp_path / ("report" if command == "inspect" else "out.png")
+        arguments = [command, str(photo_file), "-o", str(output), "--checkpoint", str(folder)]
+        check_refusal(arguments, "This segmenter has a backbone of type 'dinov2'", tmp_path, capsys)

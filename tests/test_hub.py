@@ -34,7 +34,7 @@ def hub(monkeypatch):
     def upload_folder(self, *, repo_id, folder_path, commit_message):
         calls["files"] = {path.name for path in Path(folder_path).iterdir()}
         (architecture,) = AutoConfig.from_pretrained(folder_path).architectures
-        auto_class = getattr(transformers, architecture.replace("CBSA", "AutoModel"))
+        auto_class = getattr(transformers, f"AutoModel{architecture.removeprefix('CBSA').removeprefix('Model')}")
         calls["model"] = auto_class.from_pretrained(folder_path).eval()
         calls["processor"] = AutoImageProcessor.from_pretrained(folder_path)
         calls["card"] = ModelCard.load(Path(folder_path) / "README.md")
@@ -65,6 +65,19 @@ def test_push_of_a_segmenter(hub, tiny_segmenter, saved_segmenter):
     pixel_values = torch.randn(1, 3, 32, 48)
     with torch.no_grad():
         torch.testing.assert_close(hub["model"](pixel_values).logits, tiny_segmenter(pixel_values).logits)
+
+
+def test_push_of_an_encoder(hub, tiny_model, shipped, tmp_path):
+    """As `cbsa convert` makes of DINOv2."""
+    tiny_model.cbsa.save_pretrained(tmp_path)
+    shipped[1].save_pretrained(tmp_path)
+    card = "---\nlicense: mit\nlibrary_name: transformers\npipeline_tag: image-feature-extraction\n---\n"
+    (tmp_path / "README.md").write_text(card)
+    assert main(["push", "somebody/encoder", "--checkpoint", str(tmp_path)]) == 0
+    pixel_values = torch.randn(1, 3, 32, 48)
+    with torch.no_grad():
+        actual, expected = (model(pixel_values).last_hidden_state for model in (hub["model"], tiny_model.cbsa))
+    torch.testing.assert_close(actual, expected)
 
 
 @pytest.fixture

@@ -268,7 +268,15 @@ def test_looking_changes_nothing(tiny_model, photo, shipped):
     assert all(parameter.grad is None and parameter.requires_grad for parameter in model.parameters())
 
 
-@pytest.mark.parametrize("name", ["tssa", "linear", "softmax", "agent"])
+MAPS = {
+    "tssa": "softmax over heads of W W^T",
+    "linear": "A^T A",
+    "softmax": "softmax of scaled Q K^T",
+    "agent": "B A",
+}
+
+
+@pytest.mark.parametrize("name", MAPS)
 def test_report_of_the_family(changed, photo, shipped, tmp_path, name):
     """What an attention type does not have is null, and its pictures are not there."""
     report = inspect_photo(photo, changed(attention_type=name), shipped[1], long_side=48, patch=(0, 1))
@@ -282,6 +290,7 @@ def test_report_of_the_family(changed, photo, shipped, tmp_path, name):
     assert numbers["exact_map"] is None
     assert numbers["representatives"] is None
     assert numbers["attention"]["exact"] == (name != "tssa")
+    assert numbers["attention"]["what"] == f"row of patch (0, 1) in {MAPS[name]}"
     assert (numbers["measures"]["coding_rate_after"] is None) == (name in ("softmax", "agent"))
 
 

@@ -238,6 +238,8 @@ def test_other_backbones(name, tmp_path):
     torch.testing.assert_close(loaded(pixel_values).logits, outputs.logits)
     with pytest.raises(ValueError, match=f"a segmenter with a backbone of type '{name}', not with a CBSA encoder"):
         CBSAModel(config)
+    with pytest.raises(ValueError, match=f"A backbone of type '{name}' has no `representative_attentions`"):
+        model(pixel_values, output_representative_attentions=True)
 
 
 def test_encoder_of_a_classifier(tiny_model, tmp_path):

@@ -179,10 +179,26 @@ def test_other_models_of_transformers(processor, picture):
     assert np.array_equal(labels, expected)
 
 
-def test_any_mode(tiny_segmenter, processor, picture):
+def test_any_source(tiny_segmenter, processor, picture, tmp_path):
     segmenter = SlidingWindowSegmenter(tiny_segmenter, processor)
     grey = picture.convert("L")
-    assert np.array_equal(segmenter(grey), segmenter(grey.convert("RGB")))
+    picture.save(tmp_path / "picture.png")
+    colour = segmenter(picture)
+    several = segmenter([grey, grey.convert("RGB"), np.asarray(picture), tmp_path / "picture.png"])
+    assert np.array_equal(several[0], several[1])
+    assert np.array_equal(several[2], colour)
+    assert np.array_equal(several[3], colour)
+    with pytest.raises(ValueError, match=r"There is no file nothing\.png"):
+        segmenter("nothing.png")
+
+
+def test_a_model_in_training_is_not_changed(tiny_segmenter, processor, picture):
+    expected = SlidingWindowSegmenter(tiny_segmenter, processor)(picture)
+    state = {name: tensor.clone() for name, tensor in tiny_segmenter.state_dict().items()}
+    tiny_segmenter.train()
+    assert np.array_equal(SlidingWindowSegmenter(tiny_segmenter, processor)(picture), expected)
+    assert all(torch.equal(state[name], tensor) for name, tensor in tiny_segmenter.state_dict().items())
+    assert tiny_segmenter.training
 
 
 LARGE = """

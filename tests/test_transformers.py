@@ -102,6 +102,8 @@ def test_backbone_stages(tiny_config):
     backbone = AutoBackbone.from_config(tiny_config)
     assert isinstance(backbone, CBSABackbone)
     assert backbone.out_features == ["stage1", "stage2"]
+    with pytest.raises(ValueError, match="A backbone does not return `representative_attentions`"):
+        backbone(torch.randn(1, 3, 32, 48), output_representative_attentions=True)
 
 
 @pytest.fixture

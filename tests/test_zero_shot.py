@@ -296,6 +296,7 @@ def test_sharp_edges_need_kornia(shipped, photo, monkeypatch):
         ({"head": 3}, "`head` is 3"),
         ({"num_segments": 1}, "`num_segments` is 1"),
         ({"attention_weight": 1.5}, "`attention_weight` is 1.5"),
+        ({"long_side": 0}, "`long_side` is 0, and has to be at least 1"),
     ],
 )
 def test_arguments_are_checked(shipped, values, message):
