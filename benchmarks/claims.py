@@ -6,8 +6,8 @@ Check the claims of the paper at a size that two cores can do, and write what wa
 
 FOLDER is what `training/compare.py` writes: classifiers trained alike but for their attention, in subfolders `cbsa-0`,
 `mssa-0`, `tssa-0` and `softmax-0`.
-What is not given is not run, and the page says so. Trained models and scores are kept in `--cache_dir`, so that a run
-that was interrupted goes on where it was.
+What is not given is not run; the page says so, or has what was found before. Trained models and scores are kept in
+`--cache_dir`, so that a run that was interrupted goes on where it was.
 """
 
 import json
@@ -133,7 +133,7 @@ def write_page(output: Path, cache: Path):
         "Written by `python benchmarks/claims.py --dataset_name ../shared/data/imagenette-128 --masks_name "
         "../shared/data/coco128-seg --checkpoints FOLDER`. Everything here is small: models of one to two million "
         "parameters or less, ten classes, minutes on two cores. *Holds here* and *does not hold here* speak of that "
-        "scale and no other; *cannot tell* means that the seeds disagree or the difference is too small.\n"
+        "scale and no other; *cannot tell* means that models or seeds disagree or the difference is too small.\n"
     )
     page = "\n".join([introduction, table(["", "claim", "verdict"], summary), "", "\n\n".join(sections)]) + "\n"
     partial = output.with_name(f".{output.name}.partial")
@@ -158,7 +158,8 @@ def main(args: Arguments):
     for number in args.claims:
         started = time.time()
         finding = CLAIMS[number][1](bench)
-        save_finding(number, finding, time.time() - started, cache, output.parent)
+        if finding.run or not (cache / f"claim-{number}.json").is_file():  # what was found before stays
+            save_finding(number, finding, time.time() - started, cache, output.parent)
         for part, (verdict, reason) in finding.verdicts.items():
             print(f"{number}. {part}: {verdict}; {reason}", flush=True)
     write_page(output, cache)

@@ -20,15 +20,16 @@ ROOT = Path(__file__).resolve().parents[1]
 NO_DATA = "no `--dataset_name` was given."
 
 
-def digest_of(*paths: Path) -> str:
-    return hashlib.sha256(b"".join(path.read_bytes() for path in paths)).hexdigest()[:12]
+def digest_of(text: str, *paths: Path) -> str:
+    return hashlib.sha256(b"".join([text.encode(), *(path.read_bytes() for path in paths)])).hexdigest()[:12]
 
 
 def score_masks(bench: Workbench, name: str, checkpoint: str) -> dict[str, float]:
-    """What `training/score.py` says of a checkpoint's masks; from the cache unless weights or code have changed."""
+    """What `training/score.py` says of a checkpoint's masks; from the cache unless data, weights or code changed."""
     code = [ROOT / "training" / name for name in ("score.py", "zero_shot_evaluation.py")]
-    code += [ROOT / "cbsa_hf" / name for name in ("zero_shot.py", "token_groups.py", "spectral.py")]
-    digest = digest_of(Path(checkpoint) / "model.safetensors", Path(checkpoint) / "config.json", *code)
+    code += sorted((ROOT / "cbsa_hf").glob("*.py"))
+    weights = [Path(checkpoint) / name for name in ("model.safetensors", "config.json")]
+    digest = digest_of(bench.masks_name, *weights, *code)
     output = bench.cache / f"masks-{name}-{digest}.json"
     if not output.is_file():
         partial = output.with_suffix(".partial")
@@ -55,21 +56,22 @@ def zero_shot_segmentation(bench: Workbench) -> Finding:
     names = list(dict.fromkeys(key for found in scores.values() for key in found))
     rows = [[key, *(f"{found[key]:.3f}" if key in found else "" for found in scores.values())] for key in names]
 
-    ours, margin = scores.get("cbsa", scores["shipped"]).get("attention"), 0.02
-    trivial = max((scores["shipped"][key] for key in ("everything", "centred ellipse", "two colours")), default=None)
-    if ours is None or trivial is None:
-        verdicts = dict.fromkeys(parts, (OPEN, "the scores have no `attention`."))
+    margin = 0.02
+    attention = {name: found["attention"] for name, found in scores.items()}
+    trivial = max(scores["shipped"][key] for key in ("everything", "centred ellipse", "two colours"))
+    ours = {name: attention[name] for name in ("shipped", "cbsa") if name in attention}
+    best, worst = max(ours.values()), min(ours.values())
+    verdict = HOLDS if worst > trivial + margin else FAILS if best < trivial else OPEN
+    listed = ", ".join(f"{value:.3f} ({name})" for name, value in ours.items())
+    verdicts = {parts[0]: (verdict, f"the attention of CLS has {listed}; the best trivial mask {trivial:.3f}.")}
+    others = {name: attention[name] for name in ("mssa", "softmax") if name in attention}
+    if not others or "cbsa" not in attention:
+        verdicts[parts[1]] = (NOT_RUN, "it needs `--checkpoints` with `cbsa`, `mssa` and `softmax`.")
     else:
-        verdict = HOLDS if ours > trivial + margin else FAILS if ours < trivial else OPEN
-        verdicts = {parts[0]: (verdict, f"the attention of CLS has {ours:.3f}, the best trivial mask {trivial:.3f}.")}
-        others = {name: scores[name]["attention"] for name in ("mssa", "softmax") if name in scores}
-        if not others or "cbsa" not in scores:
-            verdicts[parts[1]] = (NOT_RUN, "it needs `--checkpoints` with `cbsa`, `mssa` and `softmax`.")
-        else:
-            ahead = [ours - other for other in others.values()]
-            verdict = HOLDS if min(ahead) > margin else FAILS if max(ahead) < -margin else OPEN
-            listed = ", ".join(f"{name} {value:.3f}" for name, value in others.items())
-            verdicts[parts[1]] = (verdict, f"cbsa has {ours:.3f}, {listed}; differences below {margin} count as none.")
+        ahead = [attention["cbsa"] - other for other in others.values()]
+        verdict = HOLDS if min(ahead) > margin else FAILS if max(ahead) < -margin else OPEN
+        listed = ", ".join(f"{name} {value:.3f}" for name, value in ({"cbsa": attention["cbsa"]} | others).items())
+        verdicts[parts[1]] = (verdict, f"{listed}; differences below {margin} count as none.")
     return Finding(run, verdicts, [table(["mean IoU of the foreground", *scores], rows)])
 
 
@@ -125,12 +127,15 @@ def objective(bench: Workbench) -> Finding:
         eps_rows.append([eps, *(f"{share:.0%}" for share in shares)])
 
     shipped, verdicts = measured["shipped"], {}
+    ours = [name for name in measured if name in ("shipped", "cbsa") or name.startswith("small cbsa")]
     for part, kind in zip(parts, ("normalised_coding_rate", "coding_rate"), strict=False):
-        share = falls["shipped"][kind]
-        verdict = HOLDS if share >= 0.9 else FAILS if share <= 0.1 else OPEN
-        verdicts[part] = (verdict, f"it falls in {share:.0%} of the shipped model's heads, by the mean over images.")
+        shares = [falls[name][kind] for name in ours]
+        verdict = HOLDS if min(shares) >= 0.9 else FAILS if max(shares) <= 0.1 else OPEN
+        listed = ", ".join(f"{name} ({share:.0%})" for name, share in zip(ours, shares, strict=True))
+        verdicts[part] = (verdict, f"share of the heads in which it falls, by the mean over images: {listed}.")
     sparser = (shipped.sparsity_after.mean(0) > shipped.sparsity_before.mean(0)).double().mean().item()
-    reason = f"Hoyer sparsity rises in {sparser:.0%} of the layers, and {shipped.zeros_after.mean():.0%} become 0."
+    zeros = shipped.zeros_after.mean()
+    reason = f"Hoyer sparsity rises in {sparser:.0%} of the shipped model's layers, and {zeros:.0%} become 0."
     verdicts[parts[2]] = (HOLDS if sparser == 1 else FAILS if sparser == 0 else OPEN, reason)
 
     layers = list(range(shipped.zeros_after.shape[1]))

@@ -46,11 +46,15 @@ class Recipe:
 
 @dataclass
 class Thumbnails:
-    """`pixel_values` (images, 3, size, size) from -1 to 1, `labels` (images,), and how many classes there are."""
+    """
+    `pixel_values` (images, 3, size, size) from -1 to 1, `labels` (images,), how many classes there are, and what tells
+    these images from others.
+    """
 
     pixel_values: torch.Tensor
     labels: torch.Tensor
     num_labels: int
+    digest: str
 
     def batches(self, size: int = 256) -> list[tuple[torch.Tensor, torch.Tensor]]:
         return [*zip(self.pixel_values.split(size), self.labels.split(size), strict=True)]
@@ -62,7 +66,9 @@ def make_thumbnails(dataset: Dataset, image_column: str, label_column: str, size
         [np.asarray(row.convert("RGB").resize((size, size), Image.BILINEAR)) for row in dataset[image_column]]
     )
     pixel_values = torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 127.5 - 1
-    return Thumbnails(pixel_values, torch.tensor(dataset[label_column]), dataset.features[label_column].num_classes)
+    labels = np.array(dataset[label_column])
+    digest = hashlib.sha256(pixels.tobytes() + labels.tobytes()).hexdigest()
+    return Thumbnails(pixel_values, torch.from_numpy(labels), dataset.features[label_column].num_classes, digest)
 
 
 def augment(images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
@@ -133,7 +139,7 @@ def small_model(
                 torch.nn.init.normal_(module.weight, std=learned_std)
         return train(model, data, recipe, recipe.num_epochs, seed)
 
-    key = {"name": f"{name}-{seed}", "recipe": asdict(recipe), "images": len(data.labels), "values": values}
+    key = {"name": f"{name}-{seed}", "recipe": asdict(recipe), "images": data.digest, "values": values}
     return remember(folder, key, build)
 
 
@@ -150,7 +156,7 @@ def fine_tuned(
         gentle = Recipe(**{**asdict(recipe), "learning_rate": recipe.learning_rate / 4})
         return train(adapted, data, gentle, max(1, recipe.num_epochs // 2), seed)
 
-    key = {"name": f"{name}-{seed}", "recipe": asdict(recipe), "images": len(data.labels), "values": values}
+    key = {"name": f"{name}-{seed}", "recipe": asdict(recipe), "images": data.digest, "values": values}
     return remember(folder, key, build)
 
 

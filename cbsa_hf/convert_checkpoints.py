@@ -322,11 +322,10 @@ layers of width {config.hidden_size} with {config.num_attention_heads} heads{dec
 {attribution} {licence}
 
 ```python
-import cbsa_hf
 from transformers import AutoImageProcessor, {auto_class}
 
 processor = AutoImageProcessor.from_pretrained("{name}")
-model = {auto_class}.from_pretrained("{name}")
+model = {auto_class}.from_pretrained("{name}", trust_remote_code=True)
 ```
 """
 

@@ -29,6 +29,24 @@ def load_card(checkpoint: str) -> ModelCard:
     return card
 
 
+def address(text: str, folder: str, name: str, auto_class: str) -> str:
+    """The text of a card, its example loading what is published under `name`; one is added where there is none."""
+    text = text.replace(f'from_pretrained("{folder}"', f'from_pretrained("{name}"')
+    if f'from_pretrained("{name}"' in text:
+        return text
+    return f"""{text.rstrip()}
+
+## From the Hub
+
+```python
+from transformers import AutoImageProcessor, {auto_class}
+
+processor = AutoImageProcessor.from_pretrained("{name}")
+model = {auto_class}.from_pretrained("{name}", trust_remote_code=True)
+```
+"""
+
+
 def push_checkpoint(name: str, checkpoint: str | None = None, private: bool = False) -> str:
     """
     Publish a checkpoint with the code that `trust_remote_code=True` runs.
@@ -47,6 +65,8 @@ def push_checkpoint(name: str, checkpoint: str | None = None, private: bool = Fa
     checkpoint = default_checkpoint() if checkpoint is None else checkpoint
     model, processor = load_checkpoint(checkpoint)
     card = load_card(checkpoint)
+    auto_class = f"AutoModel{type(model).__name__.removeprefix('CBSA').removeprefix('Model')}"
+    card.text = address(card.text, Path(checkpoint).name, name, auto_class)
     with TemporaryDirectory() as folder:
         model.save_pretrained(folder)
         processor.save_pretrained(folder)

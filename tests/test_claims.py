@@ -58,6 +58,7 @@ def test_small_models_learn_and_are_remembered(bench):
     trained = load_file(folder / "model.safetensors")
     bench.training_set.pixel_values.zero_()  # nothing could be learned any more
     again = bench.small("cbsa", 0, attention_type="cbsa")
+    assert bench.training_set.digest != bench.validation_set.digest  # other images have models of their own
     assert all(torch.equal(again.state_dict()[name], tensor) for name, tensor in trained.items())
 
 
@@ -143,6 +144,10 @@ def test_page(tmp_path, monkeypatch, capsys):
         in page
     )
     assert "**not run**; no `--masks_name` was given." in page
+    found = {"run": "Once.", "verdicts": {"a part": ["holds here", "by far."]}, "tables": [], "picture": None}
+    (cache / "claim-1.json").write_text(json.dumps(found | {"seconds": 1, "machine": "any"}))
+    main(Arguments(claims=[1], cache_dir=str(cache), output=str(output)))
+    assert "- a part: **holds here**; by far." in output.read_text()  # what cannot be run replaces nothing
     assert sorted(path.name for path in output.parent.iterdir()) == ["claim-5.png", "claim-6.png", "claims.md"]
     # 2 N d^2 + 3 N m d, and 2 m^2 d within the contraction; N = 16385.
     count = 2 * 16385 * 192**2 + 3 * 16385 * 64 * 192 + 2 * 64**2 * 192

@@ -53,6 +53,9 @@ def test_push(hub, shipped, photo, capsys):
     assert (metadata.library_name, metadata.pipeline_tag) == ("transformers", "image-classification")
     assert metadata.eval_results[0].metric_type == "accuracy"
     assert metadata.datasets == ["frgfm/imagenette"]
+    # An example of the name that it is published under, which runs without this package.
+    loaded = 'AutoModelForImageClassification.from_pretrained("somebody/cbsa-tiny-imagenette", trust_remote_code=True)'
+    assert f"\nmodel = {loaded}\n" in hub["card"].text
     inputs = hub["processor"](photo, return_tensors="pt")
     with torch.no_grad():
         torch.testing.assert_close(hub["model"](**inputs).logits, shipped[0](**inputs).logits)
@@ -72,12 +75,14 @@ def test_push_of_an_encoder(hub, tiny_model, shipped, tmp_path):
     tiny_model.cbsa.save_pretrained(tmp_path)
     shipped[1].save_pretrained(tmp_path)
     card = "---\nlicense: mit\nlibrary_name: transformers\npipeline_tag: image-feature-extraction\n---\n"
-    (tmp_path / "README.md").write_text(card)
+    example = 'model = AutoModel.from_pretrained("{}", trust_remote_code=True)'  # as `cbsa convert` writes it
+    (tmp_path / "README.md").write_text(card + example.format(tmp_path.name))
     assert main(["push", "somebody/encoder", "--checkpoint", str(tmp_path)]) == 0
     pixel_values = torch.randn(1, 3, 32, 48)
     with torch.no_grad():
         actual, expected = (model(pixel_values).last_hidden_state for model in (hub["model"], tiny_model.cbsa))
     torch.testing.assert_close(actual, expected)
+    assert hub["card"].text.strip() == example.format("somebody/encoder")
 
 
 @pytest.fixture
