@@ -1,4 +1,4 @@
-"""Segmentation without labels, by the attention and the tokens of a classifier that never saw a mask."""
+"""Segmentation without labels, by the tokens and the attention of a classifier that never saw a mask."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -1,7 +1,8 @@
 """
-The published sizes of CBT, CRATE and ToST, as configurations: `cbt-tiny` ... `tost-large`.
+The published sizes of CBT, and CRATE and ToST of the same widths: configurations `cbt-tiny` ... `tost-large`.
 
-All have the convolutional stem, as the CBSA paper compares them; CRATE's own is `patch_embedding_type="patchify"`.
+All have the convolutional stem, as the CBSA paper compares them. CRATE as published has `patch_embedding_type="patchify"`
+and is wider: 384, 576, 768 and 1024.
 """
 
 from pathlib import Path
