@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, fields
 
 import torch
+from torch import nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
@@ -22,19 +23,26 @@ from .attention_cbsa import (
 
 
 @contextmanager
-def watching(model: PreTrainedModel) -> Iterator[PreTrainedModel]:
+def evaluating(model: nn.Module) -> Iterator[nn.Module]:
     """
-    The encoder of a model with any head, in evaluation mode and without gradients; afterwards every module is in the
-    mode that it was in, so that batch norm has counted nothing of what was shown.
+    A model in evaluation mode and without gradients; afterwards every module is in the mode that it was in, so that
+    batch norm has counted nothing of what was shown.
     """
     training = {module: module.training for module in model.modules()}
     model.eval()
     try:
         with torch.no_grad():
-            yield model.base_model
+            yield model
     finally:
         for module, mode in training.items():
             module.training = mode
+
+
+@contextmanager
+def watching(model: PreTrainedModel) -> Iterator[PreTrainedModel]:
+    """The encoder of a model with any head, [`evaluating`]."""
+    with evaluating(model):
+        yield model.base_model
 
 
 def patch_grid(model: PreTrainedModel, pixel_values: torch.Tensor) -> tuple[int, int]:

@@ -10,7 +10,7 @@ from torch.func import functional_call
 from transformers import PreTrainedModel
 
 from .attention_cbsa import SharedProjectionSelfAttention
-from .interpretability import patch_grid, watching
+from .interpretability import evaluating, patch_grid, watching
 
 
 def coding_rate(tokens: torch.Tensor, eps: float = 0.5) -> torch.Tensor:
@@ -186,7 +186,7 @@ def accuracy_under_noise(
         seed: of the noise.
     """
     accuracies = []
-    with watching(model):
+    with evaluating(model):
         for scale in scales:
             weights = noisy_projections(model, scale, torch.Generator().manual_seed(seed))
             hits = [

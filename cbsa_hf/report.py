@@ -14,7 +14,7 @@ from .attention_cbsa import ContractAndBroadcastSelfAttention, to_pair
 from .charts import line_panels, representative_sheet
 from .figures import attention_grid, overlay_signed
 from .images import to_pixel_values
-from .interpretability import ExactMap, attention_maps, exact_maps, map_is_exact, patch_grid, token_index, watching
+from .interpretability import ExactMap, attention_maps, evaluating, exact_maps, map_is_exact, patch_grid, token_index
 from .measures import LayerMeasures, effective_count, measure_layers
 
 
@@ -53,7 +53,7 @@ def predictions(model: PreTrainedModel, pixel_values: torch.Tensor, count: int =
     """The most probable classes of one image, most probable first; none without a classifier."""
     if not isinstance(getattr(model, "classifier", None), nn.Linear):
         return []
-    with watching(model):
+    with evaluating(model):
         logits = model(pixel_values.to(model.device), interpolate_pos_encoding=True).logits[0]
     probabilities, classes = logits.float().softmax(-1).topk(min(count, len(logits)))
     names = [model.config.id2label[index] for index in classes.tolist()]

@@ -10,7 +10,7 @@ from transformers import BaseImageProcessor, PreTrainedModel
 
 from .attention_cbsa import to_pair
 from .images import ImageSource, follow_edges, to_image
-from .interpretability import watching
+from .interpretability import evaluating
 
 
 ROWS_AT_A_TIME = 64  # of the result; any number gives the same
@@ -229,7 +229,7 @@ class SlidingWindowSegmenter:
         Raises:
             ValueError: an image cannot be read; the message is one sentence for people.
         """
-        with watching(self.model), torch.inference_mode():
+        with evaluating(self.model), torch.inference_mode():
             if isinstance(images, (list, tuple)):
                 return [self.segment(to_image(image)) for image in images]
             return self.segment(to_image(images))

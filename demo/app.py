@@ -23,8 +23,8 @@ MEAN = "mean"
 
 INTRODUCTION = """
 # Contract-and-Broadcast Self-Attention
-**Drop a photo.** The mask is cut by the patch features of a small classifier that never saw a mask, and the attention of
-its CLS token; the map shows how strongly each patch is tied to that token, in the layer and head you choose.
+**Drop a photo.** The mask is cut by the patch features and the attention of a small classifier that never saw a mask;
+the map shows how strongly each patch is tied to the CLS token, in the layer and head you choose.
 """
 
 

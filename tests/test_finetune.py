@@ -156,7 +156,7 @@ def test_segmentation_learns_and_scores_each_image_once(classifier, masks, tmp_p
         ([*SEGMENTATION, "--window", "8", "8", "8"], "8 8 8 is not a size; give a height and a width, or one side."),
         ([*SEGMENTATION, "--image_size=0"], "`--image_size` is 0, and has to be at least 1."),
         ([*SEGMENTATION, "--id2label=nowhere.json"], "The names of the classes are not in nowhere.json"),
-        ([*SEGMENTATION, "--model_name_or_path=nobody/nothing"], "nobody/nothing is neither a folder nor a hub id"),
+        ([*SEGMENTATION, "--model_name_or_path=nobody/nothing"], "nobody/nothing is neither a folder with a complete"),
     ],
 )
 def test_bad_input(masks, tmp_path, arguments, message):

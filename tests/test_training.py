@@ -12,11 +12,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from conftest import ROOT
 from datasets import ClassLabel, Dataset, Features, Image
 from PIL import Image as PILImage
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch.nn import functional as F
 
 from cbsa_hf import load_checkpoint
 
@@ -209,7 +211,13 @@ def test_two_processes_learn_as_one(data, tmp_path, reading):
         pretrain(data, folder, *arguments, processes=processes)
         results = json.loads((folder / "results.json").read_text())
         assert (results["processes"], results["step"]) == (processes, 12)
-        assert results["metrics"]["accuracy"] * 7 == pytest.approx(round(results["metrics"]["accuracy"] * 7))
+        rows = Dataset.from_parquet(str(data / "validation-00000-of-00001.parquet"))
+        model, processor = load_checkpoint(str(folder))
+        labels = torch.tensor(rows["kind"][:])
+        with torch.no_grad():
+            logits = model(**processor(rows["picture"][:], return_tensors="pt")).logits
+        assert results["metrics"]["accuracy"] == (logits.argmax(-1) == labels).sum().item() / 7
+        assert results["metrics"]["loss"] == pytest.approx(F.cross_entropy(logits, labels).item(), abs=1e-5)
         (events,) = [path for path in folder.rglob("events.out.*") if path.parent.name == "pretrain"]
         losses.append([event.value for event in EventAccumulator(str(events)).Reload().Scalars("train/loss")])
     assert len(losses[0]) == 12
@@ -302,6 +310,7 @@ def test_corrupt_images_are_skipped(data, tmp_path):
         (["--image_column", "photo"], "has no column 'photo'; it has picture, kind"),
         (["--label_column", "picture"], "needs an `Image` and a `ClassLabel` column"),
         (["--batch_size", "32"], "24 training images are less than one batch of 32"),
+        (["--num_epochs", "0"], "`--num_epochs` is 0, and has to be at least 1"),
         (["--gradient_accumulation_steps", "3"], "`--batch_size 8` is not a multiple of 3"),
         (["--resume_from_checkpoint", "last"], "There is no checkpoint in"),
         (

@@ -19,6 +19,7 @@ from accelerate import Accelerator
 from arguments import parse_arguments
 from classification import Classification, ClassificationArguments, build_validation, train_classifier
 from data import class_names, find_columns
+from heads import load_for_classes
 from loop import build_accelerator, load_splits
 from torch import nn
 from torch.nn import functional as F
@@ -94,12 +95,10 @@ def replace_attention(
     A copy of a ViT with another attention, and a new classifier where the classes are others. `agent` takes over every
     weight. `cbsa` has one projection for the three, which starts as that of the keys, without its bias.
     """
-    labels = {"id2label": dict(enumerate(names)), "label2id": {name: i for i, name in enumerate(names)}}
+    changes = {"attention_type": attention_type, **changes}
     with TemporaryDirectory() as folder:
         original.save_pretrained(folder)
-        model = AutoModelForImageClassification.from_pretrained(
-            folder, attention_type=attention_type, ignore_mismatched_sizes=True, **labels, **changes
-        )
+        model = load_for_classes(AutoModelForImageClassification, folder, dict(enumerate(names)), **changes)
     if attention_type == "cbsa":
         with torch.no_grad():
             for layer, source in zip(model.base_model.layers, original.base_model.layers, strict=True):

@@ -53,6 +53,7 @@ def write_card(output_dir: Path, model: PreTrainedModel, results: dict, metric: 
         model_name=name,
         eval_results=scores,
     )
+    step = results["best_step" if arguments["keep_best"] else "step"]
     shown = "\n".join(f"| {key} | {value:.4f} |" for key, value in metrics.items())
     parameters = sum(parameter.numel() for parameter in model.parameters())
     (output_dir / "README.md").write_text(f"""---
@@ -68,7 +69,7 @@ def write_card(output_dir: Path, model: PreTrainedModel, results: dict, metric: 
 - **Time**: {results["seconds"] / 60:.1f} minutes, {results["step"]} steps of {arguments["batch_size"]} images
 - **Limits, and the licence of the data**: to be filled in by whoever publishes this.
 
-| `{arguments["validation_split"]}` | |
+| `{arguments["validation_split"]}` | after step {step} |
 |---|---|
 {shown}
 """)

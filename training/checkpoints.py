@@ -40,6 +40,10 @@ def checkpoint_path(output_dir: Path, step: int) -> Path:
     return output_dir / f"checkpoint-{step:08d}"
 
 
+def read_progress(checkpoint: Path) -> Progress:
+    return Progress(**json.loads((checkpoint / "progress.json").read_text()))
+
+
 def find_checkpoint(name: str, output_dir: Path) -> Path:
     """The checkpoint folder that `--resume_from_checkpoint` means; a ValueError says when there is none."""
     if name == "last":
@@ -50,6 +54,24 @@ def find_checkpoint(name: str, output_dir: Path) -> Path:
     if not (Path(name) / "progress.json").is_file():
         raise ValueError(f"{name} is not a checkpoint of this script.")
     return Path(name)
+
+
+def check_folder(output_dir: Path, progress: Progress, keep_best: bool):
+    """
+    Raises:
+        ValueError: a run that goes on from there in that folder would take older checkpoints for its newest, or end
+            without its best.
+    """
+    newest = max(output_dir.glob(CHECKPOINTS), default=None)
+    if newest is not None and newest > checkpoint_path(output_dir, progress.step):
+        raise ValueError(
+            f"{output_dir} holds {newest.name}, beyond step {progress.step}, where this run starts: resume with "
+            "`--resume_from_checkpoint last`, choose another `--output_dir`, or remove the checkpoints beyond."
+        )
+    if keep_best and progress.best_step is not None:
+        best = checkpoint_path(output_dir, progress.best_step)
+        if not best.exists():
+            raise ValueError(f"`--keep_best` needs {best.name}, the best so far: copy it to {output_dir}.")
 
 
 def save_checkpoint(
@@ -103,7 +125,7 @@ def load_state(accelerator: Accelerator, checkpoint: Path, average: AveragedMode
         accelerator.load_state(checkpoint)
         if average is not None:
             average.load_state_dict(load_file(checkpoint / "average.safetensors"))
-        return Progress(**json.loads((checkpoint / "progress.json").read_text()))
+        return read_progress(checkpoint)
     except (OSError, RuntimeError, SafetensorError, ValueError, TypeError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ValueError(f"The checkpoint {checkpoint} is damaged or not of this run: {reason}") from error

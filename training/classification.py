@@ -9,7 +9,7 @@ import torch
 from accelerate import Accelerator
 from data import TrainingImages, ValidationImages
 from datasets import Dataset
-from distillation import TaughtImages, Teacher, build_teaching, prepare_teacher, write_answers
+from distillation import TaughtImages, Teacher, build_teaching, check_answers, prepare_teacher, write_answers
 from evaluation import evaluate_classifier
 from loop import TrainingArguments, build_loader, train
 from torch import nn
@@ -170,6 +170,7 @@ def train_classifier(
             with accelerator.main_process_first():
                 if not answers.exists():
                     write_answers(teacher, train_images, processor, size, answers)
+            check_answers(teacher, train_images, size, answers)
             train_images = TaughtImages(teacher, answers, **augmentation)
     if task is None:
         task = Classification(model, args.label_smoothing, teacher, args.logits_weight, args.maps_weight)

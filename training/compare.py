@@ -4,10 +4,10 @@ Train members of the family with the same budget and seeds, and write a table of
     accelerate launch training/compare.py --config training/recipes/comparison.yaml --output_dir runs/comparison \
         --dataset_name ../shared/data/imagenette-128 --masks_name ../shared/data/coco128-seg
 
-Takes every option of `pretrain.py`. What is there already is not trained again, and what was interrupted goes on.
-Throughput is measured side by side: the members take turns, and the median of their turns counts. Zero-shot
-segmentation is scored by the foreground's intersection over union: of `ncut` as it is by default, and of `attention`,
-the attention of CLS alone.
+Takes every option of `pretrain.py` but those that are each run's own. What is there already is not trained again, and
+what was interrupted goes on. Throughput is measured side by side: the members take turns, and the median of their
+turns counts. Zero-shot segmentation is scored by the foreground's intersection over union: of `ncut` as it is by
+default, and of `attention`, the attention of CLS alone.
 """
 
 import dataclasses
@@ -53,6 +53,13 @@ class Arguments(pretrain.Arguments):
         default=None, metadata={"help": "images with masks, to score zero-shot segmentation on; default: not scored"}
     )
     masks_split: str = field(default="train", metadata={"help": "split of these"})
+
+    # Each run's own, so not options.
+    attention_type: None = field(default=None, init=False)
+    feed_forward_type: None = field(default=None, init=False)
+    seed: int = field(default=0, init=False)
+    resume_from_checkpoint: None = field(default=None, init=False)
+    push_to_hub: None = field(default=None, init=False)
 
 
 def train_member(args: Arguments, member: str, seed: int) -> Path:
@@ -105,7 +112,8 @@ def images_per_second(models: dict[str, PreTrainedModel], pixel_values: torch.Te
 
 def zero_shot_scores(folder: Path, images: MaskedImages) -> dict[str, float]:
     """Mean intersection over union of the foreground, by the name of the method."""
-    segmenters = build_segmenters(*load_checkpoint(str(folder)))
+    model, processor = load_checkpoint(str(folder))
+    segmenters = build_segmenters(model.to(PartialState().device), processor)
     chosen = {name: segmenters[name] for name in METHODS.values()}
     return evaluate_zero_shot(partial(model_results, chosen), images.readable())
 

@@ -44,7 +44,8 @@ def load_images(
         streaming: read it as it comes, not before.
 
     Raises:
-        ValueError: nothing of that name, or no such configuration; or its columns are not known before it is read.
+        ValueError: nothing of that name, or no such configuration; a script, which `datasets` does not run; or columns
+            that are not known before they are read.
     """
     try:
         if name.endswith(".parquet"):
@@ -56,6 +57,8 @@ def load_images(
             f"{name} is neither a folder or Parquet file with images, nor the id of a data set that can be reached on "
             "the Hub."
         ) from error
+    except RuntimeError as error:  # of a data set that is a script
+        raise ValueError(f"{name} cannot be loaded: {error}.") from error
     if any(split.features is None for split in splits.values()):
         raise ValueError(f"What columns {name} has is not known before it is read: leave out `--streaming`.")
     return splits

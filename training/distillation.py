@@ -1,6 +1,8 @@
 """Teachers: frozen classifiers whose logits and feature maps a model learns to predict."""
 
 import inspect
+import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,6 +15,10 @@ from torch import nn
 from torch.nn import functional as F
 from tqdm.auto import tqdm
 from transformers import AutoImageProcessor, AutoModelForImageClassification, BaseImageProcessor
+from transformers.utils import ModelOutput
+
+
+PROBE_SIZE = 224  # pixels, which the usual strides divide
 
 
 class EfficientNetLite(nn.Module):
@@ -73,33 +79,58 @@ class EfficientNetLite(nn.Module):
 
 class AutoTeacher(nn.Module):
     """
-    Any `AutoModelForImageClassification`, by folder or hub id. Its feature map is its last hidden state, as a map.
+    An `AutoModelForImageClassification`, by folder or hub id. Its feature map is its last hidden state, as a map; what
+    stride and width that has, two black images tell.
 
     Raises:
-        ValueError: there is no such model.
+        ValueError: there is no such model, or its last hidden state is no map.
     """
 
     def __init__(self, name: str):
         super().__init__()
         try:
-            self.network = AutoModelForImageClassification.from_pretrained(name)
+            self.network = AutoModelForImageClassification.from_pretrained(name, dtype=torch.float32).eval()
             processor = AutoImageProcessor.from_pretrained(name)
         except OSError as error:
             raise ValueError(
                 f"The teacher {name} is neither `efficientnet-lite0`, 1 or 2, nor a folder or hub id of a classifier."
             ) from error
-        config = self.network.config
         self.image_mean, self.image_std = tuple(processor.image_mean), tuple(processor.image_std)
-        self.stride = getattr(config, "patch_size", 32)
-        self.widths = [config.hidden_size if hasattr(config, "hidden_size") else config.hidden_sizes[-1]]
         self.ratios = (1,)
-        self.num_labels = config.num_labels
-        self.label2id = config.label2id
+        self.num_labels = self.network.config.num_labels
+        self.label2id = self.network.config.label2id
         self.interpolates = "interpolate_pos_encoding" in inspect.signature(self.network.forward).parameters
+        try:
+            self.stride, width = self.probe()
+        except (AttributeError, IndexError, RuntimeError, TypeError, ValueError) as error:
+            raise ValueError(
+                f"{name} cannot teach: its last hidden state is no map of the image that grows as the image does."
+            ) from error
+        self.widths = [width]
+
+    @torch.no_grad()
+    def probe(self) -> tuple[int, int]:
+        """Stride and channels of the feature map; any of several errors if there is none."""
+        square, wide = (
+            self.look(torch.zeros(1, 3, PROBE_SIZE, columns)).hidden_states[-1]
+            for columns in (PROBE_SIZE, 2 * PROBE_SIZE)
+        )
+        if square.ndim == 3:  # as many tokens more as the square has patches
+            rows, width = math.isqrt(wide.shape[1] - square.shape[1]), square.shape[2]
+            fits = rows**2 == wide.shape[1] - square.shape[1] <= square.shape[1]
+        else:
+            _, width, rows, columns = square.shape
+            fits = rows == columns and wide.shape[1:] == (width, rows, 2 * columns)
+        if not fits or rows == 0 or PROBE_SIZE % rows:
+            raise ValueError(f"{tuple(square.shape)} and {tuple(wide.shape)} are no maps.")
+        return PROBE_SIZE // rows, width
+
+    def look(self, pixel_values: torch.Tensor) -> ModelOutput:
+        keywords = {"interpolate_pos_encoding": True} if self.interpolates else {}
+        return self.network(pixel_values, output_hidden_states=True, **keywords)
 
     def forward(self, pixel_values: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
-        keywords = {"interpolate_pos_encoding": True} if self.interpolates else {}
-        outputs = self.network(pixel_values, output_hidden_states=True, **keywords)
+        outputs = self.look(pixel_values)
         features = outputs.hidden_states[-1]
         if features.ndim == 3:  # tokens: the patches stand last, behind CLS and registers
             grid = [side // self.stride for side in pixel_values.shape[2:]]
@@ -115,6 +146,9 @@ class Teacher(nn.Module):
         name: `efficientnet-lite0`, `efficientnet-lite1`, `efficientnet-lite2`, or a classifier by folder or hub id.
         image_mean, image_std: how the student's pixels are normalised.
         patch_size: side of the student's patch in pixels.
+
+    Raises:
+        ValueError: there is no such teacher, or it has no feature map.
     """
 
     def __init__(self, name: str, image_mean: list[float], image_std: list[float], patch_size: int):
@@ -122,7 +156,7 @@ class Teacher(nn.Module):
         lite = name.removeprefix("efficientnet-lite")
         self.network = EfficientNetLite(int(lite)) if lite in ("0", "1", "2") else AutoTeacher(name)
         self.network.requires_grad_(False).eval()
-        self.patch_size = patch_size
+        self.name, self.patch_size = name, patch_size
         mean, std = torch.tensor(image_mean), torch.tensor(image_std)
         own_mean, own_std = torch.tensor(self.network.image_mean), torch.tensor(self.network.image_std)
         self.register_buffer("scale", (std / own_std).view(-1, 1, 1), persistent=False)
@@ -162,10 +196,37 @@ def build_teaching(teacher: Teacher, accelerator: Accelerator) -> Callable[[torc
     return teach
 
 
+def describe_answers(teacher: Teacher, images: LabelledImages, size: int) -> dict[str, str | int]:
+    """What decides the teacher's answers; see [`write_answers`]."""
+    return {
+        "teacher": teacher.name,
+        "data set": images.dataset._fingerprint,
+        "number of images": len(images),
+        "image size": size,
+        "patch size": teacher.patch_size,
+    }
+
+
+def check_answers(teacher: Teacher, images: LabelledImages, size: int, folder: Path):
+    """A ValueError when the folder's answers are not those that [`write_answers`] would write; it says why."""
+    try:
+        found = json.loads((folder / "answers.json").read_text())
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"{folder} does not say what its answers are of: choose another `--teacher_cache`, or remove it."
+        ) from error
+    wanted = describe_answers(teacher, images, size)
+    others = [f"{name} {found.get(name)}, not {value}" for name, value in wanted.items() if found.get(name) != value]
+    if others:
+        raise ValueError(
+            f"The answers in {folder} are of {'; '.join(others)}: choose another `--teacher_cache`, or remove it."
+        )
+
+
 def write_answers(teacher: Teacher, images: LabelledImages, processor: BaseImageProcessor, size: int, folder: Path):
     """
-    What the teacher says of each whole image, as float16 in `logits.npy`, `map_0.npy`, ...: all of it, or nothing. A
-    broken image gets zeros.
+    What the teacher says of each whole image, as float16 in `logits.npy`, `map_0.npy`, ..., and what decides that in
+    `answers.json`: all of it, or nothing. A broken image gets zeros.
 
     Args:
         teacher: for the student's patch size.
@@ -195,6 +256,7 @@ def write_answers(teacher: Teacher, images: LabelledImages, processor: BaseImage
                 files[name][list(found)] = answer.half().cpu().numpy()
     for file in files.values():
         file.flush()
+    (partial / "answers.json").write_text(json.dumps(describe_answers(teacher, images, size), indent=2) + "\n")
     partial.rename(folder)
 
 

@@ -26,12 +26,19 @@ def evaluate_classifier(
         classify: pixels -> logits.
         dataloader: batches of `pixel_values` and `labels`.
         accelerator: that prepared the dataloader.
+
+    Raises:
+        ValueError: a label that no class has.
     """
     metric = Accuracy(keep_in_memory=True)
     losses = []
     for batch in tqdm(dataloader, desc="validation", leave=False, disable=not accelerator.is_main_process):
         with accelerator.autocast():
             logits = classify(batch["pixel_values"]).float()
+        lowest, highest = batch["labels"].where(batch["labels"] != -100, 0).aminmax()
+        if lowest < 0 or highest >= logits.shape[-1]:
+            label = lowest if lowest < 0 else highest
+            raise ValueError(f"An image has the label {label}; the model has the classes 0 to {logits.shape[-1] - 1}.")
         loss = F.cross_entropy(logits, batch["labels"], reduction="none")
         predictions, labels, loss = accelerator.gather_for_metrics((logits.argmax(-1), batch["labels"], loss))
         counted = labels != -100
@@ -47,8 +54,8 @@ def evaluate_segmenter(
     accelerator: Accelerator,
 ) -> dict[str, float]:
     """
-    Mean IoU, pixel accuracy and the IoU of each class, each image counted once by however many processes, at its own
-    size.
+    Mean IoU, pixel accuracy and the IoU of each class that occurs, each image counted once by however many processes,
+    at its own size.
 
     Args:
         segmenter: of a model for semantic segmentation.
@@ -70,5 +77,5 @@ def evaluate_segmenter(
         intersection, predicted, labelled = counts.cpu().unbind(1)
         metric.add_batch(intersection=intersection, predicted=predicted, labelled=labelled)
     scores = metric.compute()
-    by_class = {f"iou/{config.id2label[i]}": value for i, value in enumerate(scores.pop("iou"))}
+    by_class = {f"iou/{config.id2label[i]}": iou for i, iou in enumerate(scores.pop("iou")) if not np.isnan(iou)}
     return {**scores, **by_class}

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from arguments import find_value, parse_arguments
 from classification import ClassificationArguments, train_classifier
 from data import class_names, find_columns
+from heads import load_for_classes
 from loop import build_accelerator, load_splits
 from segmentation import SegmentationArguments, train_segmenter
 from transformers import AutoImageProcessor, AutoModelForImageClassification
@@ -24,7 +25,7 @@ from cbsa_hf import default_checkpoint
 
 @dataclass(kw_only=True)
 class FinetuningArguments(ClassificationArguments):
-    task: str = field(default="image-classification", metadata={"help": "what the model is to do"})
+    task: str = field(metadata={"help": "what the model is to do"})
     model_name_or_path: str | None = field(
         default=None, metadata={"help": "classifier, folder or hub id; default: the shipped one"}
     )
@@ -34,17 +35,11 @@ def finetune_classifier(args: FinetuningArguments):
     """Fine-tune a classifier, its head made anew where the classes differ."""
     accelerator = build_accelerator(args)
     splits = load_splits(args, find_columns)
-    names = class_names(splits[0])
+    names = dict(enumerate(class_names(splits[0])))
     source = args.model_name_or_path or default_checkpoint()
     changes = {} if args.drop_path_rate is None else {"drop_path_rate": args.drop_path_rate}
     try:
-        model = AutoModelForImageClassification.from_pretrained(
-            source,
-            id2label=dict(enumerate(names)),
-            label2id={name: i for i, name in enumerate(names)},
-            ignore_mismatched_sizes=True,
-            **changes,
-        )
+        model = load_for_classes(AutoModelForImageClassification, source, names, **changes)
         processor = AutoImageProcessor.from_pretrained(source)
     except OSError as error:
         raise ValueError(f"{source} is neither a folder nor a hub id with a classifier.") from error

@@ -17,7 +17,15 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import DataLoaderConfiguration, DistributedType, broadcast, set_seed
 from card import write_card
-from checkpoints import Progress, checkpoint_path, find_checkpoint, load_state, save_checkpoint
+from checkpoints import (
+    Progress,
+    check_folder,
+    checkpoint_path,
+    find_checkpoint,
+    load_state,
+    read_progress,
+    save_checkpoint,
+)
 from data import DataArguments, LabelledImages, find_split, load_images
 from datasets import Dataset
 from optimization import OPTIMIZERS, SCHEDULES, build_optimizer, build_scheduler, parameter_groups
@@ -33,6 +41,8 @@ from cbsa_hf.hub import push_checkpoint
 
 
 LOG_STEPS = 10
+LAUNCHED = ("ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID")  # by `accelerate launch`, by torchrun
+UNSHARDED = ("ema_decay", "keep_best")  # options that do not go with FSDP
 IN_MEMORY = ("class_balanced", "mixup_alpha", "teacher_cache")  # options that do not go with streaming
 
 
@@ -96,11 +106,11 @@ class TrainingArguments(DataArguments):
 
 
 class StopRequest:
-    """SIGTERM, or the death of the launcher, as a wish to stop after the step in hand."""
+    """SIGTERM, or the death of the launcher if there is one, as a wish to stop after the step in hand."""
 
     def __init__(self):
         self.signalled = False
-        self.launcher = os.getppid()
+        self.launcher = os.getppid() if any(name in os.environ for name in LAUNCHED) else None
         signal.signal(signal.SIGTERM, self.on_signal)
 
     def on_signal(self, *_):
@@ -108,7 +118,7 @@ class StopRequest:
 
     def is_made(self, accelerator: Accelerator) -> bool:
         """Whether any process was asked to stop; all of them get the same answer."""
-        wanted = self.signalled or os.getppid() != self.launcher
+        wanted = self.signalled or self.launcher not in (None, os.getppid())
         if accelerator.num_processes == 1:
             return wanted
         if wanted:
@@ -121,7 +131,7 @@ def build_accelerator(args: TrainingArguments) -> Accelerator:
     Accelerate as every script uses it; everything random that follows is seeded.
 
     Raises:
-        ValueError: the batch cannot be divided among processes and parts; or sharded weights are to be averaged.
+        ValueError: the batch cannot be divided among processes and parts; or an option is not for sharded weights.
     """
     accelerator = Accelerator(
         log_with=None if args.report_to == "none" else args.report_to,
@@ -137,8 +147,9 @@ def build_accelerator(args: TrainingArguments) -> Accelerator:
             f"`--batch_size {args.batch_size}` is not a multiple of {parts}: {accelerator.num_processes} processes "
             f"times `--gradient_accumulation_steps {args.gradient_accumulation_steps}`."
         )
-    if args.ema_decay is not None and accelerator.distributed_type == DistributedType.FSDP:
-        raise ValueError("`--ema_decay` is not for weights that FSDP shards; leave it out, or do not shard.")
+    for name in UNSHARDED:
+        if getattr(args, name) and accelerator.distributed_type == DistributedType.FSDP:
+            raise ValueError(f"`--{name}` is not for weights that FSDP shards; leave it out, or do not shard.")
     set_seed(args.seed)
     return accelerator
 
@@ -284,7 +295,8 @@ def train(
         What is written to `results.json`.
 
     Raises:
-        ValueError: a loss that is no number, a checkpoint that cannot be written or read, too many broken images.
+        ValueError: a loss that is no number, a checkpoint that cannot be written or read, another run's checkpoints in
+            the folder, too many broken images.
     """
     started, output_dir = time.time(), Path(args.output_dir)
     stop = StopRequest()
@@ -302,14 +314,15 @@ def train(
         )
     task, optimizer, scheduler, loader = accelerator.prepare(task, optimizer, scheduler, loader)
 
-    settings = {k: v if isinstance(v, int | float | str) else str(v) for k, v in asdict(args).items()}
-    accelerator.init_trackers(Path(sys.argv[0]).stem, config=settings)
     progress = Progress()
     if args.resume_from_checkpoint is not None:
         checkpoint = find_checkpoint(args.resume_from_checkpoint, output_dir)
         progress = load_state(accelerator, checkpoint, average)
         accelerator.print(f"Resumed from {checkpoint}: {progress.step} of {num_steps} steps done.")
+    check_folder(output_dir, progress, args.keep_best)
     seconds_before = progress.seconds
+    settings = {k: v if isinstance(v, int | float | str) else str(v) for k, v in asdict(args).items()}
+    accelerator.init_trackers(Path(sys.argv[0]).stem, config=settings)
 
     bar = tqdm(
         total=num_steps * args.batch_size,
@@ -400,6 +413,7 @@ def save_results(
         best = checkpoint_path(output_dir, progress.best_step)
         if args.keep_best and progress.best_step != progress.step:
             state = load_file(best / ("model.safetensors" if average is None else "average.safetensors"))
+            results["metrics"] = read_progress(best).metrics
         elif average is not None:
             state = average.state_dict()
         # Wrappers, of torch.compile and of the average, have put their names before the task's own.

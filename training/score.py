@@ -11,13 +11,22 @@ import json
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
+from tempfile import TemporaryFile
 
 import torch
 from accelerate import Accelerator, DataLoaderConfiguration
 from arguments import parse_arguments
-from data import DataArguments, ValidationImages, find_columns, find_mask_columns, find_split, load_images
+from data import (
+    DataArguments,
+    ValidationImages,
+    class_names,
+    find_columns,
+    find_mask_columns,
+    find_split,
+    load_images,
+)
 from evaluation import evaluate_classifier, evaluate_segmenter
-from segmentation import MaskedImages, draw_predictions, read_size
+from segmentation import MaskedImages, draw_predictions, read_names, read_size
 from torch.utils.data import DataLoader
 from zero_shot_evaluation import (
     MIN_FOREGROUND,
@@ -67,8 +76,38 @@ class Arguments(DataArguments):
     output: str | None = field(default=None, metadata={"help": "JSON file to write the numbers to"})
 
 
+def check_writable(path: str):
+    """A ValueError when no file can be written under that name."""
+    try:
+        if Path(path).is_dir():
+            raise IsADirectoryError(0, "it is a folder")
+        with TemporaryFile(dir=Path(path).parent):
+            pass
+    except OSError as error:
+        raise ValueError(f"{path} cannot be written: {error.strerror}.") from error
+
+
+def check_classes(names: list[str], id2label: dict[int, str]):
+    """
+    A ValueError for the first class of the data that is another in the model. Case and underscores do not count, and a
+    number in place of a name fits any.
+    """
+    for i, name in enumerate(names):
+        own = id2label.get(i)
+        if own is None:
+            raise ValueError(f"The data has {len(names)} classes, the model {len(id2label)}.")
+        same = name.casefold().replace("_", " ") == own.casefold().replace("_", " ")
+        if not same and {str(i), f"LABEL_{i}"}.isdisjoint({name, own}):
+            raise ValueError(f"Class {i} of the data is {name!r}, of the model {own!r}; score on the model's classes.")
+
+
 def main(args: Arguments):
+    for path in (args.output, args.strip):
+        if path is not None:
+            check_writable(path)
     accelerator = Accelerator(dataloader_config=DataLoaderConfiguration(split_batches=True))
+    if args.task == "zero-shot-segmentation" and accelerator.num_processes > 1:
+        raise ValueError(f"`--task {args.task}` is for one process, not {accelerator.num_processes}.")
     kind = "semantic-segmentation" if args.task == "semantic-segmentation" else "image-classification"
     model, processor = load_checkpoint(args.checkpoint, kind)
     if args.random_weights:
@@ -80,12 +119,16 @@ def main(args: Arguments):
     if args.task == "image-classification":
         if args.image_size is not None:
             processor.size = {"height": args.image_size, "width": args.image_size}
+        check_classes(class_names(dataset), model.config.id2label)
         images = ValidationImages(dataset, args.max_corrupt, processor)
         model, loader = accelerator.prepare(model, DataLoader(images, batch_size=args.batch_size))
         results = evaluate_classifier(
             lambda pixel_values: model(pixel_values, interpolate_pos_encoding=True).logits, loader, accelerator
         )
     elif args.task == "semantic-segmentation":
+        if (Path(args.dataset_name) / "id2label.json").exists():
+            names = read_names(None, args.dataset_name)
+            check_classes([names[i] for i in range(len(names))], model.config.id2label)
         images = MaskedImages(dataset, args.max_corrupt, model.config.num_labels, args.reduce_labels)
         segmenter = SlidingWindowSegmenter(
             model.to(accelerator.device),
@@ -98,11 +141,11 @@ def main(args: Arguments):
         )
         results = evaluate_segmenter(segmenter, images.read, len(images), accelerator)
         if args.strip is not None and accelerator.is_main_process:
-            draw_predictions(segmenter, images).save(args.strip)
+            draw_predictions(segmenter, images).save(args.strip, format="PNG")
     else:
         options = {"sharp": args.sharp} | ({} if args.image_size is None else {"long_side": args.image_size})
         images = MaskedImages(dataset, args.max_corrupt, num_labels=256, reduce_labels=False)
-        segmenters = build_segmenters(model, processor, **options)
+        segmenters = build_segmenters(model.to(accelerator.device), processor, **options)
         results = evaluate_zero_shot(
             lambda image: (*model_results(segmenters, image), *trivial_results(image)),
             images.readable(),

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from data import LabelledImages, find_mask_columns
 from evaluation import evaluate_segmenter
+from heads import load_for_classes
 from kornia import augmentation
 from kornia.losses import dice_loss
 from loop import TrainingArguments, build_accelerator, load_splits, train
@@ -34,7 +35,7 @@ IGNORED = 255
 class SegmentationArguments(TrainingArguments):
     """Options of `finetune.py --task semantic-segmentation`."""
 
-    task: str = field(default="semantic-segmentation", metadata={"help": "what the model is to do"})
+    task: str = field(metadata={"help": "what the model is to do"})
     model_name_or_path: str | None = field(
         default=None, metadata={"help": "encoder or segmenter, folder or hub id; default: the shipped classifier"}
     )
@@ -264,18 +265,11 @@ def load_segmenter(args: SegmentationArguments, names: dict[int, str]) -> tuple[
     source = args.model_name_or_path or default_checkpoint()
     changes = {"decoder_type": args.decoder_type, "drop_path_rate": args.drop_path_rate}
     try:
-        model = AutoModelForSemanticSegmentation.from_pretrained(
-            source,
-            id2label=names,
-            label2id={name: number for number, name in names.items()},
-            ignore_mismatched_sizes=True,
-            **{name: value for name, value in changes.items() if value is not None},
-        )
+        changes = {name: value for name, value in changes.items() if value is not None}
+        model = load_for_classes(AutoModelForSemanticSegmentation, source, names, **changes)
         processor = AutoImageProcessor.from_pretrained(source)
     except OSError as error:
         raise ValueError(f"{source} is neither a folder nor a hub id with a model that can be fine-tuned.") from error
-    if args.image_size is not None and args.image_size < 1:
-        raise ValueError(f"`--image_size` is {args.image_size}, and has to be at least 1.")
     crop_size = dict(zip(("height", "width"), read_size(args.crop_size), strict=True))
     size = crop_size if args.image_size is None else dict.fromkeys(("max_height", "max_width"), args.image_size)
     processor = SegformerImageProcessorPil(

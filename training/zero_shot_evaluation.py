@@ -129,7 +129,7 @@ def evaluate_zero_shot(
 ) -> dict[str, float]:
     """
     Means over the images, each counted once. Under a method's name the intersection over union of the foreground, any
-    label but 0; under the name with "best overlap" what [`best_overlap`] says of its segments.
+    label but 0; under the name with "best overlap" what [`best_overlap`] says of its segments, if anything.
 
     Where single heads are among the methods, `attention, best head (oracle)` lets the masks choose the head for each
     image, as DINO and CRATE do; all else is fixed before they are seen.
@@ -159,12 +159,13 @@ def evaluate_zero_shot(
         for name, mask, segments in segment(image):
             if mask is not None:
                 score[name] = intersection_over_union(mask[known], labels > 0)
-            if segments is not None:
-                score[f"{name}, best overlap"] = best_overlap(segments[known], labels)
+            if segments is not None and not np.isnan(overlap := best_overlap(segments[known], labels)):
+                score[f"{name}, best overlap"] = overlap
         if heads := [value for name, value in score.items() if name.startswith("attention, head")]:
             score["attention, best head (oracle)"] = max(heads)
         scores.append(score)
     if not scores:
         raise ValueError(f"No image has at least {min_foreground:.0%} foreground.")
-    means = {name: float(np.nanmean([score[name] for score in scores])) for name in scores[0]}
+    names = dict.fromkeys(name for score in scores for name in score)
+    means = {name: float(np.mean([score[name] for score in scores if name in score])) for name in names}
     return {"images": len(scores), **means}

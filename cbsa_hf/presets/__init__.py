@@ -1,8 +1,8 @@
 """
 The published sizes of CBT, and CRATE and ToST of the same widths: configurations `cbt-tiny` ... `tost-large`.
 
-All have the convolutional stem, as the CBSA paper compares them. CRATE as published has `patch_embedding_type="patchify"`
-and is wider: 384, 576, 768 and 1024.
+All have the convolutional stem, as the CBSA paper compares them. CRATE as published is wider (384, 576, 768, 1024) and
+has `patch_embedding_type="patchify"`.
 """
 
 from pathlib import Path

@@ -1,0 +1,41 @@
+"""Models to go on from, their heads for the classes of the data."""
+
+from copy import deepcopy
+
+import torch
+from transformers import PreTrainedModel
+
+from cbsa_hf.checkpoint import load_config
+
+
+def class_tensors(model: PreTrainedModel) -> set[str]:
+    """Names of the parameters and buffers whose shape follows the number of classes."""
+    config = deepcopy(model.config)
+    config.num_labels += 1
+    with torch.device("meta"):
+        other = type(model)(config).state_dict()
+    return {name for name, tensor in model.state_dict().items() if tensor.shape != other[name].shape}
+
+
+def load_for_classes(auto_class: type, source: str, names: dict[int, str], **changes) -> PreTrainedModel:
+    """
+    The model of a folder or hub id for the classes of that name, in that order. Where its own are others, what follows
+    their number is made anew, and all else is kept; where they are the same, everything is.
+
+    Args:
+        auto_class: the class of Transformers to load it with.
+        source: folder or hub id.
+        names: the classes by number.
+        **changes: to its configuration.
+
+    Raises:
+        ValueError: not found, or not a model of this library.
+        OSError: its weights are not found.
+    """
+    own = load_config(source).id2label
+    labels = {"id2label": names, "label2id": {name: number for number, name in names.items()}}
+    model = auto_class.from_pretrained(source, ignore_mismatched_sizes=True, **labels, **changes)
+    if own != names:
+        fresh = type(model)(model.config).state_dict()
+        model.load_state_dict({name: fresh[name] for name in class_tensors(model)}, strict=False)
+    return model
