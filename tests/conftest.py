@@ -1,9 +1,14 @@
 import os
+import runpy
+import signal
+import sys
 
 
 # Before any import of the libraries: nothing is fetched, and nothing is reported home.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
+# The tests run in as many processes as there are cores; more threads than that would only be in each other's way.
+os.environ["OMP_NUM_THREADS"] = "1"
 
 from pathlib import Path
 
@@ -17,6 +22,32 @@ from cbsa_hf import CBSAConfig, CBSAForImageClassification, CBSAForSemanticSegme
 
 
 ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture
+def training(monkeypatch):
+    """The training scripts can be imported; afterwards the process is as it was."""
+    from accelerate.state import AcceleratorState
+
+    monkeypatch.syspath_prepend(str(ROOT / "training"))
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    before = signal.getsignal(signal.SIGTERM)
+    yield
+    signal.signal(signal.SIGTERM, before)
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.fixture
+def refusal(training, monkeypatch):
+    """Runs a training script in this process -> what it ends with."""
+
+    def run(script: str, *arguments: str) -> str:
+        monkeypatch.setattr(sys, "argv", [script, *arguments])
+        with pytest.raises(SystemExit) as ending:
+            runpy.run_path(str(ROOT / "training" / script), run_name="__main__")
+        return ending.value.code
+
+    return run
 
 
 def enable_activation_checkpointing(model):

@@ -1,15 +1,12 @@
 """`cbsa push` and `--push_to_hub` of the training scripts, up to the upload."""
 
 import json
-import signal
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import transformers
-from accelerate.state import AcceleratorState
-from conftest import ROOT
 from datasets import ClassLabel, Dataset, Features, Image
 from huggingface_hub import HfApi, ModelCard
 from PIL import Image as PILImage
@@ -83,17 +80,6 @@ def test_push_of_an_encoder(hub, tiny_model, shipped, tmp_path):
         actual, expected = (model(pixel_values).last_hidden_state for model in (hub["model"], tiny_model.cbsa))
     torch.testing.assert_close(actual, expected)
     assert hub["card"].text.strip() == example.format("somebody/encoder")
-
-
-@pytest.fixture
-def training(monkeypatch):
-    """The training scripts can be imported; afterwards the process is as it was."""
-    monkeypatch.syspath_prepend(str(ROOT / "training"))
-    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
-    before = signal.getsignal(signal.SIGTERM)
-    yield
-    signal.signal(signal.SIGTERM, before)
-    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def test_push_at_the_end_of_a_run(hub, training, tmp_path):

@@ -239,18 +239,22 @@ def test_throughput(data):
 
 
 @pytest.mark.parametrize(
-    "arguments",
-    [[*STREAMING, "--num_workers=1"], ["--optimizer=lion", "--learning_rate=1e-3"]],
+    ("arguments", "num_steps"),
+    # `datasets` waits for five seconds at the end of a stream.
+    [
+        ([*STREAMING, "--num_workers=1", "--num_epochs=4"], 12),
+        (["--optimizer=lion", "--learning_rate=1e-3"], NUM_STEPS),
+    ],
     ids=["stream", "lion"],
 )
-def test_learns_and_resumes_exactly(data, tmp_path, arguments):
+def test_learns_and_resumes_exactly(data, tmp_path, arguments, num_steps):
     """From the middle of an epoch."""
     whole, resumed = tmp_path / "whole", tmp_path / "resumed"
     pretrain(data, whole, *arguments, "--checkpointing_steps=4", "--keep_checkpoints=100")
     results = json.loads((whole / "results.json").read_text())
-    assert (results["metrics"]["accuracy"], results["step"]) == (1.0, NUM_STEPS)
+    assert (results["metrics"]["accuracy"], results["step"]) == (1.0, num_steps)
     printed = pretrain(data, resumed, *arguments, f"--resume_from_checkpoint={whole / 'checkpoint-00000004'}")
-    assert f"4 of {NUM_STEPS} steps done" in printed
+    assert f"4 of {num_steps} steps done" in printed
     assert_same_weights(resumed, whole)
 
 
@@ -320,8 +324,12 @@ def test_corrupt_images_are_skipped(data, tmp_path):
         (["--teacher", "nobody/nothing"], "The teacher nobody/nothing is neither `efficientnet-lite0`"),
     ],
 )
-def test_bad_input(data, tmp_path, arguments, message):
+def test_bad_input(data, refusal, tmp_path, arguments, message):
     # A copy, since `datasets` remembers how many images there are in a folder that it has read.
     data = shutil.copytree(data, tmp_path / "data")
-    assert message in fail(data, tmp_path / "run", *arguments)
+    _, script, *settings = command(data, tmp_path / "run", *arguments)
+    sentence = refusal(Path(script).name, *settings)
+    assert sentence.startswith("pretrain.py: ")
+    assert message in sentence
+    assert "\n" not in sentence
     assert not list(tmp_path.rglob("*.safetensors"))
