@@ -15,8 +15,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from datasets import ClassLabel, Dataset, Features
+from datasets import Image as ImageFeature
 from PIL import Image
-from transformers import SegformerImageProcessorPil
+from transformers import SegformerImageProcessorPil, ViTConfig, ViTForImageClassification, ViTImageProcessorPil
 
 from cbsa_hf import CBSAConfig, CBSAForImageClassification, CBSAForSemanticSegmentation, load_checkpoint
 
@@ -125,3 +127,27 @@ def photo() -> Image.Image:
 @pytest.fixture
 def noise() -> Image.Image:
     return Image.fromarray(np.random.default_rng(0).integers(0, 256, (50, 70, 3), dtype=np.uint8))
+
+
+@pytest.fixture
+def vit(tmp_path):
+    """A small ViT of Transformers with random weights, and the folder where it is saved."""
+    torch.manual_seed(1)
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    config = ViTConfig(**sizes, image_size=32, patch_size=8, id2label={0: "x", 1: "y", 2: "z"})
+    model = ViTForImageClassification(config).eval()
+    model.save_pretrained(tmp_path / "vit")
+    ViTImageProcessorPil().save_pretrained(tmp_path / "vit")
+    return model, tmp_path / "vit"
+
+
+@pytest.fixture
+def labelled():
+    """Eight smooth pictures of two classes."""
+    random = np.random.default_rng(0)
+    pictures = [
+        Image.fromarray(random.integers(0, 256, (3, 4, 3), dtype=np.uint8)).resize((48, 40), Image.BILINEAR)
+        for _ in range(8)
+    ]
+    features = Features({"image": ImageFeature(), "label": ClassLabel(names=["a", "b"])})
+    return Dataset.from_dict({"image": pictures, "label": [0, 1] * 4}, features=features)

@@ -2,59 +2,40 @@
 
 import json
 import multiprocessing
-import shutil
 import signal
 import subprocess
 import sys
-from contextlib import nullcontext
-from pathlib import Path
 from types import SimpleNamespace
-from unittest.mock import Mock
 
 import numpy as np
 import pytest
 import torch
 import yaml
-from accelerate.state import AcceleratorState
-from accelerate.utils import DistributedType
 from conftest import ROOT
 from datasets import ClassLabel, Dataset, Features, Image, Value
 from PIL import Image as PILImage
-from safetensors.torch import load_file
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 from transformers import (
-    AutoModelForImageClassification,
-    AutoModelForSemanticSegmentation,
     ConvNextConfig,
     ConvNextForImageClassification,
     LevitConfig,
     LevitForImageClassification,
     ResNetConfig,
     ResNetForImageClassification,
-    ViTConfig,
-    ViTForImageClassification,
     ViTImageProcessorPil,
 )
-from transformers.utils.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 from cbsa_hf import CBSAConfig, CBSAForImageClassification
 
 
 sys.path.insert(0, str(ROOT / "training"))
 
-import classification
 import compare
-import loop
-import pretrain
-import score
 from arguments import parse_arguments
 from data import TrainingImages, find_columns, find_mask_columns, load_images
 from distillation import AutoTeacher, EfficientNetLite, TaughtImages, Teacher, write_answers
-from evaluation import evaluate_classifier, evaluate_segmenter
-from finetune import FinetuningArguments, finetune_classifier
-from heads import load_for_classes
-from loop import StopRequest, build_accelerator, outlive_termination
+from loop import outlive_termination
 from metrics import MeanIoU, count_pixels
 from optimization import OPTIMIZERS, build_optimizer, build_scheduler, parameter_groups
 from pretrain import Arguments
@@ -76,30 +57,6 @@ MEAN, STD = [0.4, 0.5, 0.6], [0.2, 0.3, 0.4]
 @pytest.fixture
 def processor():
     return ViTImageProcessorPil(size={"height": 32, "width": 32}, image_mean=MEAN, image_std=STD, do_convert_rgb=True)
-
-
-@pytest.fixture
-def vit(tmp_path):
-    """A small ViT of Transformers with random weights, and the folder where it is saved."""
-    torch.manual_seed(1)
-    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
-    config = ViTConfig(**sizes, image_size=32, patch_size=8, id2label={0: "x", 1: "y", 2: "z"})
-    model = ViTForImageClassification(config).eval()
-    model.save_pretrained(tmp_path / "vit")
-    ViTImageProcessorPil().save_pretrained(tmp_path / "vit")
-    return model, tmp_path / "vit"
-
-
-@pytest.fixture
-def labelled():
-    """Eight smooth pictures of two classes."""
-    random = np.random.default_rng(0)
-    pictures = [
-        PILImage.fromarray(random.integers(0, 256, (3, 4, 3), dtype=np.uint8)).resize((48, 40), PILImage.BILINEAR)
-        for _ in range(8)
-    ]
-    features = Features({"image": Image(), "label": ClassLabel(names=["a", "b"])})
-    return Dataset.from_dict({"image": pictures, "label": [0, 1] * 4}, features=features)
 
 
 class TestArguments:
@@ -543,284 +500,6 @@ class TestSegmentation:
         assert scores["iou"][:3] == pytest.approx(hits[:3] / unions[:3])
         assert np.isnan(scores["iou"][3])  # a class that never occurs
         assert scores["mean_iou"] == pytest.approx(np.mean(hits[:3] / unions[:3]))
-
-
-@pytest.fixture
-def start(labelled, tmp_path, monkeypatch):
-    """Starts runs of `pretrain.py` in this process, which afterwards is as it was, on those pictures."""
-    folder = tmp_path / "data"
-    folder.mkdir()
-    for split in ("train", "validation"):
-        labelled.to_parquet(folder / f"{split}-00000-of-00001.parquet")
-    config = {"model_type": "cbsa", "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
-    (folder / "config.json").write_text(json.dumps(config | {"image_size": 32, "patch_size": 8}))
-    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
-    before = signal.getsignal(signal.SIGTERM)
-
-    def start(output_dir: Path, **changes):
-        settings = {"batch_size": 4, "num_epochs": 1, "warmup_epochs": 0.0, "num_workers": 0, "report_to": "none"}
-        settings |= {"dataset_name": str(folder), "config_name": str(folder / "config.json")}
-        settings |= {"patch_embedding_type": "patchify", "output_dir": str(output_dir)}
-        AcceleratorState._reset_state()
-        pretrain.main(Arguments(**{**settings, **changes}))
-
-    yield start
-    signal.signal(signal.SIGTERM, before)
-    AcceleratorState._reset_state(reset_partial_state=True)
-
-
-class TestRuns:
-    def test_another_run_in_the_folder(self, start, tmp_path):
-        """It, and what was later than a checkpoint that is resumed, stay as they are."""
-        run = tmp_path / "run"
-        start(run, num_epochs=2, checkpointing_steps=1, keep_checkpoints=9)
-        before = {path: path.stat().st_mtime_ns for path in run.rglob("*")}
-        assert (run / "checkpoint-00000004").exists()
-        for changes, step in [({}, 0), ({"resume_from_checkpoint": str(run / "checkpoint-00000003")}, 3)]:
-            with pytest.raises(ValueError) as error:
-                start(run, num_epochs=3, report_to="tensorboard", **changes)
-            assert f"{run} holds checkpoint-00000004, beyond step {step}, where this run starts" in str(error.value)
-        assert {path: path.stat().st_mtime_ns for path in run.rglob("*")} == before
-        start(run, num_epochs=3, resume_from_checkpoint="last")
-        assert json.loads((run / "results.json").read_text())["step"] == 6
-
-    @pytest.fixture
-    def accuracies(self, monkeypatch):
-        """What the validations of the following runs say."""
-        said = []
-        monkeypatch.setattr(
-            classification, "evaluate_classifier", lambda *_: {"accuracy": said.pop(0), "loss": float(len(said))}
-        )
-        return said
-
-    @pytest.mark.parametrize("ema_decay", [None, 0.5])
-    def test_the_best_are_those_that_are_told(self, start, tmp_path, accuracies, ema_decay):
-        accuracies += [0.25, 0.75, 0.5]
-        start(tmp_path / "run", num_epochs=3, keep_best=True, ema_decay=ema_decay)
-        results = json.loads((tmp_path / "run" / "results.json").read_text())
-        assert results["metrics"] == {"accuracy": 0.75, "loss": 1.0}
-        assert (results["best"], results["best_step"], results["step"]) == (0.75, 4, 6)
-        card = (tmp_path / "run" / "README.md").read_text()
-        assert "| after step 4 |" in card
-        assert "| accuracy | 0.7500 |" in card
-        assert "value: 0.75" in card
-        weights = load_file(tmp_path / "run" / "model.safetensors")
-        name, prefix = ("model", "model.") if ema_decay is None else ("average", "module.model.")
-        best = load_file(tmp_path / "run" / "checkpoint-00000004" / f"{name}.safetensors")
-        assert all(torch.equal(tensor, best[prefix + key]) for key, tensor in weights.items())
-
-    def test_the_last_are_told_otherwise(self, start, tmp_path, accuracies):
-        accuracies += [0.75, 0.5]
-        start(tmp_path / "run", num_epochs=2)
-        assert json.loads((tmp_path / "run" / "results.json").read_text())["metrics"]["accuracy"] == 0.5
-        assert "| after step 4 |" in (tmp_path / "run" / "README.md").read_text()
-
-    def test_the_best_is_in_another_folder(self, start, tmp_path, accuracies):
-        accuracies += [0.75, 0.5, 0.25, 0.25]
-        start(tmp_path / "run", num_epochs=2, keep_best=True)
-        changes = {"num_epochs": 3, "resume_from_checkpoint": str(tmp_path / "run" / "checkpoint-00000004")}
-        with pytest.raises(ValueError, match="`--keep_best` needs checkpoint-00000002, the best so far: copy it to"):
-            start(tmp_path / "new", keep_best=True, **changes)
-        assert not list(tmp_path.glob("new/checkpoint-*"))
-        start(tmp_path / "new", **changes)
-        shutil.copytree(tmp_path / "run" / "checkpoint-00000002", tmp_path / "copied" / "checkpoint-00000002")
-        start(tmp_path / "copied", keep_best=True, **changes)
-        assert json.loads((tmp_path / "copied" / "results.json").read_text())["metrics"]["accuracy"] == 0.75
-
-    @pytest.mark.parametrize(("name", "value"), [("ema_decay", 0.5), ("keep_best", True)])
-    def test_not_for_sharded_weights(self, monkeypatch, name, value):
-        sharded = SimpleNamespace(num_processes=1, distributed_type=DistributedType.FSDP)
-        monkeypatch.setattr(loop, "Accelerator", lambda **_: sharded)
-        with pytest.raises(ValueError, match=f"`--{name}` is not for weights that FSDP shards"):
-            build_accelerator(Arguments(dataset_name="", output_dir="", **{name: value}))
-
-    @pytest.mark.parametrize("cached", [True, False])
-    def test_what_a_teacher_says_is_learned(self, start, vit, tmp_path, monkeypatch, cached):
-        """All eight pictures in a step; every loss by its formula, in float64."""
-        network, folder = vit
-        forward, seen = classification.Classification.forward, []
-
-        def watch(task, pixel_values, labels=None, **taught):
-            if labels is not None:
-                outputs = task.model.base_model(pixel_values)
-                patches = outputs.last_hidden_state[:, 1:]
-                own = [task.model.classifier(outputs.pooler_output), task.class_head(outputs.pooler_output)]
-                own.append(task.map_heads[0](patches).transpose(1, 2).unflatten(2, (4, 4)))
-                losses = forward(task, pixel_values, labels, **taught)
-                tensors = [pixel_values, labels, *own, taught["teacher_logits"], taught["teacher_map_0"]]
-                seen.append(([tensor.detach().double() for tensor in tensors], losses))
-                return losses
-            return forward(task, pixel_values)
-
-        monkeypatch.setattr(classification.Classification, "forward", watch)
-        cache = tmp_path / "answers" if cached else None
-        settings = {"teacher": str(folder), "teacher_cache": cache and str(cache), "batch_size": 8}
-        settings |= {"logits_weight": 2.0, "maps_weight": 3.0, "label_smoothing": 0.1}
-        start(tmp_path / "run", **settings)
-        ((pixels, labels, logits, own_logits, own_maps, teacher_logits, teacher_map), losses), *others = seen
-        assert not others
-
-        shares, target = logits.softmax(-1), F.one_hot(labels.long(), 2) * 0.9 + 0.05
-        expected = {"cross_entropy": -(target * shares.log()).sum(-1).mean()}
-        ratio = teacher_logits.softmax(-1) / own_logits.softmax(-1)
-        expected["divergence"] = (teacher_logits.softmax(-1) * ratio.log()).sum(-1).mean()
-        lengths = own_maps.norm(dim=1) * teacher_map.norm(dim=1)
-        expected["distance"] = 1 - ((own_maps * teacher_map).sum(1) / lengths).mean()
-        expected["loss"] = expected["cross_entropy"] + 2 * expected["divergence"] + 3 * expected["distance"]
-        assert losses.keys() == expected.keys()
-        for name, value in expected.items():
-            assert losses[name].item() == pytest.approx(value.item(), abs=1e-5)
-
-        if cached:  # it saw whole pictures, else these crops
-            rows = Dataset.from_parquet(str(tmp_path / "data" / "train-00000-of-00001.parquet"))
-            pixels = torch.stack(
-                [torch.from_numpy(np.array(row["image"].resize((32, 32)))).permute(2, 0, 1) for row in rows]
-            )
-            pixels = pixels / 127.5 - 1
-        else:
-            mean, std = (
-                torch.tensor(values).view(3, 1, 1) for values in (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
-            )
-            pixels = ((pixels * std + mean) * 2 - 1).float()
-        with torch.no_grad():
-            answers = network(pixels, output_hidden_states=True)
-        maps = answers.hidden_states[-1][:, 1:].transpose(1, 2).unflatten(2, (4, 4))
-        if cached:
-            order = torch.cdist(teacher_logits.float(), answers.logits).argmin(1)
-            assert sorted(order.tolist()) == list(range(8))
-            assert labels.tolist() == [i % 2 for i in order.tolist()]
-            torch.testing.assert_close(teacher_logits.float(), answers.logits[order], atol=1e-3, rtol=1e-3)
-        else:
-            torch.testing.assert_close(teacher_logits.float(), answers.logits, atol=1e-4, rtol=1e-4)
-            torch.testing.assert_close(teacher_map.float(), maps, atol=1e-4, rtol=1e-4)
-
-    def test_answers_of_something_else(self, start, vit, labelled, tmp_path):
-        _, folder = vit
-        settings = {"teacher": str(folder), "teacher_cache": str(tmp_path / "answers")}
-        start(tmp_path / "run", **settings)
-        written = {path: path.stat().st_mtime_ns for path in (tmp_path / "answers").iterdir()}
-        start(tmp_path / "again", **settings)
-        assert {path: path.stat().st_mtime_ns for path in (tmp_path / "answers").iterdir()} == written
-
-        shutil.copytree(folder, tmp_path / "other")
-        labelled.select(range(7)).to_parquet(tmp_path / "seven.parquet")
-        for changes, difference in [
-            ({"teacher": str(tmp_path / "other")}, f"teacher {folder}, not {tmp_path / 'other'}"),
-            ({"image_size": 64}, "image size 32, not 64"),
-            ({"patch_size": 16}, "patch size 8, not 16"),
-            ({"train_split": "validation"}, "data set "),
-        ]:
-            with pytest.raises(ValueError) as error:
-                start(tmp_path / "new", **{**settings, **changes})
-            assert f"The answers in {tmp_path / 'answers'} are of {difference}" in str(error.value)
-            assert "choose another `--teacher_cache`, or remove it" in str(error.value)
-        (tmp_path / "answers" / "answers.json").unlink()
-        with pytest.raises(ValueError, match="does not say what its answers are of"):
-            start(tmp_path / "new", **settings)
-        assert not list(tmp_path.glob("new/*"))
-
-
-@pytest.mark.parametrize("variable", [None, *loop.LAUNCHED])
-def test_the_death_of_a_launcher_alone_stops_a_run(monkeypatch, variable):
-    """Not that of the shell it was started from."""
-    before = signal.getsignal(signal.SIGTERM)
-    for name in loop.LAUNCHED:
-        monkeypatch.delenv(name, raising=False)
-    if variable is not None:
-        monkeypatch.setenv(variable, "x")
-    try:
-        stop, accelerator = StopRequest(), SimpleNamespace(num_processes=1)
-        assert not stop.is_made(accelerator)
-        monkeypatch.setattr("os.getppid", lambda: 1)
-        assert stop.is_made(accelerator) == (variable is not None)
-        stop.on_signal()
-        assert stop.is_made(accelerator)
-    finally:
-        signal.signal(signal.SIGTERM, before)
-
-
-class TestHeads:
-    """Of a classifier and a segmenter of five classes, each with weights of its own."""
-
-    NAMES = dict(enumerate(["sky", "tree", "road", "car", "sign"]))
-    OTHERS = dict(enumerate(["tree", "sky", "road", "car", "sign"]))
-
-    @pytest.fixture(params=["classifier", "segmenter"])
-    def saved(self, request, tiny_config, tiny_model, tiny_segmenter, tmp_path):
-        model, auto_class, head = {
-            "classifier": (tiny_model, AutoModelForImageClassification, {"classifier.weight", "classifier.bias"}),
-            "segmenter": (
-                tiny_segmenter,
-                AutoModelForSemanticSegmentation,
-                {"decoder.class_embeddings", "decoder.mask_norm.weight", "decoder.mask_norm.bias"},
-            ),
-        }[request.param]
-        model.config.id2label = self.NAMES
-        with torch.no_grad():
-            for name in head:
-                model.get_parameter(name).normal_()
-        model.save_pretrained(tmp_path)
-        return model, auto_class, head, tmp_path
-
-    @pytest.mark.parametrize("names", [NAMES, OTHERS, {0: "sky", 1: "tree"}], ids=["same", "other", "fewer"])
-    def test_what_follows_the_classes_is_new_where_they_are_others(self, saved, names):
-        model, auto_class, head, folder = saved
-        loaded = load_for_classes(auto_class, str(folder), names)
-        assert loaded.config.id2label == names
-        expected, found = model.state_dict(), loaded.state_dict()
-        same = {name for name in expected if torch.equal(expected[name], found[name])}
-        assert expected.keys() - same == (set() if names == self.NAMES else head)
-        assert all(tensor.isfinite().all() for tensor in found.values())
-
-    def test_models_of_others(self, start, vit, tmp_path):
-        args = FinetuningArguments(
-            task="image-classification",
-            dataset_name=str(tmp_path / "data"),
-            output_dir=str(tmp_path / "run"),
-            model_name_or_path=str(vit[1]),
-        )
-        with pytest.raises(ValueError, match="holds a model of type vit; this takes `cbsa` models"):
-            finetune_classifier(args)
-
-
-class TestScores:
-    ID2LABEL = {0: "tench", 1: "English springer", 2: "LABEL_2"}
-
-    def test_classes(self):
-        for names in (["tench", "English springer"], ["Tench", "english_springer", "chain saw"], ["0", "1", "2"]):
-            score.check_classes(names, self.ID2LABEL)
-        with pytest.raises(ValueError, match="Class 1 of the data is 'tench', of the model 'English springer'"):
-            score.check_classes(["0", "tench"], self.ID2LABEL)
-        with pytest.raises(ValueError, match="The data has 4 classes, the model 3"):
-            score.check_classes(["0", "1", "2", "3"], self.ID2LABEL)
-
-    @pytest.mark.parametrize("label", [-1, 2])
-    def test_a_label_that_no_class_has(self, label):
-        batches = [{"pixel_values": torch.zeros(2, 2), "labels": torch.tensor([-100, label])}]
-        accelerator = SimpleNamespace(is_main_process=True, autocast=nullcontext)
-        with pytest.raises(ValueError, match=f"An image has the label {label}; the model has the classes 0 to 1"):
-            evaluate_classifier(lambda pixels: pixels, batches, accelerator)
-
-    @pytest.mark.parametrize("name", ["output", "strip"])
-    def test_what_cannot_be_written_is_told_first(self, tmp_path, monkeypatch, name):
-        monkeypatch.setattr(score, "load_checkpoint", lambda *_: pytest.fail("it began"))
-        for path in (tmp_path, tmp_path / "nowhere" / "file"):
-            with pytest.raises(ValueError, match=f"{path} cannot be written: "):
-                score.main(score.Arguments(dataset_name="nowhere", **{name: str(path)}))
-        assert not list(tmp_path.iterdir())
-
-    def test_zero_shot_is_for_one_process(self, monkeypatch):
-        monkeypatch.setattr(score, "Accelerator", lambda **_: SimpleNamespace(num_processes=2))
-        with pytest.raises(ValueError, match="`--task zero-shot-segmentation` is for one process, not 2"):
-            score.main(score.Arguments(dataset_name="nowhere", task="zero-shot-segmentation"))
-
-    def test_a_class_that_never_occurs_is_left_out(self, start, tiny_segmenter):
-        accelerator = build_accelerator(Arguments(dataset_name="", output_dir="", report_to="none"))
-        segmenter = Mock(return_value=np.array([[0, 1, 1]]), model=tiny_segmenter)
-        scores = evaluate_segmenter(segmenter, lambda _: (None, np.array([[0, 1, 3]])), 1, accelerator)
-        assert scores == pytest.approx(
-            {"mean_iou": 0.5, "pixel_accuracy": 2 / 3, "iou/sky": 1.0, "iou/tree": 0.5, "iou/car": 0.0}
-        )
 
 
 @pytest.mark.skipif(not hasattr(signal, "sigwaitinfo"), reason="the sender of a signal is not told here")
