@@ -81,12 +81,14 @@ class SelfAttention(nn.Module):
         uses_representatives: whether the operator has representatives.
         has_factor: whether `forward` can return a factor A.
         map_is_gram: whether the token-to-token map is `A^T A`.
+        scales_with_size: whether the constructor takes `base_num_patches` and `num_other_tokens`.
         map_formula: what that map is, for titles.
     """
 
     uses_representatives = False
     has_factor = False
     map_is_gram = False
+    scales_with_size = False
     map_formula: str
 
     def __init__(self, hidden_size: int, num_heads: int, head_dim: int, representatives: nn.Module | None = None):
@@ -144,17 +146,43 @@ class ContractAndBroadcastSelfAttention(SharedProjectionSelfAttention):
 
     One projection serves as query, key and value. m representatives read the tokens, attend to one another, and hand
     what they learned back through the very weights they read with. Linear in N. The map is `A^T A`.
+
+    Each row of A sums to 1 over the N tokens, so `A^T C` shrinks as 1/N when an image grows. `size_factor` makes up
+    for that: it multiplies the contracted representatives by N / N0, 1 at the size that the weights are made for.
+
+    Args:
+        hidden_size, num_heads, head_dim, representatives: see [`SelfAttention`].
+        base_num_patches: N0, in patches; None leaves the factor out, as the reference implementation does.
+        num_other_tokens: tokens that every image has beside its patches and that count in both N and N0: the class
+            tokens of a mask decoder.
     """
 
     uses_representatives = True
     has_factor = True
     map_is_gram = True
+    scales_with_size = True
     map_formula = "$A^T A$"
 
-    def __init__(self, hidden_size: int, num_heads: int, head_dim: int, representatives: nn.Module):
+    def __init__(
+        self,
+        hidden_size: int,
+        num_heads: int,
+        head_dim: int,
+        representatives: nn.Module,
+        base_num_patches: int | None = None,
+        num_other_tokens: int = 0,
+    ):
         super().__init__(hidden_size, num_heads, head_dim, representatives)
+        self.base_num_patches = base_num_patches
+        self.num_other_tokens = num_other_tokens
         self.step_rep = nn.Parameter(torch.ones(num_heads, 1, 1))
         self.step_x = nn.Parameter(torch.ones(num_heads, 1, 1))
+
+    def size_factor(self, grid: tuple[int, int]) -> float:
+        """N / N0 for that grid of patches; 1 where no N0 is known."""
+        if self.base_num_patches is None:
+            return 1.0
+        return (grid[0] * grid[1] + self.num_other_tokens) / (self.base_num_patches + self.num_other_tokens)
 
     def forward(self, hidden_states, grid, output_attentions=False, output_factor=False):
         tokens = self.split_heads(self.proj(hidden_states))
@@ -164,7 +192,7 @@ class ContractAndBroadcastSelfAttention(SharedProjectionSelfAttention):
         representatives = representatives + self.step_rep * (attention @ tokens)
         # Written out: for so few representatives the fused kernel is slower, by a quarter of the training step on CPU.
         contracted = self.attend(representatives, representatives) @ representatives
-        update = self.step_x * (attention.transpose(2, 3) @ contracted)
+        update = attention.transpose(2, 3) @ (self.step_x * self.size_factor(grid) * contracted)
 
         token_map = attention.transpose(2, 3) @ attention if output_attentions else None
         return self.merge_heads(update), token_map, attention

@@ -14,7 +14,7 @@ from .convert_checkpoints import ORIGINS, compare_outputs, convert_checkpoint, m
 from .figures import attention_grid, class_colours, class_legend, overlay_classes, overlay_mask
 from .hub import push_checkpoint
 from .images import open_image, to_pixel_values
-from .interpretability import attention_maps
+from .interpretability import attention_maps, map_formula
 from .report import inspect_photo, save_report
 from .sliding_window import SlidingWindowSegmenter
 from .token_groups import METHODS
@@ -109,8 +109,7 @@ def attention(args: argparse.Namespace):
     model, processor = load_checkpoint(args.checkpoint)
     pixel_values = to_pixel_values(image, processor, args.long_side, model.config.patch_size)
     maps = attention_maps(model, pixel_values)[:, 0]
-    formula = model.base_model.layers[0].attention.map_formula
-    title = f"attention of CLS to the patches: its row of {formula}, per layer and head"
+    title = f"attention of CLS to the patches: its row of {map_formula(model)}, per layer and head"
     save_png(attention_grid(image, maps, title), args.output)
     print(f"{args.output}: {maps.shape[0]} layers x {maps.shape[1]} heads, {maps.shape[2]} x {maps.shape[3]} patches.")
 

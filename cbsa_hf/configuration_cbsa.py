@@ -34,9 +34,9 @@ class CBSAConfig(BackboneConfigMixin, PreTrainedConfig):
         num_hidden_layers (`int`, defaults to 12): Number of layers.
         num_attention_heads (`int`, defaults to 3): Number of heads.
         head_dim (`int`, *optional*): Dimension p of one head; `hidden_size // num_attention_heads` when not given.
-        attention_type (`str`, defaults to `"cbsa"`):
+        attention_type (`str` or `list[str]`, defaults to `"cbsa"`):
             `"cbsa"`; `"mssa"` (CRATE), `"tssa"` (ToST), `"linear"`, `"softmax"` (ViT), or `"agent"` (a ViT's attention
-            made to work through representatives). `attention_cbsa.py` defines each.
+            made to work through representatives); a list names one for each layer. `attention_cbsa.py` defines each.
         feed_forward_type (`str`, defaults to `"ista"`): `"ista"`, or `"mlp"` with GELU and a skip connection (ViT).
         intermediate_size (`int`, *optional*): Width of the MLP; `4 * hidden_size` when not given.
         patch_embedding_type (`str`, defaults to `"conv_stem"`):
@@ -48,6 +48,13 @@ class CBSAConfig(BackboneConfigMixin, PreTrainedConfig):
         pooled_tokens (`str`, defaults to `"patches"`):
             Which tokens the initial representatives are pooled from: the `"patches"`, or, as the published classifiers
             do, `"all_but_last"` of all tokens, which reads CLS as the first patch and misses the last one.
+        size_factor (`bool`, defaults to `True`):
+            Whether the update of `"cbsa"` is multiplied by N / N0, the number of patches over that of the size that
+            the weights are made for. Without it the update shrinks as 1 / N when images grow, as in the reference
+            implementation. The mask decoder counts its class tokens in both.
+        base_num_patches (`int`, *optional*): N0 of the encoder; the patches at `image_size` when not given.
+        num_register_tokens (`int`, defaults to 0):
+            Learned tokens between CLS and the patches (arXiv 2309.16588), which nothing is read from in the end.
         ista_step_size (`float`, defaults to 0.1): Step of the ISTA feed-forward.
         ista_threshold (`float`, defaults to 0.1): Weight lambda of its sparsity penalty.
         drop_path_rate (`float`, defaults to 0.0):
@@ -72,6 +79,8 @@ class CBSAConfig(BackboneConfigMixin, PreTrainedConfig):
             and the width of the tokens divided by the number of heads for `"softmax"`.
         decoder_representatives_size (`int` or `(int, int)`, defaults to 10): Its grid of representatives, for
             `"cbsa"`.
+        decoder_base_num_patches (`int`, *optional*):
+            N0 of the mask decoder; the encoder's when not given, and with another backbone no factor.
         semantic_loss_ignore_index (`int`, defaults to 255): Label of the pixels that do not count.
         backbone_config (`PreTrainedConfig` or `dict`, *optional*): Another backbone of Transformers for the segmenter,
             such as a `Dinov2Config`, in place of the encoder; all that describes the encoder has no effect then.
@@ -100,13 +109,16 @@ class CBSAConfig(BackboneConfigMixin, PreTrainedConfig):
     num_hidden_layers: int = 12
     num_attention_heads: int = 3
     head_dim: int | None = None
-    attention_type: str = "cbsa"
+    attention_type: str | list[str] | tuple[str, ...] = "cbsa"
     feed_forward_type: str = "ista"
     intermediate_size: int | None = None
     patch_embedding_type: str = "conv_stem"
     representatives_type: str = "pool"
     representatives_size: int | list[int] | tuple[int, int] = 8
     pooled_tokens: str = "patches"
+    size_factor: bool = True
+    base_num_patches: int | None = None
+    num_register_tokens: int = 0
     ista_step_size: float | int = 0.1
     ista_threshold: float | int = 0.1
     drop_path_rate: float | int = 0.0
@@ -121,6 +133,7 @@ class CBSAConfig(BackboneConfigMixin, PreTrainedConfig):
     decoder_num_heads: int = 3
     decoder_head_dim: int | None = None
     decoder_representatives_size: int | list[int] | tuple[int, int] = 10
+    decoder_base_num_patches: int | None = None
     semantic_loss_ignore_index: int = 255
     backbone_config: dict | PreTrainedConfig | None = None
     output_representative_attentions: bool = False
@@ -147,6 +160,13 @@ class CBSAConfig(BackboneConfigMixin, PreTrainedConfig):
         )
         super().__post_init__(**kwargs)
 
+    @property
+    def layer_attention_types(self) -> list[str]:
+        """The attention type of every layer."""
+        if isinstance(self.attention_type, str):
+            return [self.attention_type] * self.num_hidden_layers
+        return list(self.attention_type)
+
     def save_pretrained(self, save_directory, **kwargs):
         # A model that is saved enters itself alone; with the others, `AutoModel` opens a saved classifier too.
         self.auto_map = AUTO_MAP | (getattr(self, "auto_map", None) or {})
@@ -172,11 +192,24 @@ class CBSAConfig(BackboneConfigMixin, PreTrainedConfig):
             sides = [value, value] if isinstance(value, int) else value
             if len(sides) != 2 or min(sides) < 1:
                 raise ValueError(f"`{name}` is {value}; give one side or (height, width), each at least 1.")
+        for name in ("base_num_patches", "decoder_base_num_patches"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"`{name}` is {value}, and has to be at least 1.")
+        if self.num_register_tokens < 0:
+            raise ValueError(f"`num_register_tokens` is {self.num_register_tokens}, and must not be negative.")
 
     def validate_types(self):
-        """Every name is in its table."""
+        """Every name is in its table, and a list of attention types has one for each layer."""
+        if len(self.layer_attention_types) != self.num_hidden_layers:
+            raise ValueError(
+                f"`attention_type` lists {len(self.attention_type)} types for {self.num_hidden_layers} layers; give "
+                "one for each layer, or one name for all."
+            )
+        for value in set(self.layer_attention_types):
+            if value not in ATTENTIONS:
+                raise ValueError(f"`attention_type` is {value!r}; choose one of {', '.join(map(repr, ATTENTIONS))}.")
         for name, allowed in (
-            ("attention_type", ATTENTIONS),
             ("feed_forward_type", FEED_FORWARD_TYPES),
             ("patch_embedding_type", PATCH_EMBEDDING_TYPES),
             ("representatives_type", REPRESENTATIVES_TYPES),
@@ -190,8 +223,8 @@ class CBSAConfig(BackboneConfigMixin, PreTrainedConfig):
 
     def validate_representatives(self):
         """What says how representatives are made has no meaning where there are none."""
-        attention = ATTENTIONS.get(self.attention_type)
-        if attention is not None and not attention.uses_representatives:
+        known = [ATTENTIONS[name] for name in self.layer_attention_types if name in ATTENTIONS]
+        if known and not any(attention.uses_representatives for attention in known):
             for name, default in (("representatives_type", "pool"), ("pooled_tokens", "patches")):
                 if getattr(self, name) != default:
                     raise ValueError(
@@ -202,6 +235,11 @@ class CBSAConfig(BackboneConfigMixin, PreTrainedConfig):
             raise ValueError(
                 f"`pooled_tokens={self.pooled_tokens!r}` has no meaning for learned representatives, which are not "
                 "pooled; leave it at 'patches', or choose `representatives_type='pool'`."
+            )
+        if self.num_register_tokens and self.pooled_tokens != "patches":
+            raise ValueError(
+                f"`pooled_tokens={self.pooled_tokens!r}` reads CLS as the first patch, which `num_register_tokens="
+                f"{self.num_register_tokens}` would turn into a register; leave it at 'patches'."
             )
 
     def validate_patch_size(self):

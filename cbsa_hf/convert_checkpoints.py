@@ -140,6 +140,8 @@ def derive_config(
     if "cbsa.layers.0.feed_forward.weight" not in weights:
         values["feed_forward_type"] = "mlp"
         values["intermediate_size"] = shape("cbsa.layers.0.feed_forward.fc1.weight", 2)[0]
+    if attention_type == "cbsa":
+        values["base_num_patches"] = num_patches  # as trained, where N / N0 is 1
     if origin == "cbt":
         values["pooled_tokens"] = "all_but_last"  # as trained
     if "classifier.weight" in weights and source_config is not None:
@@ -148,6 +150,7 @@ def derive_config(
         values["num_labels"] = shape("classifier.weight", 2)[0]
     if ORIGINS[origin].decoder_type is not None:
         values |= derive_decoder(weights, ORIGINS[origin].decoder_type, num_heads)
+        values["decoder_base_num_patches"] = values.get("base_num_patches")
     try:
         return CBSAConfig(
             hidden_size=hidden_size,

@@ -138,6 +138,7 @@ def attention_grid(
     title: str,
     overlay: Callable[[Image.Image, np.ndarray], Image.Image] = overlay_heat,
     patch: tuple[int, int] | None = None,
+    layers: list[int] | None = None,
 ) -> Image.Image:
     """
     A labelled table of attention maps over the photo: a column per layer, a row per head, and one for their mean.
@@ -148,6 +149,7 @@ def attention_grid(
         title: what the maps show.
         overlay: draws one map, [`overlay_heat`] or, for maps of both signs, [`overlay_signed`].
         patch: (row, column) to frame on the photo: whose maps they are, where they are not those of CLS.
+        layers: number of each layer, where not all are shown.
     """
     maps = torch.cat([maps, maps.mean(1, keepdim=True)], dim=1)
     num_layers, num_rows = maps.shape[:2]
@@ -161,7 +163,7 @@ def attention_grid(
         for layer in range(num_layers):
             axes[row, layer + 1].imshow(overlay(thumbnail, maps[layer, row].numpy()))
     for layer in range(num_layers):
-        axes[0, layer + 1].set_title(f"layer {layer}", fontsize=11)
+        axes[0, layer + 1].set_title(f"layer {layers[layer] if layers else layer}", fontsize=11)
     axes[0, 0].imshow(thumbnail)
     axes[0, 0].set_title("photo", fontsize=11)
     if patch is not None:

@@ -53,12 +53,15 @@ def patch_grid(model: PreTrainedModel, pixel_values: torch.Tensor) -> tuple[int,
     return model.base_model.embeddings.patch_embeddings.grid(*pixel_values.shape[2:])
 
 
-def token_index(grid: tuple[int, int], patch: tuple[int, int] | None) -> int:
-    """Which token (row, column) of the patch grid is, None for CLS; a ValueError outside the grid."""
+def token_index(grid: tuple[int, int], patch: tuple[int, int] | None, num_prefix_tokens: int = 1) -> int:
+    """
+    Which token (row, column) of the patch grid is, None for CLS; a ValueError outside the grid. The patches stand
+    behind CLS and the registers, `num_prefix_tokens` in all.
+    """
     if patch is None:
         return 0
     if 0 <= patch[0] < grid[0] and 0 <= patch[1] < grid[1]:
-        return 1 + patch[0] * grid[1] + patch[1]
+        return num_prefix_tokens + patch[0] * grid[1] + patch[1]
     raise ValueError(
         f"Patch {tuple(patch)} lies outside the grid of {grid[0]} x {grid[1]} patches; rows and columns count from 0."
     )
@@ -86,26 +89,37 @@ def attention_maps(
         ValueError: `patch` lies outside the grid, or the model has another library's backbone.
     """
     grid = patch_grid(model, pixel_values)
-    token = token_index(grid, patch)
-    pixel_values = pixel_values.to(model.device)
     with watching(model) as encoder:
-        if encoder.layers[0].attention.map_is_gram:
-            outputs = encoder(pixel_values, interpolate_pos_encoding=True, output_representative_attentions=True)
-            factors = torch.stack(outputs.representative_attentions)  # (layers, batch, heads, m, tokens)
-            rows = (factors[..., token].unsqueeze(-2) @ factors).squeeze(-2)
-        else:
-            outputs = encoder(pixel_values, interpolate_pos_encoding=True, output_attentions=True)
-            rows = torch.stack([token_map[:, :, token] for token_map in outputs.attentions])
-        return rows[..., 1:].unflatten(-1, grid).cpu()
+        token = token_index(grid, patch, encoder.num_prefix_tokens)
+        is_gram = [layer.attention.map_is_gram for layer in encoder.layers]
+        outputs = encoder(
+            pixel_values.to(model.device),
+            interpolate_pos_encoding=True,
+            output_representative_attentions=any(is_gram),
+            output_attentions=not all(is_gram),
+        )
+        rows = []
+        for index, from_factor in enumerate(is_gram):
+            if from_factor:
+                factor = outputs.representative_attentions[index]  # (batch, heads, m, tokens)
+                rows.append((factor[..., token].unsqueeze(-2) @ factor).squeeze(-2))
+            else:
+                rows.append(outputs.attentions[index][:, :, token])
+        return torch.stack(rows)[..., encoder.num_prefix_tokens :].unflatten(-1, grid).cpu()
 
 
 def map_is_exact(model: PreTrainedModel) -> bool:
     """
-    Whether the model's `attentions` times the values are its attention updates before the output layer: not for
-    `cbsa`, where the map leaves out the contraction, nor for `tssa`, whose update uses no map.
+    Whether the model's `attentions` times the values are its attention updates before the output layer, in every
+    layer: not for `cbsa`, where the map leaves out the contraction, nor for `tssa`, whose update uses no map.
     """
-    attention = model.base_model.layers[0].attention
-    return not isinstance(attention, (ContractAndBroadcastSelfAttention, TokenStatisticsSelfAttention))
+    inexact = (ContractAndBroadcastSelfAttention, TokenStatisticsSelfAttention)
+    return not any(isinstance(layer.attention, inexact) for layer in model.base_model.layers)
+
+
+def map_formula(model: PreTrainedModel) -> str:
+    """What the token-to-token map is, for titles; of every attention type once, where layers differ."""
+    return " or ".join(dict.fromkeys(layer.attention.map_formula for layer in model.base_model.layers))
 
 
 @dataclass
@@ -118,7 +132,8 @@ class ExactMap:
     Args:
         factor: (batch, heads, m, N), A: how each representative spreads its attention; rows sum to 1.
         reads: (batch, heads, m, N), `P + eta A`: how much of each token a representative holds in the end.
-        writes: (batch, heads, m, N), `kappa S^T A`: how much of what a representative holds each token is given.
+        writes: (batch, heads, m, N), `kappa S^T A`: how much of what a representative holds each token is given; the
+            factor N / N0 of the image's size is in kappa.
         values: (batch, heads, N, p), the projected tokens W.
         initial: (heads, m, p), what learned representatives hold of themselves; 0 where they are pooled.
     """
@@ -170,25 +185,26 @@ def exact_map(
         initial = torch.zeros_like(initial[0])
     else:
         initial = initial[0]
-    writes = attention.step_x * contraction.transpose(2, 3) @ factor
+    writes = attention.step_x * attention.size_factor(grid) * contraction.transpose(2, 3) @ factor
     return ExactMap(factor, reads, writes, values, initial)
 
 
-def exact_maps(model: PreTrainedModel, pixel_values: torch.Tensor) -> list[ExactMap]:
+def exact_maps(model: PreTrainedModel, pixel_values: torch.Tensor) -> list[ExactMap | None]:
     """
     What every layer's attention does, without approximation.
 
     Args:
-        model: a CBSA model with any head, its attention type `cbsa`.
+        model: a CBSA model with any head, the attention type of one layer at least `cbsa`.
         pixel_values: (batch, channels, height, width) of any size.
 
     Returns:
-        One [`ExactMap`] per layer, on the CPU; CLS is token 0, patch (row, column) is [`token_index`].
+        One [`ExactMap`] per layer, on the CPU, or None where the layer's attention type is another; CLS is token 0,
+        patch (row, column) is [`token_index`].
 
     Raises:
-        ValueError: another attention type.
+        ValueError: no layer's attention type is `cbsa`.
     """
-    if not isinstance(model.base_model.layers[0].attention, ContractAndBroadcastSelfAttention):
+    if not any(isinstance(layer.attention, ContractAndBroadcastSelfAttention) for layer in model.base_model.layers):
         hint = "`attention_maps` is exact there" if map_is_exact(model) else "its update uses no token-to-token map"
         raise ValueError(
             f"`exact_maps` is for attention type 'cbsa'; this is {model.config.attention_type!r}: {hint}."
@@ -198,6 +214,8 @@ def exact_maps(model: PreTrainedModel, pixel_values: torch.Tensor) -> list[Exact
         outputs = encoder(pixel_values.to(model.device), interpolate_pos_encoding=True, output_hidden_states=True)
         maps = [
             exact_map(layer.attention, layer.layernorm_before(hidden_states), grid)
+            if isinstance(layer.attention, ContractAndBroadcastSelfAttention)
+            else None
             for layer, hidden_states in zip(encoder.layers, outputs.hidden_states[:-1], strict=True)
         ]
-    return [ExactMap(*(getattr(found, field.name).cpu() for field in fields(ExactMap))) for found in maps]
+    return [found and ExactMap(*(getattr(found, field.name).cpu() for field in fields(ExactMap))) for found in maps]

@@ -22,6 +22,7 @@ class MaskDecoder(nn.Module):
     Args:
         config: a `CBSAConfig`, of which the fields `decoder_*`, `num_labels` and `layer_norm_eps` count.
         hidden_size: d.
+        base_num_patches: N0 of [`ContractAndBroadcastSelfAttention`]; None leaves its factor out.
 
     Attributes:
         has_class_tokens: whether class tokens attend to the patches, so that there are maps to return.
@@ -29,7 +30,7 @@ class MaskDecoder(nn.Module):
 
     has_class_tokens = False
 
-    def __init__(self, config: PreTrainedConfig, hidden_size: int):
+    def __init__(self, config: PreTrainedConfig, hidden_size: int, base_num_patches: int | None = None):
         super().__init__()
         self.num_labels = config.num_labels
 
@@ -52,8 +53,8 @@ class MaskDecoder(nn.Module):
 class LinearMaskDecoder(MaskDecoder):
     """One linear layer on every patch token: what decoders are compared with."""
 
-    def __init__(self, config: PreTrainedConfig, hidden_size: int):
-        super().__init__(config, hidden_size)
+    def __init__(self, config: PreTrainedConfig, hidden_size: int, base_num_patches: int | None = None):
+        super().__init__(config, hidden_size, base_num_patches)
         self.classifier = nn.Linear(hidden_size, config.num_labels)
 
     def forward(self, hidden_states, grid, output_attentions=False):
@@ -68,16 +69,27 @@ class MaskDecoderLayer(GradientCheckpointingLayer):
         attention_type: name of the operator.
         head_dim: dimension of one of its heads.
         has_mlp: whether a feed-forward block follows it.
+        base_num_patches: see [`MaskDecoder`].
     """
 
-    def __init__(self, config: PreTrainedConfig, hidden_size: int, attention_type: str, head_dim: int, has_mlp: bool):
+    def __init__(
+        self,
+        config: PreTrainedConfig,
+        hidden_size: int,
+        attention_type: str,
+        head_dim: int,
+        has_mlp: bool,
+        base_num_patches: int | None = None,
+    ):
         super().__init__()
         attention = ATTENTIONS[attention_type]
-        representatives = None
+        options = {}
         if attention.uses_representatives:
-            representatives = PooledRepresentatives(config.decoder_representatives_size, first_token=0)
+            options["representatives"] = PooledRepresentatives(config.decoder_representatives_size, first_token=0)
+        if attention.scales_with_size:
+            options |= {"base_num_patches": base_num_patches, "num_other_tokens": config.num_labels}
         self.layernorm_before = nn.LayerNorm(hidden_size, eps=config.layer_norm_eps)
-        self.attention = attention(hidden_size, config.decoder_num_heads, head_dim, representatives)
+        self.attention = attention(hidden_size, config.decoder_num_heads, head_dim, **options)
         if has_mlp:
             self.layernorm_after = nn.LayerNorm(hidden_size, eps=config.layer_norm_eps)
             self.feed_forward = nn.Sequential(
@@ -131,13 +143,13 @@ class ClassTokenMaskDecoder(MaskDecoder):
     head_dim: int | None = 100  # as published; None divides the width by the number of heads
     has_mlp = False
 
-    def __init__(self, config: PreTrainedConfig, hidden_size: int):
-        super().__init__(config, hidden_size)
+    def __init__(self, config: PreTrainedConfig, hidden_size: int, base_num_patches: int | None = None):
+        super().__init__(config, hidden_size, base_num_patches)
         head_dim = config.decoder_head_dim or self.head_dim or hidden_size // config.decoder_num_heads
         self.class_embeddings = nn.Parameter(torch.zeros(1, config.num_labels, hidden_size))
         self.layers = nn.ModuleList(
             [
-                MaskDecoderLayer(config, hidden_size, self.attention_type, head_dim, self.has_mlp)
+                MaskDecoderLayer(config, hidden_size, self.attention_type, head_dim, self.has_mlp, base_num_patches)
                 for _ in range(config.decoder_num_layers)
             ]
         )
@@ -185,8 +197,8 @@ class SegmenterMaskDecoder(ClassTokenMaskDecoder):
     head_dim = None
     has_mlp = True
 
-    def __init__(self, config: PreTrainedConfig, hidden_size: int):
-        super().__init__(config, hidden_size)
+    def __init__(self, config: PreTrainedConfig, hidden_size: int, base_num_patches: int | None = None):
+        super().__init__(config, hidden_size, base_num_patches)
         self.input_proj = nn.Linear(hidden_size, hidden_size)
         self.patch_proj = nn.Linear(hidden_size, hidden_size, bias=False)
         self.class_proj = nn.Linear(hidden_size, hidden_size, bias=False)

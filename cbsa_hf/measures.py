@@ -54,7 +54,8 @@ def hoyer_sparsity(tokens: torch.Tensor) -> torch.Tensor:
 class LayerMeasures:
     """
     Numbers of every image, layer and, where it says so, head. Coding rates are of the tokens projected by the head's
-    basis, and there are none (None) where query, key and value have projections of their own.
+    basis, and there are none (None) where query, key and value have projections of their own. What only some layers
+    have is NaN in the others.
 
     Args:
         eps: error of the coding rates.
@@ -82,12 +83,18 @@ class LayerMeasures:
     map_rank: torch.Tensor
 
     def summary(self) -> dict[str, dict[str, list] | None]:
-        """Mean and standard deviation over the images (0 for a single one), as lists over layers and heads."""
+        """
+        Mean and standard deviation over the images (0 for a single one), as lists over layers and heads; None where a
+        layer does not have it.
+        """
         found = {name: getattr(self, name) for name in MEASURES}
         return {
             name: None
             if value is None
-            else {"mean": value.mean(0).tolist(), "std": value.std(0, correction=0).tolist()}
+            else {
+                statistic: [None if values.isnan().any() else values.tolist() for values in layers]
+                for statistic, layers in (("mean", value.mean(0)), ("std", value.std(0, correction=0)))
+            }
             for name, value in found.items()
         }
 
@@ -103,15 +110,16 @@ def basis_coding_rate(attention: SharedProjectionSelfAttention, tokens: torch.Te
 def measure_batch(encoder: PreTrainedModel, pixel_values: torch.Tensor, eps: float) -> dict[str, torch.Tensor]:
     """The tensors of [`LayerMeasures`] for one batch; those that the model does not have are left out."""
     grid = patch_grid(encoder, pixel_values)
-    operator = encoder.layers[0].attention
+    operators = [layer.attention for layer in encoder.layers]
     outputs = encoder(
         pixel_values.to(encoder.device),
         interpolate_pos_encoding=True,
         output_hidden_states=True,
-        output_attentions=not operator.map_is_gram,
-        output_representative_attentions=operator.has_factor,
+        output_attentions=not all(operator.map_is_gram for operator in operators),
+        output_representative_attentions=any(operator.has_factor for operator in operators),
     )
-    found = {name: [] for name in MEASURES}
+    per_head = torch.full((len(pixel_values), encoder.config.num_attention_heads), torch.nan, dtype=torch.float64)
+    found = {name: [per_head] * len(operators) for name in MEASURES}
     for index, layer in enumerate(encoder.layers):
         before, code = outputs.hidden_states[index : index + 2]
         operator_input = layer.layernorm_before(before)
@@ -123,18 +131,22 @@ def measure_batch(encoder: PreTrainedModel, pixel_values: torch.Tensor, eps: flo
                 "normalised_coding_rate_before": operator_input,
                 "normalised_coding_rate_after": layer.layernorm_before(after),
             }.items():
-                found[name].append(basis_coding_rate(layer.attention, tokens, eps))
+                found[name][index] = basis_coding_rate(layer.attention, tokens, eps)
         for name, tokens in {"before": layer.layernorm_after(after), "after": code}.items():
-            found[f"zeros_{name}"].append((tokens == 0).double().mean((1, 2)))
-            found[f"sparsity_{name}"].append(hoyer_sparsity(tokens.double()))
-        if operator.has_factor:
+            found[f"zeros_{name}"][index] = (tokens == 0).double().mean((1, 2))
+            found[f"sparsity_{name}"][index] = hoyer_sparsity(tokens.double())
+        if layer.attention.has_factor:
             singular_values = torch.linalg.svdvals(outputs.representative_attentions[index].double())
-            found["factor_rank"].append(effective_count(singular_values))
-        if operator.map_is_gram:  # the map's singular values are those of the factor, squared
-            found["map_rank"].append(effective_count(singular_values.square()))
+            found["factor_rank"][index] = effective_count(singular_values)
+        if layer.attention.map_is_gram:  # the map's singular values are those of the factor, squared
+            found["map_rank"][index] = effective_count(singular_values.square())
         else:
-            found["map_rank"].append(effective_rank(outputs.attentions[index]))
-    return {name: torch.stack(values, dim=1).cpu() for name, values in found.items() if values}
+            found["map_rank"][index] = effective_rank(outputs.attentions[index])
+    return {
+        name: torch.stack([value.to(per_head) for value in values], dim=1)
+        for name, values in found.items()
+        if any(value is not per_head for value in values)
+    }
 
 
 def measure_layers(model: PreTrainedModel, batches: Iterable[torch.Tensor], eps: float = 0.5) -> LayerMeasures:

@@ -1,6 +1,8 @@
 """The Contract-and-Broadcast Transformer (CBT) for Hugging Face Transformers."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import wraps
 
 import torch
 from torch import nn
@@ -40,14 +42,15 @@ class CBSAModelOutput(BaseModelOutputWithPooling):
     Output of [`CBSAModel`].
 
     Args:
-        last_hidden_state: (batch, 1 + patches, hidden_size), CLS first, after the final LayerNorm.
+        last_hidden_state: (batch, tokens, hidden_size), CLS first, then registers if there are any, then the patches;
+            after the final LayerNorm.
         pooler_output: (batch, hidden_size), its CLS token.
-        hidden_states: the embeddings and the output of every layer, each (batch, 1 + patches, hidden_size), before the
+        hidden_states: the embeddings and the output of every layer, each (batch, tokens, hidden_size), before the
             final LayerNorm; with `output_hidden_states=True`.
         attentions: per layer the token-to-token map, (batch, heads, tokens, tokens), for `"cbsa"` `A^T A`; with
             `output_attentions=True`.
-        representative_attentions: per layer the factor A, (batch, heads, m, tokens), whose rows sum to 1; with
-            `output_representative_attentions=True`.
+        representative_attentions: per layer the factor A, (batch, heads, m, tokens), whose rows sum to 1, or None
+            where the layer's attention has no factor; with `output_representative_attentions=True`.
     """
 
     representative_attentions: tuple[torch.FloatTensor, ...] | None = None
@@ -165,7 +168,10 @@ PATCH_EMBEDDINGS = {"conv_stem": CBSAConvStem, "patchify": CBSAPatchify, "linear
 
 
 class CBSAEmbeddings(nn.Module):
-    """Image -> CLS and patch tokens with learned positions, and the grid of the patches."""
+    """
+    Image -> CLS, registers if there are any, and patches; and the grid of the patches. CLS and patches have learned
+    positions.
+    """
 
     def __init__(self, config: CBSAConfig):
         super().__init__()
@@ -176,6 +182,9 @@ class CBSAEmbeddings(nn.Module):
         self.patch_embeddings = PATCH_EMBEDDINGS[config.patch_embedding_type](config)
         self.grid = self.patch_embeddings.grid(*self.image_size)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, config.hidden_size))
+        self.register_tokens = None
+        if config.num_register_tokens:
+            self.register_tokens = nn.Parameter(torch.zeros(1, config.num_register_tokens, config.hidden_size))
         self.position_embeddings = nn.Parameter(torch.zeros(1, 1 + self.grid[0] * self.grid[1], config.hidden_size))
 
     def check_size(self, pixel_values: torch.Tensor, interpolate_pos_encoding: bool | None):
@@ -214,7 +223,11 @@ class CBSAEmbeddings(nn.Module):
         cls_token = self.cls_token.expand(patches.shape[0], -1, -1)
         hidden_states = torch.cat([cls_token, patches.flatten(2).transpose(1, 2)], dim=1)
         positions = self.interpolate_pos_encoding(grid) if interpolate_pos_encoding else self.position_embeddings
-        return hidden_states + positions, grid
+        hidden_states = hidden_states + positions
+        if self.register_tokens is not None:
+            registers = self.register_tokens.expand(patches.shape[0], -1, -1)
+            hidden_states = torch.cat([hidden_states[:, :1], registers, hidden_states[:, 1:]], dim=1)
+        return hidden_states, grid
 
 
 class CBSAISTA(nn.Module):
@@ -232,8 +245,12 @@ class CBSAISTA(nn.Module):
         self.weight = nn.Parameter(torch.empty(config.hidden_size, config.hidden_size))
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        residual = hidden_states - F.linear(hidden_states, self.weight)  # x - D x
-        gradient = F.linear(residual, self.weight.t())  # D^T (x - D x)
+        if is_torchdynamo_exporting() or hidden_states.numel() > self.weight.numel():
+            # One product with D^T - D^T D instead of two; forming that matrix costs as much as d tokens do.
+            gradient = F.linear(hidden_states, self.weight.t() - self.weight.t() @ self.weight)
+        else:
+            residual = hidden_states - F.linear(hidden_states, self.weight)  # x - D x
+            gradient = F.linear(residual, self.weight.t())  # D^T (x - D x)
         return F.relu(torch.add(hidden_states, gradient, alpha=self.step_size) - self.step_size * self.threshold)
 
 
@@ -254,18 +271,22 @@ class CBSAMLP(nn.Module):
 FEED_FORWARDS = {"ista": CBSAISTA, "mlp": CBSAMLP}
 
 
-def build_attention(config: CBSAConfig) -> SelfAttention:
-    """The operator that the configuration names, with its representatives where it has any."""
-    attention = ATTENTIONS[config.attention_type]
-    representatives = None
+def build_attention(config: CBSAConfig, attention_type: str, base_num_patches: int | None = None) -> SelfAttention:
+    """That operator, with its representatives where it has any; `base_num_patches` is N0 where it takes one."""
+    attention = ATTENTIONS[attention_type]
+    options = {}
     if attention.uses_representatives and config.representatives_type == "pool":
         # The reference's quirk reads all tokens but the last as the grid, so its grid starts at CLS.
-        first_token = {"patches": 1, "all_but_last": 0}[config.pooled_tokens]
-        representatives = PooledRepresentatives(config.representatives_size, first_token)
+        first_token = {"patches": 1 + config.num_register_tokens, "all_but_last": 0}[config.pooled_tokens]
+        options["representatives"] = PooledRepresentatives(config.representatives_size, first_token)
     elif attention.uses_representatives:
         height, width = to_pair(config.representatives_size)
-        representatives = LearnedRepresentatives(config.num_attention_heads, height * width, config.head_dim)
-    return attention(config.hidden_size, config.num_attention_heads, config.head_dim, representatives)
+        options["representatives"] = LearnedRepresentatives(
+            config.num_attention_heads, height * width, config.head_dim
+        )
+    if attention.scales_with_size:
+        options["base_num_patches"] = base_num_patches
+    return attention(config.hidden_size, config.num_attention_heads, config.head_dim, **options)
 
 
 class CBSADropPath(nn.Module):
@@ -285,11 +306,17 @@ class CBSADropPath(nn.Module):
 class CBSALayer(GradientCheckpointingLayer):
     """`h = z + attention(LN(z))`, then `z' = ista(LN(h))`, or `z' = h + mlp(LN(h))`."""
 
-    def __init__(self, config: CBSAConfig, drop_path_rate: float = 0.0):
+    def __init__(
+        self,
+        config: CBSAConfig,
+        attention_type: str,
+        base_num_patches: int | None = None,
+        drop_path_rate: float = 0.0,
+    ):
         super().__init__()
         self.drop_path = CBSADropPath(drop_path_rate)
         self.layernorm_before = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.attention = build_attention(config)
+        self.attention = build_attention(config, attention_type, base_num_patches)
         self.layernorm_after = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.feed_forward = FEED_FORWARDS[config.feed_forward_type](config)
 
@@ -331,6 +358,8 @@ class CBSAPreTrainedModel(PreTrainedModel):
         elif isinstance(module, CBSAEmbeddings):
             init.trunc_normal_(module.cls_token, std=self.config.initializer_range)
             init.trunc_normal_(module.position_embeddings, std=self.config.initializer_range)
+            if module.register_tokens is not None:
+                init.trunc_normal_(module.register_tokens, std=self.config.initializer_range)
         elif isinstance(module, ContractAndBroadcastSelfAttention):
             init.ones_(module.step_rep)
             init.ones_(module.step_x)
@@ -349,6 +378,23 @@ class CBSAPreTrainedModel(PreTrainedModel):
         return getattr(self.config, name) if value is None else value
 
 
+def one_factor_per_layer(forward: Callable) -> Callable:
+    """Transformers leaves out what a layer does not return; this puts None there in `representative_attentions`."""
+
+    @wraps(forward)
+    def wrapper(self, *args, **kwargs):
+        return_dict = kwargs.pop("return_dict", self.config.return_dict)
+        outputs = forward(self, *args, return_dict=True, **kwargs)
+        if outputs.representative_attentions is not None:
+            factors = iter(outputs.representative_attentions)
+            outputs.representative_attentions = tuple(
+                next(factors) if layer.attention.has_factor else None for layer in self.layers
+            )
+        return outputs if return_dict else outputs.to_tuple()
+
+    return wrapper
+
+
 class CBSAModel(CBSAPreTrainedModel):
     """The encoder: image in, CLS and patch tokens out."""
 
@@ -360,12 +406,27 @@ class CBSAModel(CBSAPreTrainedModel):
                 "not with a CBSA encoder; use `CBSAForSemanticSegmentation`."
             )
         self.embeddings = CBSAEmbeddings(config)
+        self.num_prefix_tokens = 1 + config.num_register_tokens
         rates = torch.linspace(0, config.drop_path_rate, config.num_hidden_layers, device="cpu").tolist()
-        self.layers = nn.ModuleList([CBSALayer(config, rate) for rate in rates])
+        self.layers = nn.ModuleList(
+            [
+                CBSALayer(config, attention_type, self.base_num_patches, rate)
+                for attention_type, rate in zip(config.layer_attention_types, rates, strict=True)
+            ]
+        )
         self.layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.post_init()
 
+    @property
+    def base_num_patches(self) -> int | None:
+        """N0 of the attention's size factor; None where the configuration leaves the factor out."""
+        if not self.config.size_factor:
+            return None
+        height, width = self.embeddings.grid
+        return self.config.base_num_patches or height * width
+
     @merge_with_config_defaults
+    @one_factor_per_layer
     @capture_outputs(tie_last_hidden_states=False)
     def forward(
         self,
@@ -381,11 +442,12 @@ class CBSAModel(CBSAPreTrainedModel):
                 also return what [`CBSAModelOutput`] says; the configuration's value counts when not given.
 
         Raises:
-            ValueError: the number of channels or the size does not fit; or the attention has no factor to return.
+            ValueError: the number of channels or the size does not fit; or no layer's attention has a factor to
+                return.
         """
         output_attentions = self.is_wanted("output_attentions", kwargs)
         output_factor = self.is_wanted("output_representative_attentions", kwargs)
-        if output_factor and not self.layers[0].attention.has_factor:
+        if output_factor and not any(layer.attention.has_factor for layer in self.layers):
             raise ValueError(
                 f"Attention type {self.config.attention_type!r} has no `representative_attentions`, because its map "
                 "has no factor; `output_attentions=True` gives the map itself."
@@ -448,15 +510,19 @@ class CBSAForSemanticSegmentation(CBSAPreTrainedModel):
         super().__init__(config)
         if config.num_labels < 2:
             raise ValueError(f"`num_labels` is {config.num_labels}; semantic segmentation takes two classes or more.")
+        base_num_patches = config.decoder_base_num_patches
         if config.backbone_config is None:
             self.cbsa = CBSAModel(config)
             hidden_size = config.hidden_size
+            base_num_patches = base_num_patches or self.cbsa.base_num_patches
         else:
             self.backbone = AutoBackbone.from_config(config.backbone_config)
             hidden_size = self.backbone.channels[-1]
         # Backbones without patches, such as ResNet, take every size as it is.
         self.patch_size = to_pair(getattr(config.backbone_config or config, "patch_size", 1))
-        self.decoder = DECODERS[config.decoder_type](config, hidden_size)
+        self.decoder = DECODERS[config.decoder_type](
+            config, hidden_size, base_num_patches if config.size_factor else None
+        )
         self.post_init()
 
     def encode(self, pixel_values: torch.Tensor, kwargs: dict) -> tuple[torch.Tensor, tuple[int, int], ModelOutput]:
@@ -464,7 +530,7 @@ class CBSAForSemanticSegmentation(CBSAPreTrainedModel):
         if self.config.backbone_config is None:
             outputs = self.cbsa(pixel_values, interpolate_pos_encoding=True, **kwargs)
             grid = self.cbsa.embeddings.patch_embeddings.grid(*pixel_values.shape[2:])
-            return outputs.last_hidden_state[:, 1:], grid, outputs
+            return outputs.last_hidden_state[:, self.cbsa.num_prefix_tokens :], grid, outputs
         if self.is_wanted("output_representative_attentions", kwargs):
             raise ValueError(
                 f"A backbone of type {self.config.backbone_config.model_type!r} has no `representative_attentions`; "
@@ -555,7 +621,7 @@ class CBSABackbone(BackboneMixin, CBSAPreTrainedModel):
         outputs = self.cbsa(pixel_values, interpolate_pos_encoding=True, **kwargs)
         grid = self.cbsa.embeddings.patch_embeddings.grid(*pixel_values.shape[2:])
         feature_maps = tuple(
-            self.cbsa.layernorm(hidden_states)[:, 1:].transpose(1, 2).unflatten(2, grid)
+            self.cbsa.layernorm(hidden_states)[:, self.cbsa.num_prefix_tokens :].transpose(1, 2).unflatten(2, grid)
             for stage, hidden_states in zip(self.stage_names, outputs.hidden_states, strict=True)
             if stage in self.out_features
         )

@@ -10,11 +10,20 @@ from PIL import Image
 from torch import nn
 from transformers import BaseImageProcessor, PreTrainedModel
 
-from .attention_cbsa import ContractAndBroadcastSelfAttention, to_pair
+from .attention_cbsa import to_pair
 from .charts import line_panels, representative_sheet
 from .figures import attention_grid, overlay_signed
 from .images import to_pixel_values
-from .interpretability import ExactMap, attention_maps, evaluating, exact_maps, map_is_exact, patch_grid, token_index
+from .interpretability import (
+    ExactMap,
+    attention_maps,
+    evaluating,
+    exact_maps,
+    map_formula,
+    map_is_exact,
+    patch_grid,
+    token_index,
+)
 from .measures import LayerMeasures, effective_count, measure_layers
 
 
@@ -96,7 +105,7 @@ def inspect_attention(
     image: Image.Image, model: PreTrainedModel, pixel_values: torch.Tensor, patch: tuple[int, int] | None
 ) -> Report:
     """The query's row of the token-to-token map that the model returns as its `attentions`."""
-    what = f"row of {query_name(patch)} in {model.base_model.layers[0].attention.map_formula}"
+    what = f"row of {query_name(patch)} in {map_formula(model)}"
     exact = "exact" if map_is_exact(model) else "the update is made otherwise"
     maps = attention_maps(model, pixel_values, patch)[:, 0]
     numbers = {"what": what.replace("$", ""), "exact": map_is_exact(model), "picture": "attention.png", "values": maps}
@@ -105,19 +114,25 @@ def inspect_attention(
 
 
 def inspect_exact_map(
-    image: Image.Image, maps: list[ExactMap], grid: tuple[int, int], patch: tuple[int, int] | None
+    image: Image.Image, maps: dict[int, ExactMap], grid: tuple[int, int], patch: tuple[int, int] | None
 ) -> Report:
-    """The query's row of the exact token-to-token map."""
-    token = token_index(grid, patch)
-    rows = torch.stack([found.row(token)[0, :, 1:].unflatten(-1, grid) for found in maps])
+    """The query's row of the exact token-to-token map, of the layers that have one."""
+    rows = []
+    for found in maps.values():
+        num_prefix_tokens = found.factor.shape[-1] - grid[0] * grid[1]
+        row = found.row(token_index(grid, patch, num_prefix_tokens))[0]
+        rows.append(row[:, num_prefix_tokens:].unflatten(-1, grid))
+    rows = torch.stack(rows)
     what = f"what {query_name(patch)} is given of every patch: its row of"
-    numbers = {"what": f"{what} kappa A^T S (P + eta A)", "exact": True, "picture": "exact-map.png", "values": rows}
+    numbers = {"what": f"{what} kappa A^T S (P + eta A)", "exact": True, "picture": "exact-map.png"}
+    numbers |= {"layers": list(maps), "values": rows}
     title = rf"{what} $\kappa A^T S (P + \eta A)$ (exact)"
-    return Report(numbers, {"exact-map.png": attention_grid(image, rows, title, overlay_signed, patch)})
+    picture = attention_grid(image, rows, title, overlay_signed, patch, layers=list(maps))
+    return Report(numbers, {"exact-map.png": picture})
 
 
 def inspect_representatives(
-    image: Image.Image, maps: list[ExactMap], grid: tuple[int, int], size: tuple[int, int]
+    image: Image.Image, maps: dict[int, ExactMap], grid: tuple[int, int], size: tuple[int, int]
 ) -> Report:
     """What every representative reads and writes: a picture per layer; where, and over how many patches."""
     numbers = {
@@ -125,12 +140,14 @@ def inspect_representatives(
         "over how many it is spread, the exponential of the entropy",
         "exact": True,
         "size": list(size),
+        "layers": list(maps),
         "reads": [],
         "writes": [],
     }
     pictures = {}
-    for layer, found in enumerate(maps):
-        reads, writes = (values[0, ..., 1:].unflatten(-1, grid) for values in (found.factor, found.writes))
+    for layer, found in maps.items():
+        num_patches = grid[0] * grid[1]
+        reads, writes = (values[0, ..., -num_patches:].unflatten(-1, grid) for values in (found.factor, found.writes))
         numbers["reads"].append(describe_maps(reads))
         numbers["writes"].append(describe_maps(writes))
         title = f"layer {layer}: what each representative reads, and where it is written after the contraction"
@@ -154,8 +171,8 @@ def inspect_photo(
     patch: tuple[int, int] | None = None,
 ) -> Report:
     """
-    Look at a model at work on an RGB image; it is not changed. Lists go over layers, then heads, then what is
-    looked at. What the attention type does not have is None.
+    Look at a model at work on an RGB image; it is not changed. Lists go over layers (those that `layers` names, where
+    it does), then heads, then what is looked at. What the attention type does not have is None.
 
     Args:
         image: the photo.
@@ -175,8 +192,8 @@ def inspect_photo(
         "representatives": None,
         "measures": inspect_measures(model, pixel_values),
     }
-    if isinstance(model.base_model.layers[0].attention, ContractAndBroadcastSelfAttention):
-        maps = exact_maps(model, pixel_values)
+    if "cbsa" in model.config.layer_attention_types:
+        maps = {layer: found for layer, found in enumerate(exact_maps(model, pixel_values)) if found is not None}
         size = to_pair(model.config.representatives_size)
         parts["exact_map"] = inspect_exact_map(image, maps, grid, patch)
         parts["representatives"] = inspect_representatives(image, maps, grid, size)

@@ -6,7 +6,7 @@ import torch
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from .attention_cbsa import ContractAndBroadcastSelfAttention
+from .attention_cbsa import ContractAndBroadcastSelfAttention, SelfAttention
 from .interpretability import attention_maps, patch_grid, watching
 from .spectral import Cut, cut_dense, cut_factored, k_means, landmark_factor, positions, stack_factors, visits
 
@@ -84,6 +84,11 @@ class Options:
     mass: float = 0.6
     attention_weight: float = 0.0
 
+    @property
+    def attention_layer(self) -> int:
+        """The layer whose attention makes an affinity."""
+        return -1 if self.layer is None else self.layer
+
     def check(self, model: PreTrainedModel):
         """A ValueError when a value is outside its range or the model has no such layer or head."""
         num_layers, num_heads = model.config.num_hidden_layers, model.config.num_attention_heads
@@ -99,6 +104,11 @@ class Options:
             raise ValueError(f"`attention_weight` is {self.attention_weight}; give a share from 0 to 1.")
 
 
+def operator_of(model: PreTrainedModel, options: Options) -> SelfAttention:
+    """The operator of the layer whose attention makes an affinity."""
+    return model.base_model.layers[options.attention_layer].attention
+
+
 def encode(
     model: PreTrainedModel, pixel_values: torch.Tensor, options: Options, wants_attention: bool
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -111,20 +121,21 @@ def encode(
     """
     grid = patch_grid(model, pixel_values)
     with watching(model) as encoder:
-        is_gram = encoder.layers[0].attention.map_is_gram
+        is_gram = operator_of(model, options).map_is_gram
         name = "representative_attentions" if is_gram else "attentions"
         outputs = encoder(
             pixel_values.to(model.device), interpolate_pos_encoding=True, **{f"output_{name}": wants_attention}
         )
-    tokens = outputs.last_hidden_state[0, 1:].unflatten(0, grid).float().cpu()
+    num_prefix_tokens = model.base_model.num_prefix_tokens
+    tokens = outputs.last_hidden_state[0, num_prefix_tokens:].unflatten(0, grid).float().cpu()
     if not wants_attention:
         return tokens, None
-    attention = outputs[name][-1 if options.layer is None else options.layer][0].double().cpu()
+    attention = outputs[name][options.attention_layer][0].double().cpu()
     if options.head is not None:
         attention = attention[options.head].unsqueeze(0)
     if is_gram:
-        return tokens, attention[:, :, 1:].clamp_min(SMALLEST_SHARE)
-    attention = attention[:, 1:, 1:]
+        return tokens, attention[:, :, num_prefix_tokens:].clamp_min(SMALLEST_SHARE)
+    attention = attention[:, num_prefix_tokens:, num_prefix_tokens:]
     return tokens, (attention + attention.mT) / 2
 
 
@@ -216,7 +227,7 @@ def group_by_cut(model: PreTrainedModel, pixel_values: torch.Tensor, options: Op
     tokens, attention = encode(model, pixel_values, options, wants_attention=options.attention_weight > 0)
     grid = tuple(tokens.shape[:2])
     features = landmark_factor(describe(model, pixel_values, tokens), grid, LANDMARKS, TEMPERATURE, LOCALITY)
-    is_gram = model.base_model.layers[0].attention.map_is_gram
+    is_gram = operator_of(model, options).map_is_gram
     cut = cut_mixture(features, attention, options.attention_weight, is_gram)
     # One coordinate less than groups did best for six of them; the first is constant, so two at least.
     labels = k_means(cut.diffusion_map(max(2, options.num_segments - 1)), options.num_segments)
@@ -226,7 +237,7 @@ def group_by_cut(model: PreTrainedModel, pixel_values: torch.Tensor, options: Op
 
 def contraction(model: PreTrainedModel, pixel_values: torch.Tensor, options: Options) -> torch.Tensor:
     """How the representatives attend to one another in the layer, the mean of the heads or one's: (m, m), float64."""
-    layer = -1 if options.layer is None else options.layer
+    layer = options.attention_layer
     grid = patch_grid(model, pixel_values)
     with watching(model) as encoder:
         outputs = encoder(pixel_values.to(model.device), interpolate_pos_encoding=True, output_hidden_states=True)
@@ -250,7 +261,7 @@ def group_by_representatives(model: PreTrainedModel, pixel_values: torch.Tensor,
     """
     tokens, attention = encode(model, pixel_values, options, wants_attention=True)
     grid = tuple(tokens.shape[:2])
-    operator = model.base_model.layers[0].attention
+    operator = operator_of(model, options)
     if isinstance(operator, ContractAndBroadcastSelfAttention):
         reads = attention.mean(0) / attention.mean(0).sum(1, keepdim=True)
         affinity = contraction(model, pixel_values, options)

@@ -90,6 +90,36 @@ def test_five_steps(grid, size, tokens, first, head_dim):
         torch.testing.assert_close(update[b], expected)
 
 
+@pytest.mark.parametrize(("cls", "tolerance"), [(0, 1e-5), (1, 1e-2)])
+def test_size_factor(cls, tolerance):
+    """Each patch repeated k x k is the same image, larger: with N / N0 the update of every patch stays."""
+    torch.manual_seed(0)
+    operator = ContractAndBroadcastSelfAttention(12, 2, 6, PooledRepresentatives((2, 4), cls), base_num_patches=128)
+    operator = operator.double()
+    tokens = torch.randn(1, cls + 128, 12, dtype=torch.float64)
+    update = operator(tokens, (8, 16))[0][:, cls:].unflatten(1, (8, 16))
+    for k in (2, 3):
+        patches = tokens[:, cls:].unflatten(1, (8, 16)).repeat_interleave(k, 1).repeat_interleave(k, 2)
+        larger = torch.cat([tokens[:, :cls], patches.flatten(1, 2)], dim=1)
+        found = operator(larger, (8 * k, 16 * k))[0][:, cls:].unflatten(1, (8 * k, 16 * k))
+        expected = update.repeat_interleave(k, 1).repeat_interleave(k, 2)
+        assert (found - expected).abs().max() < tolerance * expected.abs().max()
+
+
+def test_size_factor_counts_class_tokens():
+    torch.manual_seed(0)
+    operators = [
+        ContractAndBroadcastSelfAttention(12, 2, 6, PooledRepresentatives(2, 0), *options).double()
+        for options in ((), (16, 3))
+    ]
+    operators[1].load_state_dict(operators[0].state_dict())
+    for grid, factor in {(4, 4): 1, (8, 4): 35 / 19}.items():
+        tokens = torch.randn(1, grid[0] * grid[1] + 3, 12, dtype=torch.float64)
+        bias = operators[0].out_proj.bias
+        plain, scaled = (operator(tokens, grid)[0] - bias for operator in operators)
+        torch.testing.assert_close(scaled, factor * plain)
+
+
 def build(name: str, hidden_size=6, heads=2, head_dim=3, learned=False):
     """The operator in float64, random throughout, with 2 x 2 representatives on a grid behind CLS."""
     torch.manual_seed(0)

@@ -106,7 +106,8 @@ def test_exact_map_is_the_formula(tiny_model):
             eta, kappa = operator.step_rep[head].item(), operator.step_x[head].item()
             Q = pooling @ W + eta * A @ W
             S = torch.softmax(Q @ Q.T / 12**0.5, dim=-1)
-            torch.testing.assert_close(found.dense()[0, head], kappa * A.T @ S @ (pooling + eta * A))
+            size_factor = 5 * 7 / (4 * 6)  # patches, over those at `image_size`
+            torch.testing.assert_close(found.dense()[0, head], kappa * size_factor * A.T @ S @ (pooling + eta * A))
 
 
 @pytest.mark.parametrize("name", ATTENTIONS)
@@ -127,6 +128,42 @@ def test_which_maps_are_exact(changed, name):
     else:
         with pytest.raises(ValueError, match=f"is for attention type 'cbsa'; this is '{name}'"):
             exact_maps(model, pixel_values)
+
+
+def test_layers_of_several_attention_types(changed, shipped, photo):
+    """Every output has one entry a layer; what a layer does not have is None, or NaN among numbers."""
+    types = ["mssa", "cbsa", "agent"]
+    model = changed(attention_type=types, num_register_tokens=2)
+    pixel_values = torch.randn(2, 3, 40, 56)
+    assert [type(layer.attention) for layer in model.cbsa.layers] == [ATTENTIONS[name] for name in types]
+    for return_dict in (True, False):
+        outputs = model.cbsa(
+            pixel_values,
+            interpolate_pos_encoding=True,
+            output_attentions=True,
+            output_representative_attentions=True,
+            return_dict=return_dict,
+        )
+        token_maps, factors = outputs[-2:] if not return_dict else (outputs.attentions, outputs[-1])
+        assert [token_map.shape for token_map in token_maps] == [(2, 2, 38, 38)] * 3
+        assert [factor if factor is None else factor.shape for factor in factors] == [None, *[(2, 2, 6, 38)] * 2]
+    rows = torch.stack([token_map[:, :, 3 + 2 * 7 + 4] for token_map in token_maps])
+    torch.testing.assert_close(
+        attention_maps(model, pixel_values, patch=(2, 4)), rows[..., 3:].unflatten(-1, (5, 7)).detach()
+    )
+    assert not map_is_exact(model)
+    nothing, found, missing = exact_maps(model, pixel_values)
+    assert nothing is None
+    assert missing is None
+    operator, _, update = attention_steps(model, pixel_values)[1]
+    torch.testing.assert_close(operator.merge_heads(found.update()), update)
+    measures = measure_layers(model, [pixel_values])
+    assert measures.coding_rate_before.isnan().any(2).any(0).tolist() == [False, False, True]
+    assert measures.factor_rank.isnan().any(2).any(0).tolist() == [True, False, False]
+    assert measures.summary()["factor_rank"]["mean"][0] is None
+    report = inspect_photo(photo, model, shipped[1], long_side=64)
+    assert report.numbers["exact_map"]["layers"] == report.numbers["representatives"]["layers"] == [1]
+    json.dumps(report.numbers, allow_nan=False)
 
 
 def test_token_index():

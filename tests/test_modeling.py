@@ -13,7 +13,15 @@ from transformers import (
     ViTImageProcessorPil,
 )
 
-from cbsa_hf import PRESETS, CBSAConfig, CBSAForImageClassification, CBSAModel, preset_path
+from cbsa_hf import (
+    PRESETS,
+    CBSABackbone,
+    CBSAConfig,
+    CBSAForImageClassification,
+    CBSAForSemanticSegmentation,
+    CBSAModel,
+    preset_path,
+)
 from cbsa_hf.modeling_cbsa import CBSAISTA, CBSAConvStem
 
 
@@ -64,6 +72,62 @@ def test_ista_closed_form():
         for i in range(8)
     ]
     torch.testing.assert_close(ista(x), torch.tensor(expected, dtype=torch.float64))
+
+
+def test_ista_of_many_tokens():
+    """More tokens than channels take one product with `D^T - D^T D`: the same code, and the same gradients."""
+    torch.manual_seed(0)
+    ista = CBSAISTA(CBSAConfig(hidden_size=8, num_attention_heads=2, patch_size=8)).double()
+    torch.nn.init.normal_(ista.weight)
+    tokens = torch.randn(6, 9, 8, dtype=torch.float64)
+    weights = torch.randn_like(tokens)
+    found = []
+    for compute in (ista, lambda tokens: torch.stack([ista(token) for token in tokens.flatten(0, 1)]).view(6, 9, 8)):
+        given = tokens.clone().requires_grad_()
+        code = compute(given)
+        found.append((code, *torch.autograd.grad((code * weights).sum(), (given, ista.weight))))
+    torch.testing.assert_close(*found)
+
+
+def test_size_factor_of_the_models(tiny_config):
+    """N0 is what the weights are made for: the patches at `image_size`, or what the configuration says."""
+    assert [layer.attention.base_num_patches for layer in CBSAModel(tiny_config).layers] == [24] * 3
+    tiny_config.base_num_patches = 40
+    segmenter = CBSAForSemanticSegmentation(tiny_config)
+    assert [layer.attention.base_num_patches for layer in segmenter.decoder.layers] == [40] * 3
+    assert [layer.attention.num_other_tokens for layer in segmenter.decoder.layers] == [5] * 3
+    tiny_config.decoder_base_num_patches = 50
+    segmenter = CBSAForSemanticSegmentation(tiny_config)
+    assert [layer.attention.base_num_patches for layer in segmenter.decoder.layers] == [50] * 3
+    assert segmenter.cbsa.layers[0].attention.base_num_patches == 40
+    tiny_config.size_factor = False
+    segmenter = CBSAForSemanticSegmentation(tiny_config)
+    for layer in [*segmenter.cbsa.layers, *segmenter.decoder.layers]:
+        assert layer.attention.size_factor((7, 9)) == 1
+
+
+def test_attention_types_by_layer(tiny_config, tmp_path):
+    values = {**tiny_config.to_diff_dict(), "attention_type": ["mssa", "cbsa", "tssa"], "num_register_tokens": 3}
+    torch.manual_seed(0)
+    model = CBSAForImageClassification(CBSAConfig(**values)).eval()
+    model.save_pretrained(tmp_path)
+    again = AutoModelForImageClassification.from_pretrained(tmp_path).eval()
+    pixel_values = torch.randn(1, 3, 32, 48)
+    torch.testing.assert_close(again(pixel_values).logits, model(pixel_values).logits, rtol=0, atol=0)
+    outputs = again(pixel_values, output_representative_attentions=True, output_hidden_states=True)
+    assert outputs.hidden_states[0].shape == (1, 1 + 3 + 24, 24)
+    factors = outputs.representative_attentions
+    assert [factor if factor is None else factor.shape for factor in factors] == [None, (1, 2, 6, 28), None]
+    features = CBSABackbone(CBSAConfig(**values)).eval()(pixel_values).feature_maps
+    assert features[0].shape == (1, 24, 4, 6)
+    for types, message in {
+        ("mssa", "cbsa"): "lists 2 types for 3 layers",
+        ("mssa", "cbsa", "mixer"): "`attention_type` is 'mixer'; choose one of 'cbsa'",
+    }.items():
+        with pytest.raises(StrictDataclassError, match=message):
+            CBSAConfig(**{**values, "attention_type": list(types)})
+    with pytest.raises(StrictDataclassError, match="would turn into a register"):
+        CBSAConfig(pooled_tokens="all_but_last", num_register_tokens=1)
 
 
 @pytest.mark.parametrize("size", [(32, 48), (48, 32), (8, 8), (64, 24), (33, 47)])

@@ -84,7 +84,8 @@ def attend(z: np.ndarray, weights: dict[str, np.ndarray], name: str, kind: str, 
         Q = Q + weights[f"{name}.step_rep"][h] * (A @ W)
         C = softmax(Q @ Q.T / p**0.5, 1) @ Q
         maps.append(A.T @ A)
-        updates.append(weights[f"{name}.step_x"][h] * (A.T @ C))
+        size_factor = len(W) / (4 * 6 + 5)  # tokens, over those at `image_size`: its patches and the classes
+        updates.append(weights[f"{name}.step_x"][h] * size_factor * (A.T @ C))
     return linear(np.concatenate(updates, 1), weights, f"{name}.out_proj"), np.stack(maps)
 
 

@@ -224,8 +224,8 @@ def cost(model, side: int) -> int:
 
 
 def test_cost_is_linear_in_the_tokens(shipped):
-    small, medium, large = (cost(shipped[0], side) for side in (96, 192, 384))  # 144, 576 and 2304 patches
-    assert (large - medium) / (medium - small) == pytest.approx(4, rel=0.01)
+    small, medium, large = (cost(shipped[0], side) for side in (192, 384, 576))  # 576, 2304 and 5184 patches
+    assert (large - medium) / (medium - small) == pytest.approx((5184 - 2304) / (2304 - 576), rel=0.01)
 
 
 @pytest.mark.parametrize("mode", ["L", "RGBA", "P", "CMYK", "I;16", "1"])

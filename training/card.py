@@ -49,7 +49,7 @@ def write_card(output_dir: Path, model: PreTrainedModel, results: dict, metric: 
         library_name="transformers",
         pipeline_tag=task,
         license="other",
-        tags=["cbsa", model.config.attention_type],
+        tags=list(dict.fromkeys(["cbsa", *model.config.layer_attention_types])),
         model_name=name,
         eval_results=scores,
     )

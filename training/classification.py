@@ -104,7 +104,8 @@ class Classification(nn.Module):
             own, target = (values.float().log_softmax(-1) for values in (own, teacher_logits))
             losses["divergence"] = F.kl_div(own, target, reduction="batchmean", log_target=True)
             grid = self.model.base_model.embeddings.patch_embeddings.grid(*pixel_values.shape[2:])
-            patches = outputs.last_hidden_state[:, 1:].transpose(1, 2).unflatten(2, grid)
+            patches = outputs.last_hidden_state[:, self.model.base_model.num_prefix_tokens :]
+            patches = patches.transpose(1, 2).unflatten(2, grid)
             cosines = []
             for head, target in zip(self.map_heads, teacher_maps.values(), strict=True):
                 features = head(F.adaptive_avg_pool2d(patches, target.shape[2:]).permute(0, 2, 3, 1))

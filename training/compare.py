@@ -37,10 +37,10 @@ from cbsa_hf import load_checkpoint
 
 
 MEMBERS = {
-    "cbsa": {"attention_type": "cbsa", "feed_forward_type": "ista"},
-    "mssa": {"attention_type": "mssa", "feed_forward_type": "ista"},
-    "tssa": {"attention_type": "tssa", "feed_forward_type": "ista"},
-    "softmax": {"attention_type": "softmax", "feed_forward_type": "mlp"},
+    "cbsa": {"attention_type": ["cbsa"], "feed_forward_type": "ista"},
+    "mssa": {"attention_type": ["mssa"], "feed_forward_type": "ista"},
+    "tssa": {"attention_type": ["tssa"], "feed_forward_type": "ista"},
+    "softmax": {"attention_type": ["softmax"], "feed_forward_type": "mlp"},
 }
 METHODS = {"zero-shot IoU, ncut": "ncut", "zero-shot IoU, attention": "attention"}  # by column of the table
 TURNS = 5

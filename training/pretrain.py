@@ -32,7 +32,12 @@ class Arguments(ClassificationArguments):
     config_name: str = field(
         default="cbt-tiny", metadata={"help": f"one of {', '.join(PRESETS)}; or a configuration by hub id or path"}
     )
-    attention_type: str | None = field(default=None, metadata={"help": "operator; default: as configured"})
+    attention_type: list[str] | None = field(
+        default=None, metadata={"help": "operator, or one for each layer; default: as configured"}
+    )
+    num_register_tokens: int | None = field(
+        default=None, metadata={"help": "learned tokens beside CLS; default: as configured"}
+    )
     feed_forward_type: str | None = field(default=None, metadata={"help": "feed-forward; default: as configured"})
     patch_embedding_type: str | None = field(default=None, metadata={"help": "stem; default: as configured"})
     image_size: int | None = field(
@@ -45,8 +50,10 @@ class Arguments(ClassificationArguments):
 
 def build_config(args: Arguments, names: list[str]) -> PreTrainedConfig:
     """The configuration that the arguments describe, for those class names; a ValueError when there is none."""
-    fields = ("attention_type", "feed_forward_type", "patch_embedding_type", "image_size", "patch_size")
+    fields = ("num_register_tokens", "feed_forward_type", "patch_embedding_type", "image_size", "patch_size")
     changes = {name: getattr(args, name) for name in (*fields, "drop_path_rate")}
+    if args.attention_type is not None:
+        changes["attention_type"] = args.attention_type if len(args.attention_type) > 1 else args.attention_type[0]
     try:
         config = AutoConfig.from_pretrained(
             preset_path(args.config_name) if args.config_name in PRESETS else args.config_name,

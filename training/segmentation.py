@@ -24,6 +24,8 @@ from transformers import (
 )
 
 from cbsa_hf import SlidingWindowSegmenter, default_checkpoint
+from cbsa_hf.attention_cbsa import to_pair
+from cbsa_hf.checkpoint import load_config
 from cbsa_hf.figures import class_strip
 from cbsa_hf.mask_decoder_cbsa import DECODERS
 
@@ -266,6 +268,11 @@ def load_segmenter(args: SegmentationArguments, names: dict[int, str]) -> tuple[
     changes = {"decoder_type": args.decoder_type, "drop_path_rate": args.drop_path_rate}
     try:
         changes = {name: value for name, value in changes.items() if value is not None}
+        config = load_config(source)
+        if config.decoder_base_num_patches is None:  # a new decoder is for the size of these crops
+            patch_size = to_pair(getattr(config.backbone_config or config, "patch_size", 1))
+            grid = [-(-side // patch) for side, patch in zip(read_size(args.crop_size), patch_size, strict=True)]
+            changes["decoder_base_num_patches"] = grid[0] * grid[1]
         model = load_for_classes(AutoModelForSemanticSegmentation, source, names, **changes)
         processor = AutoImageProcessor.from_pretrained(source)
     except OSError as error:
