@@ -211,6 +211,56 @@ class TestStreaming:
             StreamedRows(labelled.to_iterable_dataset(), None, seed=0)
 
 
+class TestMixtures:
+    SETTINGS = {"max_corrupt": 0, "crop_sizes": [32], "num_epochs": 1, "min_crop_scale": 1.0, "seed": 0}
+
+    def test_each_pixel_is_of_one_of_two_images(self, labelled, processor):
+        """CutMix pastes a rectangle, whose share of the pixels is the other label's probability."""
+        plain = TrainingImages(labelled, processor=processor, **self.SETTINGS)
+        mixed = TrainingImages(labelled, processor=processor, cutmix_alpha=1.0, **self.SETTINGS)
+        shares = []
+        for index in range(len(labelled)):
+            pixels, label = plain[index]["pixel_values"], plain[index]["labels"]
+            item = mixed[index]
+            pasted = (item["pixel_values"] != pixels).any(0)
+            rows, columns = pasted.any(1).nonzero(), pasted.any(0).nonzero()
+            assert pasted.sum() == len(rows) * len(columns)  # a rectangle
+            share = pasted.float().mean()
+            shares.append(share.item())
+            assert item["labels"].sum() == pytest.approx(1)
+            others = item["labels"].clone()
+            others[label] = 0
+            assert others.sum() == 0 or others.sum() == pytest.approx(share.item(), abs=1e-6)
+        assert max(shares) - min(shares) > 0.2
+
+    def test_maps_are_mixed_as_the_pixels_are(self, monkeypatch, labelled, processor, tmp_path):
+        monkeypatch.setattr("distillation.AutoTeacher", lambda name: ColourTeacher())
+        settings = {**self.SETTINGS, "dataset": labelled, "processor": processor, "cutmix_alpha": 1.0}
+        teacher = Teacher("colours", MEAN, STD, patch_size=2)
+        write_answers(teacher, TrainingImages(**settings), processor, 128, tmp_path / "answers")
+        item = TaughtImages(teacher, tmp_path / "answers", **settings)[0]
+        pixels = item["pixel_values"] * torch.tensor(STD).view(3, 1, 1) + torch.tensor(MEAN).view(3, 1, 1)
+        assert (item["teacher_map_0"] - F.avg_pool2d(pixels, 2)).abs().mean() < 0.02
+
+    def test_both_kinds(self, labelled, processor):
+        images = TrainingImages(labelled, processor=processor, mixup_alpha=1.0, cutmix_alpha=1.0, **self.SETTINGS)
+        weights = [images.mixing_weights(8, np.random.default_rng(i)) for i in range(50)]
+        assert 10 < sum(tensor.unique().numel() > 1 or tensor.max() in (0, 1) for tensor in weights) < 40
+
+    def test_a_batch_has_one_size(self, labelled, processor):
+        settings = {**self.SETTINGS, "crop_sizes": [16, 24, 32], "random_crop_sizes": True, "num_epochs": 9}
+        images = TrainingImages(labelled, processor=processor, **settings)
+        found = set()
+        for epoch in range(9):
+            images.set_epoch(epoch)
+            batches = [images.__getitems__([first, first + 1]) for first in range(0, 8, 2)]
+            sizes = [{item["pixel_values"].shape for item in batch} for batch in batches]
+            assert all(len(shapes) == 1 for shapes in sizes)
+            assert [images.crop_size(first) for first in range(0, 8, 2)] == [shapes.pop()[-1] for shapes in sizes]
+            found |= {images.crop_size(first) for first in range(8)}
+        assert found == {16, 24, 32}
+
+
 class TestOptimization:
     def test_groups(self, tiny_model):
         groups = parameter_groups(tiny_model, 3, learning_rate=1.0, weight_decay=0.1, layer_decay=0.5)

@@ -28,8 +28,14 @@ class ClassificationArguments(TrainingArguments):
         default=None,
         metadata={"help": "sides of the training crops, one for each equal part of the run; default: image_size"},
     )
+    random_crop_sizes: bool = field(
+        default=False, metadata={"help": "whether every batch draws its side from crop_sizes, all through the run"}
+    )
     min_crop_scale: float = field(default=0.25, metadata={"help": "smallest share of an image's area in a crop"})
-    mixup_alpha: float = field(default=0.0, metadata={"help": "parameter of the mixtures of two images; 0 for none"})
+    mixup_alpha: float = field(default=0.0, metadata={"help": "parameter of blends of two images; 0 for none"})
+    cutmix_alpha: float = field(
+        default=0.0, metadata={"help": "parameter of rectangles pasted from another image; 0 for none"}
+    )
     label_smoothing: float = field(default=0.1, metadata={"help": "probability spread evenly over all classes"})
     teacher: str | None = field(
         default=None, metadata={"help": "efficientnet-lite0, 1 or 2, or an image classifier by folder or hub id"}
@@ -157,7 +163,9 @@ def train_classifier(
         "crop_sizes": args.crop_sizes or [size],
         "num_epochs": args.num_epochs,
         "min_crop_scale": args.min_crop_scale,
+        "random_crop_sizes": args.random_crop_sizes,
         "mixup_alpha": args.mixup_alpha,
+        "cutmix_alpha": args.cutmix_alpha,
         "seed": args.seed,
     }
     train_images, teacher = TrainingImages(**augmentation), None

@@ -9,6 +9,7 @@ import torch
 from datasets import ClassLabel, Dataset, DatasetDict, Image, IterableDatasetDict, load_dataset
 from PIL import Image as PILImage
 from streaming import StreamedRows
+from torch.nn import functional as F
 from transformers import BaseImageProcessor
 
 from cbsa_hf.images import to_rgb
@@ -150,8 +151,11 @@ class LabelledImages(torch.utils.data.Dataset):
 
     def __getitems__(self, batch: list) -> list[dict[str, torch.Tensor]]:
         """The items of a batch, as its sampler has chosen them."""
-        indices = self.dataset.hold(batch) if isinstance(self.dataset, StreamedRows) else batch
-        return [self[index] for index in indices]
+        return [self[index] for index in self.indices(batch)]
+
+    def indices(self, batch: list) -> list[int]:
+        """The indices of the rows of a batch, which a stream holds from now on."""
+        return self.dataset.hold(batch) if isinstance(self.dataset, StreamedRows) else batch
 
     def set_epoch(self, epoch: int):
         self.epoch.fill_(epoch)
@@ -211,17 +215,21 @@ class TrainingImages(LabelledImages):
     """
     Random resized crops and horizontal flips: the augmentation of the published recipe; and mixtures of two images.
 
-    What is drawn depends on seed, epoch and index alone, not on workers or processes. PIL crops and resizes in one
-    antialiased call.
+    What is drawn depends on seed, epoch and index alone, not on workers or processes; the size of a batch on the index
+    of its first image. PIL crops and resizes in one antialiased call.
 
     Args:
         dataset, max_corrupt: see [`LabelledImages`].
         processor: says how pixels are scaled and normalised.
         crop_sizes: sides of the square crops in pixels, one for each of as many equal parts of the run.
+        random_crop_sizes: draw the side of every batch from `crop_sizes` instead.
         num_epochs: length of the run.
         min_crop_scale: smallest share of the image's area in a crop; the largest is 1.
-        mixup_alpha: parameter of the Beta distribution that the mixtures' weights come from (arXiv 1710.09412); 0 for
-            no mixtures. With mixtures the labels are probabilities (num_labels,).
+        mixup_alpha: parameter of the Beta distribution of the weights of blended images (Mixup, arXiv 1710.09412); 0
+            for none.
+        cutmix_alpha: the same for the area of a rectangle that is pasted from another image (CutMix, arXiv
+            1905.04899); with both, each image is mixed in one of the two ways. With mixtures the labels are
+            probabilities (num_labels,).
         seed: seed of the run.
     """
 
@@ -233,16 +241,20 @@ class TrainingImages(LabelledImages):
         crop_sizes: list[int],
         num_epochs: int,
         min_crop_scale: float,
-        mixup_alpha: float,
         seed: int,
+        random_crop_sizes: bool = False,
+        mixup_alpha: float = 0.0,
+        cutmix_alpha: float = 0.0,
     ):
         super().__init__(dataset, max_corrupt)
         self.num_labels = dataset.features[self.label_column].num_classes
         self.processor = processor
         self.crop_sizes = crop_sizes
+        self.random_crop_sizes = random_crop_sizes
         self.num_epochs = num_epochs
         self.min_crop_scale = min_crop_scale
         self.mixup_alpha = mixup_alpha
+        self.cutmix_alpha = cutmix_alpha
         self.seed = seed
 
     def random_box(self, width: int, height: int, random: np.random.Generator) -> tuple[int, int, int, int]:
@@ -272,21 +284,57 @@ class TrainingImages(LabelledImages):
             image = image.transpose(PILImage.Transpose.FLIP_LEFT_RIGHT)
         return {"pixel_values": to_tensor(image, self.processor)}
 
-    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+    def crop_size(self, first_index: int) -> int:
+        """The side of the crops of the batch that starts with that image."""
         epoch = int(self.epoch)
-        random = np.random.default_rng((self.seed, epoch, index))
-        size = self.crop_sizes[epoch * len(self.crop_sizes) // self.num_epochs]
+        if self.random_crop_sizes:
+            return int(np.random.default_rng((self.seed, epoch, first_index, 1)).choice(self.crop_sizes))
+        return self.crop_sizes[epoch * len(self.crop_sizes) // self.num_epochs]
+
+    def mixing_weights(self, size: int, random: np.random.Generator) -> torch.Tensor | None:
+        """(1, size, size), the share that each pixel keeps of its image in a mixture; None for no mixture."""
+        alphas = [self.mixup_alpha, self.cutmix_alpha]
+        if not any(alphas):
+            return None
+        cut = random.random() < 0.5 if all(alphas) else bool(self.cutmix_alpha)
+        alpha = alphas[cut]
+        kept = random.beta(alpha, alpha)
+        if not cut:
+            return torch.full((1, size, size), kept)
+        weights = torch.ones(1, size, size)
+        side = size * np.sqrt(1 - kept)
+        top, left = random.uniform(0, size, 2) - side / 2  # of a rectangle that the image's border may clip
+        rows, columns = (slice(max(0, round(start)), max(0, round(start + side))) for start in (top, left))
+        weights[:, rows, columns] = 0
+        return weights
+
+    def sample(self, index: int, size: int) -> dict[str, torch.Tensor]:
+        """The item of that image with a crop of that side."""
+        random = np.random.default_rng((self.seed, int(self.epoch), index))
         crop = self.random_crop(index, random)
         tensors = self.tensors(crop, size)
-        if not self.mixup_alpha:
+        weights = self.mixing_weights(size, random)
+        if weights is None:
             return {**tensors, "labels": torch.tensor(crop.label)}
-        weight = random.beta(self.mixup_alpha, self.mixup_alpha)
         other = self.random_crop(int(random.integers(len(self))), random)
-        mixed = {name: torch.lerp(tensor, tensors[name], weight) for name, tensor in self.tensors(other, size).items()}
+        others = self.tensors(other, size)
+        share = weights.mean()
+        mixed = {}
+        for name, tensor in tensors.items():
+            kept = F.adaptive_avg_pool2d(weights, tensor.shape[1:]) if tensor.ndim == 3 else share
+            mixed[name] = torch.lerp(others[name], tensor, kept)
         labels = torch.zeros(self.num_labels)
-        labels[crop.label] += weight
-        labels[other.label] += 1 - weight
+        labels[crop.label] += share
+        labels[other.label] += 1 - share
         return {**mixed, "labels": labels}
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        return self.sample(index, self.crop_size(index))
+
+    def __getitems__(self, batch: list) -> list[dict[str, torch.Tensor]]:
+        indices = self.indices(batch)
+        size = self.crop_size(indices[0])
+        return [self.sample(index, size) for index in indices]
 
 
 class ValidationImages(LabelledImages):

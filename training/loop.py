@@ -43,7 +43,7 @@ from cbsa_hf.hub import push_checkpoint
 LOG_STEPS = 10
 LAUNCHED = ("ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID")  # by `accelerate launch`, by torchrun
 UNSHARDED = ("ema_decay", "keep_best")  # options that do not go with FSDP
-IN_MEMORY = ("class_balanced", "mixup_alpha", "teacher_cache")  # options that do not go with streaming
+IN_MEMORY = ("class_balanced", "cutmix_alpha", "mixup_alpha", "teacher_cache")  # options that do not go with streaming
 
 
 @dataclass(kw_only=True)
