@@ -1,0 +1,70 @@
+"""
+Score a classifier at several sizes, with the size factor N / N0 of its attention and without it, and draw both.
+
+    python benchmarks/size_factor.py --dataset_name ../shared/data/imagenette-128
+
+The factor is the configuration's `size_factor`; the weights are the same in both. `docs/size-factor.md` says what it
+means.
+"""
+
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from accelerate import Accelerator
+from torch.utils.data import DataLoader
+from transformers import HfArgumentParser
+
+
+sys.path.append(str(Path(__file__).resolve().parents[1] / "training"))
+
+from data import ValidationImages, find_columns, find_split, load_images
+from evaluation import evaluate_classifier
+from workbench import table
+
+from cbsa_hf import CBSAForImageClassification, load_checkpoint
+from cbsa_hf.charts import line_panels
+
+
+TITLES = {True: "with N / N0", False: "without, as the reference implementation"}
+
+
+@dataclass
+class Arguments:
+    dataset_name: str = field(metadata={"help": "labelled images, by hub id or folder"})
+    split: str = field(default="validation", metadata={"help": "split to score on"})
+    checkpoint: str | None = field(default=None, metadata={"help": "folder or hub id; default: the shipped one"})
+    sizes: list[int] = field(
+        default_factory=lambda: [96, 128, 160, 192, 224, 256], metadata={"help": "sides of the images in pixels"}
+    )
+    output: str = field(default="docs/size-factor.png", metadata={"help": "picture to write"})
+
+
+def main(args: Arguments):
+    model, processor = load_checkpoint(args.checkpoint, "image-classification")
+    dataset = find_split(load_images(args.dataset_name), args.split)
+    dataset = dataset.select_columns(find_columns(dataset))
+    accelerator = Accelerator()
+    accuracies = {}
+    for factor, title in TITLES.items():
+        model.config.size_factor = factor
+        changed = CBSAForImageClassification(model.config).eval()
+        changed.load_state_dict(model.state_dict())
+        changed.to(accelerator.device)
+        for size in args.sizes:
+            processor.size = {"height": size, "width": size}
+            loader = accelerator.prepare(DataLoader(ValidationImages(dataset, 0, processor), batch_size=64))
+            metrics = evaluate_classifier(
+                lambda pixel_values, model=changed: model(pixel_values, interpolate_pos_encoding=True).logits,
+                loader,
+                accelerator,
+            )
+            accuracies.setdefault(title, []).append(metrics["accuracy"])
+    print(table(["pixels", *args.sizes], [[title, *(f"{a:.3f}" for a in row)] for title, row in accuracies.items()]))
+    panel = {"title": "The same weights", "x": "side of the images in pixels", "y": "accuracy"}
+    panel |= {"positions": args.sizes, "lines": {title: [row] for title, row in accuracies.items()}}
+    line_panels([panel], width=5.5, height=3.6).save(args.output)
+
+
+if __name__ == "__main__":
+    main(HfArgumentParser(Arguments).parse_args_into_dataclasses()[0])
