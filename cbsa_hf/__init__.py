@@ -13,6 +13,7 @@ from transformers import (
 from .attention_cbsa import ContractAndBroadcastSelfAttention
 from .checkpoint import default_checkpoint, load_checkpoint
 from .configuration_cbsa import CBSAConfig
+from .folding import fold
 from .interpretability import attention_maps, exact_maps
 from .measures import accuracy_under_noise, coding_rate, measure_layers
 from .modeling_cbsa import (
@@ -70,6 +71,7 @@ __all__ = [
     "coding_rate",
     "default_checkpoint",
     "exact_maps",
+    "fold",
     "load_checkpoint",
     "measure_layers",
     "preset_path",

@@ -9,6 +9,7 @@ from collections.abc import Iterable
 import torch
 from torch import nn
 from torch.nn import functional as F
+from transformers import PreTrainedConfig
 from transformers.utils import is_torchdynamo_exporting
 
 
@@ -16,6 +17,11 @@ def to_pair(size: int | Iterable[int]) -> tuple[int, int]:
     """One side, or (height, width), as (height, width)."""
     height, width = (size, size) if isinstance(size, int) else size
     return height, width
+
+
+def block_norm(config: PreTrainedConfig, width: int) -> nn.LayerNorm:
+    """The norm before a block; its affine part is in the block's first layer where the model is folded."""
+    return nn.LayerNorm(width, eps=config.layer_norm_eps, elementwise_affine=not config.folded)
 
 
 def adaptive_bins(length: int, num_bins: int, like: torch.Tensor) -> torch.Tensor:
@@ -76,6 +82,7 @@ class SelfAttention(nn.Module):
         num_heads: h.
         head_dim: p; h * p need not be d.
         representatives: makes the initial representatives, for the operators that have any.
+        folded: whether the weights are those of a folded model, see [`fold`].
 
     Attributes:
         uses_representatives: whether the operator has representatives.
@@ -91,8 +98,16 @@ class SelfAttention(nn.Module):
     scales_with_size = False
     map_formula: str
 
-    def __init__(self, hidden_size: int, num_heads: int, head_dim: int, representatives: nn.Module | None = None):
+    def __init__(
+        self,
+        hidden_size: int,
+        num_heads: int,
+        head_dim: int,
+        representatives: nn.Module | None = None,
+        folded: bool = False,
+    ):
         super().__init__()
+        self.folded = folded
         self.num_heads = num_heads
         self.scaling = head_dim**-0.5
         self.representatives = representatives
@@ -133,11 +148,21 @@ class SelfAttention(nn.Module):
 
 
 class SharedProjectionSelfAttention(SelfAttention):
-    """The white-box operators: one projection without bias serves as query, key and value; W is what it makes."""
+    """
+    The white-box operators: one projection serves as query, key and value; W is what it makes. It has a bias only in a
+    folded model, which takes over the shift of the norm before it.
+    """
 
-    def __init__(self, hidden_size: int, num_heads: int, head_dim: int, representatives: nn.Module | None = None):
-        super().__init__(hidden_size, num_heads, head_dim, representatives)
-        self.proj = nn.Linear(hidden_size, num_heads * head_dim, bias=False)
+    def __init__(
+        self,
+        hidden_size: int,
+        num_heads: int,
+        head_dim: int,
+        representatives: nn.Module | None = None,
+        folded: bool = False,
+    ):
+        super().__init__(hidden_size, num_heads, head_dim, representatives, folded)
+        self.proj = nn.Linear(hidden_size, num_heads * head_dim, bias=folded)
 
 
 class ContractAndBroadcastSelfAttention(SharedProjectionSelfAttention):
@@ -151,7 +176,7 @@ class ContractAndBroadcastSelfAttention(SharedProjectionSelfAttention):
     for that: it multiplies the contracted representatives by N / N0, 1 at the size that the weights are made for.
 
     Args:
-        hidden_size, num_heads, head_dim, representatives: see [`SelfAttention`].
+        hidden_size, num_heads, head_dim, representatives, folded: see [`SelfAttention`].
         base_num_patches: N0, in patches; None leaves the factor out, as the reference implementation does.
         num_other_tokens: tokens that every image has beside its patches and that count in both N and N0: the class
             tokens of a mask decoder.
@@ -169,10 +194,11 @@ class ContractAndBroadcastSelfAttention(SharedProjectionSelfAttention):
         num_heads: int,
         head_dim: int,
         representatives: nn.Module,
+        folded: bool = False,
         base_num_patches: int | None = None,
         num_other_tokens: int = 0,
     ):
-        super().__init__(hidden_size, num_heads, head_dim, representatives)
+        super().__init__(hidden_size, num_heads, head_dim, representatives, folded)
         self.base_num_patches = base_num_patches
         self.num_other_tokens = num_other_tokens
         self.step_rep = nn.Parameter(torch.ones(num_heads, 1, 1))
@@ -192,7 +218,8 @@ class ContractAndBroadcastSelfAttention(SharedProjectionSelfAttention):
         representatives = representatives + self.step_rep * (attention @ tokens)
         # Written out: for so few representatives the fused kernel is slower, by a quarter of the training step on CPU.
         contracted = self.attend(representatives, representatives) @ representatives
-        update = attention.transpose(2, 3) @ (self.step_x * self.size_factor(grid) * contracted)
+        step_x = 1.0 if self.folded else self.step_x  # folding moves it into the output layer
+        update = attention.transpose(2, 3) @ (step_x * self.size_factor(grid) * contracted)
 
         token_map = attention.transpose(2, 3) @ attention if output_attentions else None
         return self.merge_heads(update), token_map, attention
@@ -225,8 +252,15 @@ class TokenStatisticsSelfAttention(SharedProjectionSelfAttention):
 
     map_formula = "softmax over heads of $W W^T$"
 
-    def __init__(self, hidden_size: int, num_heads: int, head_dim: int, representatives: nn.Module | None = None):
-        super().__init__(hidden_size, num_heads, head_dim, representatives)
+    def __init__(
+        self,
+        hidden_size: int,
+        num_heads: int,
+        head_dim: int,
+        representatives: nn.Module | None = None,
+        folded: bool = False,
+    ):
+        super().__init__(hidden_size, num_heads, head_dim, representatives, folded)
         self.temp = nn.Parameter(torch.ones(num_heads, 1))
 
     def forward(self, hidden_states, grid, output_attentions=False, output_factor=False):
@@ -268,8 +302,15 @@ class SoftmaxSelfAttention(SelfAttention):
 
     map_formula = "softmax of scaled $Q K^T$"
 
-    def __init__(self, hidden_size: int, num_heads: int, head_dim: int, representatives: nn.Module | None = None):
-        super().__init__(hidden_size, num_heads, head_dim, representatives)
+    def __init__(
+        self,
+        hidden_size: int,
+        num_heads: int,
+        head_dim: int,
+        representatives: nn.Module | None = None,
+        folded: bool = False,
+    ):
+        super().__init__(hidden_size, num_heads, head_dim, representatives, folded)
         self.q_proj = nn.Linear(hidden_size, num_heads * head_dim)
         self.k_proj = nn.Linear(hidden_size, num_heads * head_dim)
         self.v_proj = nn.Linear(hidden_size, num_heads * head_dim)

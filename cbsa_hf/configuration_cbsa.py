@@ -57,6 +57,9 @@ class CBSAConfig(BackboneConfigMixin, PreTrainedConfig):
             Learned tokens between CLS and the patches (arXiv 2309.16588), which nothing is read from in the end.
         ista_step_size (`float`, defaults to 0.1): Step of the ISTA feed-forward.
         ista_threshold (`float`, defaults to 0.1): Weight lambda of its sparsity penalty.
+        folded (`bool`, defaults to `False`):
+            Whether the weights are those that `cbsa_hf.fold` makes: affine parts of norms, batch norm, steps and both
+            products of ISTA folded into the layers around them. For inference only.
         drop_path_rate (`float`, defaults to 0.0):
             Share of the images in a batch that skip the last layer's updates in training (stochastic depth); it rises
             from 0 at the first layer. ISTA, which has no skip connection, is never skipped.
@@ -121,6 +124,7 @@ class CBSAConfig(BackboneConfigMixin, PreTrainedConfig):
     num_register_tokens: int = 0
     ista_step_size: float | int = 0.1
     ista_threshold: float | int = 0.1
+    folded: bool = False
     drop_path_rate: float | int = 0.0
     image_size: int | list[int] | tuple[int, int] = 224
     patch_size: int = 16

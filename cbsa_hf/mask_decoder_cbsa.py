@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedConfig
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from .attention_cbsa import ATTENTIONS, PooledRepresentatives
+from .attention_cbsa import ATTENTIONS, PooledRepresentatives, block_norm
 
 
 class MaskDecoder(nn.Module):
@@ -83,15 +83,15 @@ class MaskDecoderLayer(GradientCheckpointingLayer):
     ):
         super().__init__()
         attention = ATTENTIONS[attention_type]
-        options = {}
+        options = {"folded": config.folded}
         if attention.uses_representatives:
             options["representatives"] = PooledRepresentatives(config.decoder_representatives_size, first_token=0)
         if attention.scales_with_size:
             options |= {"base_num_patches": base_num_patches, "num_other_tokens": config.num_labels}
-        self.layernorm_before = nn.LayerNorm(hidden_size, eps=config.layer_norm_eps)
+        self.layernorm_before = block_norm(config, hidden_size)
         self.attention = attention(hidden_size, config.decoder_num_heads, head_dim, **options)
         if has_mlp:
-            self.layernorm_after = nn.LayerNorm(hidden_size, eps=config.layer_norm_eps)
+            self.layernorm_after = block_norm(config, hidden_size)
             self.feed_forward = nn.Sequential(
                 OrderedDict(
                     fc1=nn.Linear(hidden_size, 4 * hidden_size),

@@ -30,6 +30,7 @@ from .attention_cbsa import (
     PooledRepresentatives,
     SelfAttention,
     TokenStatisticsSelfAttention,
+    block_norm,
     to_pair,
 )
 from .configuration_cbsa import CBSAConfig
@@ -100,8 +101,8 @@ class CBSAConvStem(nn.Module):
         modules = []
         for width_in, width_out in zip([config.num_channels, *widths[:-1]], widths, strict=True):
             modules += [
-                nn.Conv2d(width_in, width_out, kernel_size=3, stride=2, padding=1, bias=False),
-                nn.BatchNorm2d(width_out, eps=1e-5),
+                nn.Conv2d(width_in, width_out, kernel_size=3, stride=2, padding=1, bias=config.folded),
+                nn.Identity() if config.folded else nn.BatchNorm2d(width_out, eps=1e-5),
                 nn.GELU(),
             ]
         self.layers = nn.Sequential(*modules[:-1])
@@ -147,7 +148,7 @@ class CBSAPatchify(nn.Module):
     def __init__(self, config: CBSAConfig):
         super().__init__()
         patch_dim = config.num_channels * config.patch_size**2
-        self.layernorm_before = nn.LayerNorm(patch_dim, eps=config.layer_norm_eps)
+        self.layernorm_before = block_norm(config, patch_dim)
         self.projection = nn.Linear(patch_dim, config.hidden_size)
         self.layernorm_after = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.patch_size = config.patch_size
@@ -243,8 +244,12 @@ class CBSAISTA(nn.Module):
         self.step_size = config.ista_step_size
         self.threshold = config.ista_threshold
         self.weight = nn.Parameter(torch.empty(config.hidden_size, config.hidden_size))
+        # In a folded model the weight is I + step * (D^T - D^T D), and the bias takes over the threshold.
+        self.bias = nn.Parameter(torch.empty(config.hidden_size)) if config.folded else None
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        if self.bias is not None:
+            return F.relu(F.linear(hidden_states, self.weight, self.bias))
         if is_torchdynamo_exporting() or hidden_states.numel() > self.weight.numel():
             # One product with D^T - D^T D instead of two; forming that matrix costs as much as d tokens do.
             gradient = F.linear(hidden_states, self.weight.t() - self.weight.t() @ self.weight)
@@ -274,7 +279,7 @@ FEED_FORWARDS = {"ista": CBSAISTA, "mlp": CBSAMLP}
 def build_attention(config: CBSAConfig, attention_type: str, base_num_patches: int | None = None) -> SelfAttention:
     """That operator, with its representatives where it has any; `base_num_patches` is N0 where it takes one."""
     attention = ATTENTIONS[attention_type]
-    options = {}
+    options = {"folded": config.folded}
     if attention.uses_representatives and config.representatives_type == "pool":
         # The reference's quirk reads all tokens but the last as the grid, so its grid starts at CLS.
         first_token = {"patches": 1 + config.num_register_tokens, "all_but_last": 0}[config.pooled_tokens]
@@ -315,9 +320,9 @@ class CBSALayer(GradientCheckpointingLayer):
     ):
         super().__init__()
         self.drop_path = CBSADropPath(drop_path_rate)
-        self.layernorm_before = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.layernorm_before = block_norm(config, config.hidden_size)
         self.attention = build_attention(config, attention_type, base_num_patches)
-        self.layernorm_after = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.layernorm_after = block_norm(config, config.hidden_size)
         self.feed_forward = FEED_FORWARDS[config.feed_forward_type](config)
 
     def forward(
@@ -369,8 +374,15 @@ class CBSAPreTrainedModel(PreTrainedModel):
             init.normal_(module.weight)
         elif isinstance(module, CBSAISTA):
             init.kaiming_uniform_(module.weight)
+            if module.bias is not None:
+                init.zeros_(module.bias)
         elif isinstance(module, ClassTokenMaskDecoder):
             init.trunc_normal_(module.class_embeddings, std=self.config.initializer_range)
+
+    def train(self, mode: bool = True) -> "CBSAPreTrainedModel":
+        if mode and self.config.folded:
+            raise ValueError("A folded model is for inference; train the model that it was folded from.")
+        return super().train(mode)
 
     def is_wanted(self, name: str, kwargs: dict) -> bool:
         """Whether that output is asked for: by the keyword if it was given, else by the configuration."""
