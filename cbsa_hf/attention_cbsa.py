@@ -194,9 +194,9 @@ class ContractAndBroadcastSelfAttention(SharedProjectionSelfAttention):
         num_heads: int,
         head_dim: int,
         representatives: nn.Module,
-        folded: bool = False,
         base_num_patches: int | None = None,
         num_other_tokens: int = 0,
+        folded: bool = False,
     ):
         super().__init__(hidden_size, num_heads, head_dim, representatives, folded)
         self.base_num_patches = base_num_patches
