@@ -1,0 +1,279 @@
+"""
+How fast the models are: the formula as the reference implementation writes it, this library, folded, compiled and
+exported, a ViT of the same width, and the bare products that nobody can do without.
+
+    python benchmarks/speed.py --quick          # two minutes: tiny at 224 pixels
+    python benchmarks/speed.py                  # an hour and more: writes docs/speed.md and docs/speed.png
+
+All contestants run in one process and take turns, so read the times of a table as ratios; each is a median over the
+rounds, with the distance between the quartiles. Memory is the peak of what torch holds beyond weights and input.
+"""
+
+import argparse
+import io
+import os
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from copy import deepcopy
+from dataclasses import dataclass
+from pathlib import Path
+from types import MethodType
+
+import numpy as np
+import onnxruntime
+import torch
+import transformers
+from torch import nn
+from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import ViTConfig, ViTForImageClassification
+from zero_shot_cost import measure
+
+from cbsa_hf import CBSAConfig, CBSAForImageClassification, fold, preset_path
+from cbsa_hf.attention_cbsa import ContractAndBroadcastSelfAttention
+from cbsa_hf.charts import line_panels
+from cbsa_hf.modeling_cbsa import CBSAISTA
+
+
+sys.path.append(str(Path(__file__).resolve().parents[1] / "training"))
+
+from workbench import table
+
+
+SECONDS = 20.0  # a forward pass above this is run once; if the last smaller image took more than a quarter, never
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def reference_attention(self, hidden_states, grid, output_attentions=False, output_factor=False):
+    """The operator as the reference implementation writes it: the last step multiplies the update of every token."""
+    tokens = self.split_heads(self.proj(hidden_states))
+    representatives = self.representatives(tokens, grid)
+    attention = torch.softmax(representatives @ tokens.transpose(-1, -2) * self.scaling, dim=-1)
+    representatives = representatives + self.step_rep * (attention @ tokens)
+    contraction = torch.softmax(representatives @ representatives.transpose(-1, -2) * self.scaling, dim=-1)
+    update = self.step_x * (attention.transpose(-1, -2) @ (contraction @ representatives))
+    return self.merge_heads(update), None, attention
+
+
+def reference_ista(self, hidden_states):
+    """ISTA as the reference implementation writes it: three products."""
+    coded = F.linear(F.linear(hidden_states, self.weight), self.weight.t())
+    gradient = F.linear(hidden_states, self.weight.t())
+    return F.relu(hidden_states + self.step_size * (gradient - coded) - self.step_size * self.threshold)
+
+
+def as_reference(model: CBSAForImageClassification) -> CBSAForImageClassification:
+    """The same weights with the reference implementation's formulas."""
+    model = deepcopy(model)
+    for module in model.modules():
+        if isinstance(module, ContractAndBroadcastSelfAttention):
+            module.forward = MethodType(reference_attention, module)
+        elif isinstance(module, CBSAISTA):
+            module.forward = MethodType(reference_ista, module)
+    return model
+
+
+class Floor(nn.Module):
+    """The convolutions and matrix products of a folded model with its shapes, and nothing else."""
+
+    def __init__(self, folded: CBSAForImageClassification):
+        super().__init__()
+        self.convolutions = nn.ModuleList(m for m in folded.modules() if isinstance(m, nn.Conv2d))
+        self.layers = folded.cbsa.layers
+
+    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        hidden_states = pixel_values
+        for convolution in self.convolutions:
+            hidden_states = convolution(hidden_states)
+        hidden_states = hidden_states.flatten(2).transpose(1, 2)
+        for layer in self.layers:
+            operator = layer.attention
+            tokens = operator.split_heads(operator.proj(hidden_states))
+            height, width = operator.representatives.size
+            attention = tokens[:, :, : height * width] @ tokens.transpose(2, 3)
+            representatives = attention @ tokens
+            contracted = representatives @ representatives.transpose(2, 3) @ representatives
+            hidden_states = operator.merge_heads(attention.transpose(2, 3) @ contracted)
+            hidden_states = F.linear(hidden_states, layer.feed_forward.weight, layer.feed_forward.bias)
+        return hidden_states
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One row of the table: a published size, a side in pixels, images in a batch, and a precision."""
+
+    size: str
+    pixels: int
+    batch_size: int
+    dtype: str
+
+    def __str__(self) -> str:
+        return f"{self.size}, {self.pixels} px, batch {self.batch_size}, {self.dtype}"
+
+    @property
+    def num_tokens(self) -> int:
+        return (self.pixels // 16) ** 2
+
+
+def export_onnx(model: nn.Module, pixel_values: torch.Tensor) -> Callable[[], object]:
+    """A run of ONNX Runtime with as many threads as torch has."""
+    program = torch.onnx.export(model, (pixel_values,), dynamo=True, verbose=False)
+    buffer = io.BytesIO()
+    program.save(buffer)
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    session = onnxruntime.InferenceSession(buffer.getvalue(), options, providers=["CPUExecutionProvider"])
+    feed = {session.get_inputs()[0].name: pixel_values.numpy()}
+    return lambda: session.run(None, feed)
+
+
+def build_models(cell: Cell) -> dict[str, nn.Module]:
+    """The contestants that are modules, all with random weights, in evaluation mode."""
+    config = CBSAConfig.from_pretrained(preset_path(f"cbt-{cell.size}"), image_size=cell.pixels, num_labels=1000)
+    model = CBSAForImageClassification(config).eval()
+    vit = ViTConfig(
+        image_size=cell.pixels,
+        hidden_size=config.hidden_size,
+        num_hidden_layers=config.num_hidden_layers,
+        num_attention_heads=config.num_attention_heads,
+        intermediate_size=4 * config.hidden_size,
+        num_labels=1000,
+    )
+    folded = fold(model)
+    models = {
+        "reference": as_reference(model),
+        "this library": model,
+        "folded": folded,
+        "ViT, sdpa": ViTForImageClassification(vit).eval(),
+        "floor": Floor(folded),
+    }
+    return {name: module.to(DTYPES[cell.dtype]) for name, module in models.items()}
+
+
+def build_runs(cell: Cell, models: dict[str, nn.Module], compiled: bool) -> dict[str, Callable[[], object]]:
+    """What is timed, by name; with `compiled` the engines too, whose weights are packed once (Inductor's freezing)."""
+    generator = torch.Generator().manual_seed(0)
+    pixel_values = torch.randn(cell.batch_size, 3, cell.pixels, cell.pixels, generator=generator)
+    pixel_values = pixel_values.to(DTYPES[cell.dtype])
+    runs = {name: lambda model=model: model(pixel_values) for name, model in models.items()}
+    if compiled:
+        for name in ("reference", "folded", "ViT, sdpa", "floor"):
+            engine = torch.compile(models[name], options={"freezing": True})
+            runs[f"{name}, frozen"] = lambda engine=engine: engine(pixel_values)
+        if cell.dtype == "float32":
+            runs["folded, ONNX Runtime"] = export_onnx(models["folded"], pixel_values)
+    return runs
+
+
+def seconds_of(run: Callable[[], object]) -> float:
+    started = time.perf_counter()
+    run()
+    return time.perf_counter() - started
+
+
+@torch.no_grad()
+def measure_cell(cell: Cell, rounds: int, compiled: bool, skipped: set[str]) -> dict[str, dict]:
+    """Time, spread, memory and operations of each contestant; the names of those that took too long join `skipped`."""
+    models = build_models(cell)
+    runs = {name: run for name, run in build_runs(cell, models, compiled).items() if name not in skipped}
+    found = {name: {"times": [], "once": False} for name in runs}
+    for name, run in runs.items():
+        run()  # compiles
+        first, found[name]["memory"] = measure(run)
+        if name in models:
+            with FlopCounterMode(display=False) as counter:
+                run()
+            found[name]["flops"] = counter.get_total_flops() / cell.batch_size
+        found[name]["once"] = first > SECONDS
+        found[name]["times"].append(first)
+        if first > SECONDS / 4:
+            skipped.add(name)
+    for _ in range(rounds):
+        for name, run in runs.items():
+            if not found[name]["once"]:
+                found[name]["times"].append(seconds_of(run))
+    for row in found.values():
+        milliseconds = [1000 * value / cell.batch_size for value in row["times"]]
+        row["ms"] = statistics.median(milliseconds)
+        row["spread"] = float(np.subtract(*np.percentile(milliseconds, [75, 25])))
+    return found
+
+
+def describe(cell: Cell, found: dict[str, dict]) -> str:
+    """The cell as a table in Markdown, each contestant also as a ratio to the reference."""
+    base = found.get("reference", found["this library"])["ms"]
+    rows = [
+        [
+            name,
+            f"{row['ms']:.1f} ± {row['spread']:.1f}" + (" (one run)" if row["once"] else ""),
+            f"{base / row['ms']:.2f}",
+            f"{row['memory']:.0f}",
+            f"{row['flops'] / 1e9:.2f}" if "flops" in row else "",
+        ]
+        for name, row in found.items()
+    ]
+    header = ["", "ms an image", "times as fast as the reference", "peak MiB", "GFLOPs an image"]
+    return f"### {cell}\n\n{table(header, rows)}\n"
+
+
+def draw(results: dict[Cell, dict[str, dict]]) -> object:
+    """Time against tokens, both logarithmic, for `small`, batch 1, float32."""
+    cells = [cell for cell in results if (cell.size, cell.batch_size, cell.dtype) == ("small", 1, "float32")]
+    names = [name for name in results[cells[0]] if all(name in results[cell] for cell in cells)]
+    panel = {
+        "title": "small, one image, float32",
+        "x": "tokens",
+        "y": "milliseconds",
+        "positions": [cell.num_tokens for cell in cells],
+        "lines": {name: [[results[cell][name]["ms"] for cell in cells]] for name in names},
+        "scale": "log",
+    }
+    return line_panels([panel], width=6.0, height=4.2)
+
+
+def describe_machine() -> str:
+    name, info = platform.processor() or platform.machine(), Path("/proc/cpuinfo")
+    if info.exists():
+        name = next(line.split(": ")[1] for line in info.read_text().splitlines() if line.startswith("model name"))
+    return (
+        f"{name}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, "
+        f"{torch.backends.cpu.get_cpu_capability()}, torch {torch.__version__}, "
+        f"transformers {transformers.__version__}"
+    )
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[1])
+    parser.add_argument("--quick", action="store_true", help="tiny at 224 pixels alone; nothing is written")
+    parser.add_argument("--sizes", nargs="+", default=["tiny", "small", "base"])
+    parser.add_argument("--pixels", nargs="+", type=int, default=[224, 512, 1024, 2048])
+    parser.add_argument("--batch-sizes", nargs="+", type=int, default=[1, 8])
+    parser.add_argument("--dtypes", nargs="+", default=list(DTYPES), choices=DTYPES)
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--output", default="docs/speed.md", help="page to write; the figure goes beside it")
+    args = parser.parse_args()
+    torch.set_flush_denormal(True)  # the floor's values shrink from layer to layer
+    if args.quick:
+        print(describe_machine())
+        print(describe(cell := Cell("tiny", 224, 4, "float32"), measure_cell(cell, args.rounds, True, set())))
+        return
+    results = {}
+    for size in args.sizes:
+        for dtype in args.dtypes:
+            for batch_size in args.batch_sizes:
+                skipped = set()
+                for pixels in args.pixels:
+                    cell = Cell(size, pixels, batch_size, dtype)
+                    results[cell] = measure_cell(cell, args.rounds, pixels <= 1024, skipped)
+                    print(describe(cell, results[cell]), flush=True)
+                    torch.compiler.reset()
+    page = [f"# Speed\n\nWritten by `python benchmarks/speed.py`. {describe_machine()}.\n", "![Time](speed.png)\n"]
+    Path(args.output).write_text("\n".join([*page, *(describe(*item) for item in results.items())]))
+    draw(results).save(Path(args.output).with_suffix(".png"))
+
+
+if __name__ == "__main__":
+    main()
