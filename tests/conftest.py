@@ -8,7 +8,7 @@ import sys
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
 # The tests run in as many processes as there are cores; more threads than that would only be in each other's way.
-os.environ["OMP_NUM_THREADS"] = "1"
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from pathlib import Path
 

@@ -31,7 +31,7 @@ def run(script: str, *arguments: str, processes: int = 1) -> subprocess.Complete
     several = ["--multi_gpu"] if processes > 1 else []
     launcher = [sys.executable, "-m", "accelerate.commands.launch", *several, "--num_processes", str(processes)]
     launcher += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
-    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "true"}
     command = [*(launcher if processes > 1 else [sys.executable]), str(ROOT / "training" / script), *arguments]
     process = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert process.returncode == 0, process.stderr

@@ -76,7 +76,7 @@ def command(data: Path, output_dir: Path, *arguments: str, processes: int | None
 
 
 def start(command: list[str], **options) -> subprocess.Popen:
-    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "true"}
     return subprocess.Popen(
         command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options
     )
