@@ -8,6 +8,7 @@ import torch
 from transformers import AutoImageProcessor, BaseImageProcessor
 from transformers.image_utils import PILImageResampling
 
+from .attention_cbsa import to_pair
 from .configuration_cbsa import CBSAConfig
 from .modeling_cbsa import CBSAForImageClassification, CBSAForSemanticSegmentation, CBSAModel, CBSAPreTrainedModel
 from .weight_files import (
@@ -89,15 +90,15 @@ def saved_as(config: CBSAConfig) -> tuple[type[CBSAPreTrainedModel], str]:
     return CBSAModel, "CBSA encoder"
 
 
-def check_processor(processor: BaseImageProcessor, num_channels: int):
+def check_processor(processor: BaseImageProcessor, num_channels: int, least: int = 1):
     """
-    A ValueError when images would be made larger than [`MAX_IMAGE_SIDE`]; any of several errors when a small one
-    cannot be prepared.
+    A ValueError when images would have sides below the `least` or above [`MAX_IMAGE_SIDE`]; any of several errors when
+    one cannot be prepared.
     """
     for name in ("size", "crop_size", "pad_size"):
         sides = dict(getattr(processor, name, None) or {})
-        if not all(side is None or 1 <= side <= MAX_IMAGE_SIDE for side in sides.values()):
-            raise ValueError(f"`{name}` is {sides}; each side has to be from 1 to {MAX_IMAGE_SIDE} pixels")
+        if not all(side is None or least <= side <= MAX_IMAGE_SIDE for side in sides.values()):
+            raise ValueError(f"`{name}` is {sides}; each side has to be from {least} to {MAX_IMAGE_SIDE} pixels")
     if getattr(processor, "resample", None) is not None:
         PILImageResampling(processor.resample)
     image = np.zeros((8, 8, num_channels), dtype=np.uint8)
@@ -109,9 +110,9 @@ def check_processor(processor: BaseImageProcessor, num_channels: int):
         )
 
 
-def load_processor(name: str, num_channels: int = 3) -> BaseImageProcessor:
+def load_processor(name: str, config: CBSAConfig) -> BaseImageProcessor:
     """
-    Image processor of a folder or hub id, which never runs code from there.
+    Image processor of a folder or hub id, for a model of that configuration. No code from there is run.
 
     Raises:
         CheckpointError: not found, or not one that prepares images.
@@ -121,7 +122,13 @@ def load_processor(name: str, num_channels: int = 3) -> BaseImageProcessor:
         if not any(read_json(folder / file) for file in ("preprocessor_config.json", "processor_config.json")):
             raise not_found(name)
         processor = AutoImageProcessor.from_pretrained(folder, trust_remote_code=False)
-        check_processor(processor, num_channels)
+        # A window of semantic segmentation much smaller than the model is made for sees nothing, many times.
+        least = (
+            1
+            if config.backbone_config
+            else max(config.patch_size, *(side // 8 for side in to_pair(config.image_size)))
+        )
+        check_processor(processor, config.num_channels, least)
     return processor
 
 
@@ -159,7 +166,7 @@ def load_checkpoint(
     folder = str(find_folder(name))
     config = load_config(folder)
     model_class, title = saved_as(config) if task is None else (find_task(task).model_class, find_task(task).title)
-    processor = load_processor(folder, config.num_channels)
+    processor = load_processor(folder, config)
     check_weights(folder, config, model_class)
     with one_sentence(f"The weights of {name} cannot be read"):
         model, report = model_class.from_pretrained(

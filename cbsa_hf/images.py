@@ -304,7 +304,8 @@ def to_pixel_values(
 ) -> torch.Tensor:
     """An RGB image -> (1, 3, height, width) as the processor makes it, but at the size of [`fit_to_patches`]."""
     height, width = fit_to_patches((image.height, image.width), long_side, patch_size)
-    return processor(image, size={"height": height, "width": width}, return_tensors="pt")["pixel_values"]
+    size = {"height": height, "width": width}
+    return processor(image, size=size, do_resize=True, do_center_crop=False, return_tensors="pt")["pixel_values"]
 
 
 def follow_edges(maps: torch.Tensor, image: Image.Image, radius: int) -> torch.Tensor:

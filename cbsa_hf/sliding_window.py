@@ -10,7 +10,7 @@ from transformers import BaseImageProcessor, PreTrainedModel
 
 from .attention_cbsa import to_pair
 from .images import ImageSource, follow_edges, to_image
-from .interpretability import evaluating
+from .interpretability import check_outputs, evaluating
 
 
 ROWS_AT_A_TIME = 64  # of the result; any number gives the same
@@ -191,6 +191,7 @@ class SlidingWindowSegmenter:
                 logits = self.model(pixel_values).logits.float()
                 if self.flip:
                     logits = (logits + self.model(pixel_values.flip(3)).logits.float().flip(3)) / 2
+                check_outputs(logits)
                 logits = F.interpolate(logits, size=pixel_values.shape[2:], mode="bilinear")
                 if self.sharp:
                     yield from (follow_edges(*pair, EDGE_RADIUS) for pair in zip(logits, windows, strict=True))

@@ -40,7 +40,7 @@ def finetune_classifier(args: FinetuningArguments):
     source = args.model_name_or_path or default_checkpoint()
     changes = {} if args.drop_path_rate is None else {"drop_path_rate": args.drop_path_rate}
     model = load_for_classes(AutoModelForImageClassification, source, names, **changes)
-    processor = load_processor(source, model.config.num_channels)
+    processor = load_processor(source, model.config)
     train_classifier(args, accelerator, model, processor, splits)
 
 

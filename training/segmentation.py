@@ -272,7 +272,7 @@ def load_segmenter(args: SegmentationArguments, names: dict[int, str]) -> tuple[
         grid = [-(-side // patch) for side, patch in zip(read_size(args.crop_size), patch_size, strict=True)]
         changes["decoder_base_num_patches"] = grid[0] * grid[1]
     model = load_for_classes(AutoModelForSemanticSegmentation, source, names, **changes)
-    processor = load_processor(source, model.config.num_channels)
+    processor = load_processor(source, model.config)
     crop_size = dict(zip(("height", "width"), read_size(args.crop_size), strict=True))
     size = crop_size if args.image_size is None else dict.fromkeys(("max_height", "max_width"), args.image_size)
     processor = SegformerImageProcessorPil(
