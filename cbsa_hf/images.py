@@ -5,7 +5,9 @@ edges moved to a photograph's.
 
 import os
 import stat
-from typing import BinaryIO
+import warnings
+from collections.abc import Callable, Sequence
+from typing import BinaryIO, TypeVar
 
 import numpy as np
 import torch
@@ -16,6 +18,8 @@ from .image_files import open_bytes
 
 
 ImageSource = Image.Image | np.ndarray | torch.Tensor | str | os.PathLike | bytes | BinaryIO | dict
+
+T = TypeVar("T")
 
 MAX_PIXELS = 2**26  # of a file: 8192 x 8192
 MAX_RATIO = 200  # of a file's longer side to the shorter
@@ -271,6 +275,21 @@ def to_image(source: "ImageSource", *, name: str | None = None, num_channels: in
     if num_channels != 3:
         return values
     return to_rgb(Image.fromarray(values[..., 0] if values.shape[2] == 1 else values), name)
+
+
+def for_each_image(use: Callable[[Image.Image], T], sources: Sequence[ImageSource]) -> "list[T | ImageError]":
+    """
+    What `use` makes of each image. One that cannot be read or used does not discard the others: its place holds the
+    [`ImageError`], and a warning says so.
+    """
+    results = []
+    for index, source in enumerate(sources):
+        try:
+            results.append(use(to_image(source)))
+        except ImageError as error:
+            warnings.warn(f"Image {index} of {len(sources)} is left out: {error}", stacklevel=3)
+            results.append(error)
+    return results
 
 
 def channels_last(values: np.ndarray, channels: tuple[int, ...], name: str) -> np.ndarray:

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from transformers import BaseImageProcessor, PreTrainedModel
 
 from .attention_cbsa import to_pair
-from .images import ImageSource, follow_edges, to_image
+from .images import ImageError, ImageSource, follow_edges, for_each_image, to_image
 from .interpretability import check_outputs, evaluating
 
 
@@ -222,15 +222,16 @@ class SlidingWindowSegmenter:
             labels[first:last] = logits.argmax(0).cpu()
         return labels
 
-    def __call__(self, images: ImageSource | Sequence[ImageSource]) -> np.ndarray | list[np.ndarray]:
+    def __call__(self, images: ImageSource | Sequence[ImageSource]) -> np.ndarray | list[np.ndarray | ImageError]:
         """
         Class indices, (height, width) of one image or of each of several, of any size and mode: PIL images, arrays or
-        paths.
+        paths. Of several, one that cannot be read does not discard the others: the list holds its `ImageError` in that
+        place.
 
         Raises:
-            ValueError: an image cannot be read; the message is one sentence for people.
+            ImageError: a single image cannot be read; the message is one sentence for people.
         """
         with evaluating(self.model), torch.inference_mode():
             if isinstance(images, (list, tuple)):
-                return [self.segment(to_image(image)) for image in images]
+                return for_each_image(self.segment, images)
             return self.segment(to_image(images))

@@ -277,6 +277,13 @@ def group_by_representatives(model: PreTrainedModel, pixel_values: torch.Tensor,
     return Grouping(members.unflatten(1, grid), foreground(rarely, model, pixel_values), tokens)
 
 
+# Of `Options`, which have an effect.
+METHOD_OPTIONS = {
+    "attention": ("num_segments", "layer", "head", "mass"),
+    "ncut": ("num_segments", "layer", "head", "attention_weight"),
+    "representatives": ("num_segments", "layer", "head"),
+}
+
 METHODS = {
     "attention": group_by_attention,
     "ncut": group_by_cut,
