@@ -2,10 +2,15 @@
 
 import io
 import json
+import signal
+import subprocess
+import sys
+import time
 
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT
 from PIL import Image
 from transformers import AutoImageProcessor, Dinov2Config
 
@@ -364,3 +369,18 @@ def test_interrupted_while_it_writes(photo_file, photo, tmp_path, monkeypatch, c
     assert main(["segment", *sources, "-o", output, "--long-side", "48"]) == 130
     assert capsys.readouterr().err.splitlines()[-1] == "cbsa: Interrupted."
     assert sorted(path.name for path in tmp_path.iterdir()) == ["cat.png", "dog.png"]
+
+
+@pytest.mark.parametrize("seconds", [1, 3])
+def test_interrupted_process(photo_file, tmp_path, seconds):
+    """While it imports, and while it works or still imports, as fast as the machine is."""
+    for index in range(200):
+        (tmp_path / f"cat{index}.png").hardlink_to(photo_file)
+    arguments = [str(ROOT / "cbsa_command.py"), "segment", str(tmp_path), "-o", str(tmp_path / "out")]
+    process = subprocess.Popen([sys.executable, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    time.sleep(seconds)
+    process.send_signal(signal.SIGINT)
+    _, error = process.communicate(timeout=120)
+    assert process.returncode == 130
+    assert "Traceback" not in error and error.splitlines()[-1] == "cbsa: Interrupted."
+    assert not list(tmp_path.rglob("*partial*"))
