@@ -187,6 +187,13 @@ class CBSAConfig(BackboneConfigMixin, PreTrainedConfig):
         for dtype in (self.dtype, others.get("torch_dtype")):
             if dtype is not None and not isinstance(dtype, torch.dtype) and dtype not in DTYPES:
                 raise ValueError(f"`dtype` is {dtype!r}; choose one of {', '.join(map(repr, DTYPES))}.")
+        names = self.architectures
+        if names is not None and not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
+            raise ValueError(f"`architectures` is {names!r}; give a list of the names of model classes.")
+        for name in ("quantization_config", "rope_parameters", "rope_scaling"):
+            value = others.get(name)
+            if value is not None and not isinstance(value, dict) and not hasattr(value, "to_dict"):
+                raise ValueError(f"`{name}` is {value!r}, and has to be an object of settings.")
         num_labels = others.get("num_labels")
         if num_labels is not None and (not isinstance(num_labels, int) or num_labels < 0):
             raise ValueError(f"`num_labels` is {num_labels!r}; give the number of classes.")

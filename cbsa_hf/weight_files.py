@@ -20,7 +20,7 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 
-MAX_JSON_BYTES = 2**23
+MAX_JSON_BYTES = 2**22
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 SAFETENSORS_FLOATS = re.compile(r"B?F\d")  # F32, BF16, F8_E4M3
 
