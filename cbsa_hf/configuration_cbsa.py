@@ -20,7 +20,7 @@ POSITION_INTERPOLATIONS = ("bicubic", "bilinear")
 DTYPES = ("float32", "float16", "bfloat16", "float64")
 MAX_LAYERS = 10_000
 MAX_LABELS = 1_000_000
-MAX_REPRESENTATIVES = 4_096
+MAX_REPRESENTATIVES = 1_024
 AUTO_MAP = {
     "AutoConfig": "configuration_cbsa.CBSAConfig",
     "AutoModel": "modeling_cbsa.CBSAModel",

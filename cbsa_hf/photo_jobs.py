@@ -57,6 +57,8 @@ def check_png(path: Path):
         raise ValueError(f"The output {path} has to end in .png.")
     if not path.parent.is_dir():
         raise ValueError(f"There is no folder {path.parent} to write {path.name} to.")
+    if not os.access(path.parent, os.W_OK):
+        raise ValueError(f"The folder {path.parent} is not writable; write {path.name} to another.")
 
 
 def same_file(path: str | Path, other: str | Path) -> bool:
