@@ -14,6 +14,7 @@ from .attention_cbsa import ContractAndBroadcastSelfAttention
 from .checkpoint import default_checkpoint, load_checkpoint
 from .configuration_cbsa import CBSAConfig
 from .folding import fold
+from .images import ImageError
 from .interpretability import attention_maps, exact_maps
 from .measures import accuracy_under_noise, coding_rate, measure_layers
 from .modeling_cbsa import (
@@ -61,6 +62,7 @@ __all__ = [
     "CBSAPreTrainedModel",
     "CBSASemanticSegmenterOutput",
     "ContractAndBroadcastSelfAttention",
+    "ImageError",
     "Segment",
     "SlidingWindowSegmenter",
     "ZeroShotSegmentation",
