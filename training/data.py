@@ -1,8 +1,10 @@
 """Labelled images from the Hub or from local files, as tensors for training and for validation."""
 
 import logging
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -15,6 +17,8 @@ from cbsa_hf.images import to_rgb
 
 
 MASK_NAMES = ("label", "mask", "annotation", "segmentation_mask")
+
+SAMPLE_SIZE = 16
 
 logger = logging.getLogger(__name__)
 
@@ -129,6 +133,11 @@ def to_tensor(image: PILImage.Image, processor: BaseImageProcessor) -> torch.Ten
     return torch.from_numpy(pixels).permute(2, 0, 1)
 
 
+def checksum_image(encoded: dict) -> int:
+    """Of an image that is still encoded, or of its file's name where the data set has no more."""
+    return zlib.crc32(encoded["bytes"] or Path(encoded["path"]).name.encode())
+
+
 class LabelledImages(torch.utils.data.Dataset):
     """
     Rows of a data set whose images may be broken: those are skipped, named in the log, and counted.
@@ -157,6 +166,15 @@ class LabelledImages(torch.utils.data.Dataset):
         self.epoch.fill_(epoch)
         if isinstance(self.dataset, StreamedRows):
             self.corrupt.zero_()  # every epoch has an order of its own
+
+    def sample(self) -> list[int]:
+        """Checksums of some encoded images at even distances, of a stream of its first: to know the data set again."""
+        if isinstance(self.dataset, StreamedRows):
+            rows = self.dataset.first(SAMPLE_SIZE)
+        else:
+            indices = np.linspace(0, len(self) - 1, min(SAMPLE_SIZE, len(self))).astype(int)
+            rows = self.dataset.cast_column(self.image_column, Image(decode=False)).select(indices)
+        return [checksum_image(row[self.image_column]) for row in rows]
 
     def read(self, index: int) -> tuple[PILImage.Image, int | PILImage.Image] | None:
         """Image in RGB, and label or mask; None when the row is broken."""

@@ -5,6 +5,7 @@ from collections.abc import Callable
 import numpy as np
 import torch
 from accelerate import Accelerator
+from interruption import read_batches
 from metrics import Accuracy, MeanIoU, count_pixels
 from PIL import Image
 from torch.nn import functional as F
@@ -32,7 +33,8 @@ def evaluate_classifier(
     """
     metric = Accuracy(keep_in_memory=True)
     losses = []
-    for batch in tqdm(dataloader, desc="validation", leave=False, disable=not accelerator.is_main_process):
+    bar = {"desc": "validation", "total": len(dataloader), "leave": False, "disable": not accelerator.is_main_process}
+    for batch in tqdm(read_batches(dataloader), **bar):
         with accelerator.autocast():
             logits = classify(batch["pixel_values"]).float()
         lowest, highest = batch["labels"].where(batch["labels"] != -100, 0).aminmax()

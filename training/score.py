@@ -8,8 +8,8 @@ having seen a mask.
 """
 
 import json
-import sys
 from dataclasses import dataclass, field
+from io import BytesIO
 from pathlib import Path
 from tempfile import TemporaryFile
 
@@ -26,6 +26,8 @@ from data import (
     load_images,
 )
 from evaluation import evaluate_classifier, evaluate_segmenter
+from interruption import one_sentence
+from output import write_file
 from segmentation import MaskedImages, draw_predictions, read_names, read_size
 from torch.utils.data import DataLoader
 from zero_shot_evaluation import (
@@ -141,7 +143,9 @@ def main(args: Arguments):
         )
         results = evaluate_segmenter(segmenter, images.read, len(images), accelerator)
         if args.strip is not None and accelerator.is_main_process:
-            draw_predictions(segmenter, images).save(args.strip, format="PNG")
+            strip = BytesIO()
+            draw_predictions(segmenter, images).save(strip, format="PNG")
+            write_file(Path(args.strip), strip.getvalue())
     else:
         options = {"sharp": args.sharp} | ({} if args.image_size is None else {"long_side": args.image_size})
         images = MaskedImages(dataset, args.max_corrupt, num_labels=256, reduce_labels=False)
@@ -156,11 +160,9 @@ def main(args: Arguments):
         for name, value in results.items():
             print(f"{name:40} {value:.4f}" if isinstance(value, float) else f"{name:40} {value}")
         if args.output is not None:
-            Path(args.output).write_text(json.dumps(results, indent=2) + "\n")
+            write_file(Path(args.output), json.dumps(results, indent=2) + "\n")
 
 
 if __name__ == "__main__":
-    try:
+    with one_sentence():
         main(parse_arguments(Arguments))
-    except ValueError as error:
-        sys.exit(f"score.py: {error}")

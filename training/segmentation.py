@@ -6,12 +6,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from accelerate import Accelerator
 from data import LabelledImages, find_mask_columns
 from evaluation import evaluate_segmenter
 from heads import load_for_classes
 from kornia import augmentation
 from kornia.losses import dice_loss
-from loop import TrainingArguments, build_accelerator, load_splits, train
+from loop import TrainingArguments, load_splits, train
 from PIL import Image
 from torch import nn
 from torch.nn import functional as F
@@ -290,9 +291,8 @@ def load_segmenter(args: SegmentationArguments, names: dict[int, str]) -> tuple[
     return model, processor
 
 
-def train_segmenter(args: SegmentationArguments):
+def train_segmenter(args: SegmentationArguments, accelerator: Accelerator):
     """Train a segmenter as the options say; see [`train`] for what it leaves behind and raises."""
-    accelerator = build_accelerator(args)
     train_split, validation_split = load_splits(args, find_mask_columns)
     names = read_names(args.id2label, args.dataset_name)
     model, processor = load_segmenter(args, names)

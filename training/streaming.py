@@ -37,13 +37,18 @@ class StreamedRows(Sampler):
             raise ValueError("The data set does not say how many images it has: give `--num_train_images`.")
         self.features = dataset.features
         self.num_rows = num_rows
-        self.rows = dataset.decode(False).shuffle(seed=seed, buffer_size=BUFFER_SIZE)
+        self.encoded = dataset.decode(False)
+        self.rows = self.encoded.shuffle(seed=seed, buffer_size=BUFFER_SIZE)
 
     def __len__(self) -> int:
         return self.num_rows
 
     def set_epoch(self, epoch: int):
         self.rows.set_epoch(epoch)
+
+    def first(self, count: int) -> list[dict]:
+        """The first rows as the split has them, the image still encoded."""
+        return list(islice(self.encoded, count))
 
     def __iter__(self) -> Iterator[tuple[int, dict]]:
         count = 0
