@@ -15,6 +15,7 @@ from accelerate import Accelerator
 from accelerate.utils import DataLoaderConfiguration, DistributedType, broadcast, set_seed
 from card import write_card
 from checkpoints import (
+    CHECKPOINTS,
     DamagedCheckpoint,
     DataIdentity,
     Progress,
@@ -30,8 +31,8 @@ from checkpoints import (
 from data import DataArguments, LabelledImages, find_split, load_images
 from datasets import Dataset
 from interruption import FAILED, StopRequest, common_status, outlive_interruption, read_batches
-from optimization import OPTIMIZERS, SCHEDULES, build_optimizer, build_scheduler, parameter_groups
-from output import open_output, write_together
+from optimization import OPTIMIZERS, SCHEDULES, STATES, build_optimizer, build_scheduler, parameter_groups
+from output import check_room, open_output, write_together
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from streaming import StreamedRows
@@ -280,6 +281,8 @@ class TrainingRun:
         if args.resume_from_checkpoint is not None:
             self.resume()
         check_folder(self.output_dir, self.progress, args.keep_best)
+        if accelerator.is_main_process:
+            self.check_room()
         self.seconds_before = self.progress.seconds
         settings = {k: v if isinstance(v, int | float | str) else str(v) for k, v in asdict(args).items()}
         accelerator.init_trackers(Path(sys.argv[0]).stem, config=settings)
@@ -302,6 +305,14 @@ class TrainingRun:
         results = self.save_results()
         accelerator.end_training()
         return results
+
+    def check_room(self):
+        """A ValueError when two checkpoints do not fit on the disk, less one if there is one."""
+        model = self.accelerator.unwrap_model(self.task)
+        weights = sum(tensor.numel() * tensor.element_size() for tensor in model.state_dict().values())
+        copies = 1 + STATES[self.args.optimizer] + (self.average is not None)
+        missing = 2 - min(1, len(list(self.output_dir.glob(CHECKPOINTS))))
+        check_room(self.output_dir, missing * copies * weights)
 
     def resume(self):
         """

@@ -45,11 +45,11 @@ def open_output(path: str | os.PathLike) -> Iterator[Path]:
 
 
 def check_room(folder: Path, num_bytes: int):
-    """A ValueError when the disk has less than that left for the folder."""
+    """A ValueError when the disk has less than that left for the checkpoints in a folder."""
     free = shutil.disk_usage(folder).free
     if free < num_bytes:
         raise ValueError(
-            f"{folder} has {free / 1e6:.1f} MB left, and two checkpoints of this run take {num_bytes / 1e6:.1f} MB: "
+            f"{folder} has {free / 1e6:.1f} MB left, and this run needs {num_bytes / 1e6:.1f} MB for two checkpoints: "
             "make room, or choose another `--output_dir`."
         )
 
