@@ -266,7 +266,7 @@ def load_state(
         if average is not None:
             average.load_state_dict(load_file(checkpoint / "average.safetensors"))
     except Exception as found:  # a damaged file without a checksum may raise anything
-        reason = str(found).strip().partition("\n")[0]
+        reason = " ".join(" ".join(str(found).splitlines()[:2]).split())  # PyTorch's second line says what differs
         error = DamagedCheckpoint(reason or type(found).__name__)
         if (checkpoint / SUMS).exists() and isinstance(found, (KeyError, OSError, RuntimeError, ValueError)):
             error = ValueError(f"{checkpoint} is of another model or other settings: {reason}")

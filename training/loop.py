@@ -35,7 +35,7 @@ from optimization import OPTIMIZERS, SCHEDULES, STATES, build_optimizer, build_s
 from output import check_room, open_output, write_together
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from streaming import StreamedRows
+from streaming import StreamedRows, WrongLength
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader
@@ -363,6 +363,8 @@ class TrainingRun:
         batch, error, asked = None, None, time.time()
         try:
             batch = next(batches)
+        except WrongLength:  # in every process; and no run with the right length could go on from here
+            raise
         except ValueError as found:
             error = found
         self.progress.waited += time.time() - asked
@@ -376,15 +378,15 @@ class TrainingRun:
         if not status:
             return
         step = self.progress.step
-        if step:
+        if step or status != FAILED:
             self.save()
         self.bar.close()
         accelerator.end_training()
-        way_on = f"`--resume_from_checkpoint last` goes on from step {step}." if step else "No step was done."
         if error is not None:
-            raise ValueError(f"{error} {way_on}") from error
+            way_on = f" `--resume_from_checkpoint last` goes on from step {step}." if step else ""
+            raise ValueError(f"{error}{way_on}") from error
         if status != FAILED:
-            accelerator.print(f"Stopped at step {step}; {way_on}")
+            accelerator.print(f"Stopped at step {step}; `--resume_from_checkpoint last` goes on from there.")
         sys.exit(status)
 
     def log_losses(self, losses: dict[str, torch.Tensor]):

@@ -10,7 +10,7 @@ from tempfile import TemporaryFile
 from filelock import FileLock, Timeout
 
 
-TRIED_BYTES = 2**16
+TRIED_BYTES = 4096
 
 
 @contextmanager

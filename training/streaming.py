@@ -10,6 +10,10 @@ from torch.utils.data import Sampler
 BUFFER_SIZE = 1000
 
 
+class WrongLength(ValueError):
+    """A stream has another number of rows than was told."""
+
+
 class StreamedRows(Sampler):
     """
     Rows of a streamed split, shuffled among [`BUFFER_SIZE`] others by seed and epoch.
@@ -56,7 +60,7 @@ class StreamedRows(Sampler):
             yield count, row
             count += 1
         if count < self.num_rows:
-            raise ValueError(f"The training split has {count} images, not {self.num_rows}: see `--num_train_images`.")
+            raise WrongLength(f"The training split has {count} images, not {self.num_rows}: see `--num_train_images`.")
 
     def hold(self, batch: list[tuple[int, dict]]) -> list[int]:
         """The indices of a batch, whose rows are then at hand."""
