@@ -286,7 +286,7 @@ class TrainingRun:
         self.seconds_before = self.progress.seconds
         settings = {k: v if isinstance(v, int | float | str) else str(v) for k, v in asdict(args).items()}
         accelerator.init_trackers(Path(sys.argv[0]).stem, config=settings)
-        self.bar = tqdm(
+        bar = tqdm(
             total=self.num_steps * args.batch_size,
             initial=self.progress.step * args.batch_size,
             unit="img",
@@ -294,14 +294,14 @@ class TrainingRun:
             smoothing=0.05,
             disable=not accelerator.is_main_process,
         )
-        if self.validation_is_due():  # the run that wrote the checkpoint was stopped before it
-            self.validate(stop)
-        while self.progress.step < self.num_steps:
-            self.train_epoch(stop)
-            if self.validation_is_due():
+        with bar as self.bar:  # its line is ended before an error is told
+            if self.validation_is_due():  # the run that wrote the checkpoint was stopped before it
                 self.validate(stop)
-            self.draw_pictures()
-        self.bar.close()
+            while self.progress.step < self.num_steps:
+                self.train_epoch(stop)
+                if self.validation_is_due():
+                    self.validate(stop)
+                self.draw_pictures()
         results = self.save_results()
         accelerator.end_training()
         return results
