@@ -19,6 +19,7 @@ from arguments import parse_arguments
 from data import (
     DataArguments,
     ValidationImages,
+    check_labels,
     class_names,
     find_columns,
     find_mask_columns,
@@ -122,6 +123,7 @@ def main(args: Arguments):
         if args.image_size is not None:
             processor.size = {"height": args.image_size, "width": args.image_size}
         check_classes(class_names(dataset), model.config.id2label)
+        check_labels(dataset, args.split, warns=False)
         images = ValidationImages(dataset, args.max_corrupt, processor)
         model, loader = accelerator.prepare(model, DataLoader(images, batch_size=args.batch_size))
         results = evaluate_classifier(

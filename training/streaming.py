@@ -68,5 +68,5 @@ class StreamedRows(Sampler):
         return list(self.indices)
 
     def __getitem__(self, index: int) -> dict:
-        """A row of the batch in hand, decoded; after the last comes the first."""
-        return self.features.decode_example(self.batch[(index - self.indices[0]) % len(self.batch)])
+        """A row of the batch in hand, the image still encoded."""
+        return self.batch[index - self.indices[0]]
