@@ -12,12 +12,16 @@ import subprocess
 import sys
 from collections import namedtuple
 from contextlib import contextmanager
+from io import BytesIO
 from pathlib import Path
 
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from conftest import ROOT
-from datasets import Dataset, Image
+from datasets import Dataset, Features, Image
 from PIL import Image as PILImage
 from safetensors.torch import load_file
 
@@ -31,6 +35,7 @@ import loop
 import output
 from checkpoints import DamagedCheckpoint, DataIdentity, check_sums, write_sums
 from interruption import one_sentence
+from segmentation import MaskedImages, check_masks
 
 
 SETTINGS = {"num_epochs": 3, "checkpointing_steps": 1, "keep_checkpoints": 9, "ema_decay": 0.5}  # of two steps each
@@ -537,3 +542,116 @@ class TestScripts:
     def test_what_is_no_mistake_of_users(self):
         with pytest.raises(PermissionError), one_sentence():
             raise PermissionError(errno.EACCES, "Permission denied", "/log")
+
+
+class TestLabels:
+    """Looked at before the first step."""
+
+    def write(self, folder: Path, split: str, labels: list, images: list | None = None):
+        """Other labels, which a `ClassLabel` would not take, and other encoded images."""
+        file = folder / f"{split}-00000-of-00001.parquet"
+        table = pq.read_table(file)
+        image, label = table.schema
+        images = table.column(0) if images is None else pa.array(images, image.type)
+        pq.write_table(pa.table([images, pa.array(labels, label.type)], schema=table.schema), file)
+
+    def encoded(self, rows: Dataset) -> list[dict]:
+        return rows.cast_column("image", Image(decode=False))["image"][:]
+
+    def broken(self, rows: Dataset) -> list[dict]:
+        return [{"bytes": image["bytes"][:60], "path": None} for image in self.encoded(rows)]
+
+    @pytest.mark.parametrize("split", ["train", "validation"])
+    @pytest.mark.parametrize(("label", "given"), [(-1, "the label -1"), (-100, "the label -100"), (None, "no label")])
+    def test_of_no_class(self, start, tmp_path, split, label, given):
+        self.write(tmp_path / "data", split, [0, 1, 0, label, 0, 1, 0, label])
+        with pytest.raises(ValueError) as error:
+            start(tmp_path / "run", mixup_alpha=0.2)
+        expected = f"Image 3 of the split {split!r} (and 1 others) has {given}; the data set names the classes 0 to 1."
+        assert str(error.value) == expected
+        assert names(tmp_path / "run") == []
+
+    def test_beyond_the_classes(self, start, tmp_path):
+        self.write(tmp_path / "data", "train", [0, 1, 0, 2, 0, 1, 0, 1])
+        with pytest.raises(ValueError, match="Class label 2 greater than configured num_classes 2"):
+            start(tmp_path / "run")
+
+    def test_a_class_without_an_image(self, start, tmp_path, caplog):
+        self.write(tmp_path / "data", "validation", [0] * 8)
+        start(tmp_path / "run")
+        assert "No image of the split 'validation' is of the class 'b'." in caplog.text
+        assert "No image of the split 'train'" not in caplog.text
+
+    @pytest.mark.parametrize(("label", "given"), [(-1, "the label -1"), (None, "no label")])
+    def test_of_a_stream(self, start, labelled, tmp_path, label, given):
+        """At the row, by name."""
+        images = [{"bytes": image["bytes"], "path": f"{i}.png"} for i, image in enumerate(self.encoded(labelled))]
+        self.write(tmp_path / "data", "train", [0, 1, 0, 1, 0, label, 0, 1], images)
+        with pytest.raises(ValueError, match=rf"Image \d of this epoch \(5\.png\) has {given}"):
+            start(tmp_path / "run", streaming=True, num_train_images=8, batch_size=2)
+
+    @pytest.mark.parametrize("split", ["train", "validation"])
+    def test_an_image_that_is_none(self, start, labelled, tmp_path, caplog, split):
+        self.write(tmp_path / "data", split, [0, 1] * 4, [None, *self.encoded(labelled)[1:]])
+        start(tmp_path / "run", max_corrupt=1)
+        assert "Skipped image 0, which cannot be read" in caplog.text
+
+    @pytest.mark.parametrize("streaming", [False, True])
+    def test_nothing_is_left(self, start, labelled, tmp_path, streaming):
+        """Whatever `--max_corrupt` says, the run ends."""
+        self.write(tmp_path / "data", "train", [0, 1] * 4, self.broken(labelled))
+        settings = {"streaming": True, "num_train_images": 8} if streaming else {}
+        with pytest.raises(ValueError, match=r"None of [48] images in turn can be read"):
+            start(tmp_path / "run", max_corrupt=100, **settings)
+
+    def test_nothing_to_validate_on(self, start, labelled, tmp_path):
+        self.write(tmp_path / "data", "validation", [0, 1] * 4, self.broken(labelled))
+        with pytest.raises(ValueError, match="None of the images to score on can be read"):
+            start(tmp_path / "run", max_corrupt=100)
+
+
+class TestMasks:
+    NAMES = {0: "sky", 1: "cat"}
+
+    def images(self, *masks) -> MaskedImages:
+        pictures = [PILImage.new("RGB", (4, 3), (9, 9, 9)) for _ in masks]
+        features = Features({"image": Image(), "label": Image()})
+        rows = Dataset.from_dict({"image": pictures, "label": list(masks)}, features=features)
+        return MaskedImages(rows, max_corrupt=9, num_labels=2, reduce_labels=False)
+
+    @pytest.mark.parametrize(
+        ("mask", "message"),
+        [
+            (np.full((3, 4), 7, np.uint8), "The mask of Image 1 has the label 7; masks are grey, with labels below 2"),
+            (np.full((3, 4), -1, np.int32), "The mask of Image 1 has the label -1; masks"),
+            (np.full((3, 4), 0.5, np.float32), "The mask of Image 1 has values of shape (3, 4) and type float32"),
+            (np.zeros((3, 4, 3), np.uint8), "The mask of Image 1 has values of shape (3, 4, 3) and type uint8"),
+            (np.zeros((4, 3), np.uint8), "Image 1 has (4, 3) pixels across and down, its mask (3, 4)"),
+        ],
+    )
+    def test_what_is_wrong_with_one(self, mask, message):
+        stream = BytesIO()
+        PILImage.fromarray(mask).save(stream, format="TIFF")
+        images = self.images(PILImage.new("L", (4, 3)), {"bytes": stream.getvalue(), "path": None})
+        with pytest.raises(ValueError) as error:
+            check_masks(images, "train", self.NAMES)
+        assert message in str(error.value)
+
+    def test_a_class_without_a_pixel(self, caplog):
+        """Of masks of 0 and 255 the reason is told."""
+        mask = np.zeros((3, 4), np.uint8)
+        mask[0] = 255
+        check_masks(self.images(PILImage.fromarray(mask)), "train", self.NAMES)
+        assert (
+            "No pixel of the 1 masks looked at in the split 'train' is of the class 'cat'. 33% of the" in caplog.text
+        )
+        assert "have the label 255, which does not count: if it is meant as a class, write that" in caplog.text
+        caplog.clear()
+        check_masks(self.images(PILImage.fromarray(mask // 255)), "train", self.NAMES)
+        assert not caplog.text
+
+    def test_broken_or_none(self, caplog):
+        images = self.images({"bytes": b"x", "path": "a.png"}, None, PILImage.new("L", (4, 3)))
+        assert [images.read(i) is None for i in range(3)] == [True, True, False]
+        assert images.corrupt.tolist() == [True, True, False]
+        assert "Skipped image 0, which cannot be read: The mask of Image 0" in caplog.text

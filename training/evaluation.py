@@ -82,9 +82,7 @@ def evaluate_segmenter(
         metric.add_batch(intersection=intersection, predicted=predicted, labelled=labelled)
         total += int(labelled.sum())
     if not total:
-        raise ValueError(
-            "No pixel of the images to score on counts, or none of them can be read (the log names those)."
-        )
+        raise ValueError("No pixel of the images to score on counts, or none can be read; the log names those.")
     scores = metric.compute()
     by_class = {f"iou/{config.id2label[i]}": iou for i, iou in enumerate(scores.pop("iou")) if not np.isnan(iou)}
     return {**scores, **by_class}

@@ -153,16 +153,16 @@ class MaskedImages(LabelledImages):
     def read_row(self, row: dict, name: str) -> tuple[Image.Image, np.ndarray]:
         """Image in RGB and class indices (height, width); a ValueError if they differ in size."""
         image = open_image(row[self.image_column], name=name)
-        mask = open_mask(row[self.label_column], name=f"the mask of {name}")
+        mask = open_mask(row[self.label_column], name=f"The mask of {name}")
         if image.size != mask.size:
-            raise ValueError(f"The {name} has {image.size} pixels across and down, its mask {mask.size}.")
+            raise ValueError(f"{name} has {image.size} pixels across and down, its mask {mask.size}.")
         return image, read_mask(mask, self.num_labels, self.reduce_labels, f"The mask of {name}")
 
 
-def check_masks(images: MaskedImages, split: str, names: dict[int, str]):
+def check_masks(images: MaskedImages, split: str, names: dict[int, str], warns: bool = True):
     """
     Look at some masks of a split, at even distances, before a run begins; a stream's are looked at when they come.
-    Classes without a pixel are named in the log.
+    Classes without a pixel are named in the log, if it `warns`.
 
     Raises:
         ValueError: a mask of another size than its image, or with values that no class has.
@@ -176,6 +176,8 @@ def check_masks(images: MaskedImages, split: str, names: dict[int, str]):
             counts += np.bincount(labels[labels != IGNORED], minlength=images.num_labels)
             num_ignored += int((labels == IGNORED).sum())
             num_masks += 1
+    if not warns or not num_masks:
+        return
     reason = ""
     if num_ignored:
         share = num_ignored / (num_ignored + counts.sum())
@@ -343,8 +345,8 @@ def train_segmenter(args: SegmentationArguments, accelerator: Accelerator):
         seed=args.seed,
     )
     validation_images = MaskedImages(validation_split, **masks)
-    check_masks(train_images, args.train_split, names)
-    check_masks(validation_images, args.validation_split, names)
+    check_masks(train_images, args.train_split, names, accelerator.is_main_process)
+    check_masks(validation_images, args.validation_split, names, accelerator.is_main_process)
 
     def build_segmenter(model: PreTrainedModel) -> SlidingWindowSegmenter:
         return SlidingWindowSegmenter(model, processor, read_size(args.window or args.crop_size))
