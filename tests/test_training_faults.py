@@ -573,7 +573,7 @@ class TestLabels:
 
     def test_beyond_the_classes(self, start, tmp_path):
         self.write(tmp_path / "data", "train", [0, 1, 0, 2, 0, 1, 0, 1])
-        with pytest.raises(ValueError, match="Class label 2 greater than configured num_classes 2"):
+        with pytest.raises(ValueError, match="Image 3 of the split 'train' has the label 2; the data set names"):
             start(tmp_path / "run")
 
     def test_a_class_without_an_image(self, start, tmp_path, caplog):
