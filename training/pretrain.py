@@ -6,13 +6,13 @@ Train a CBSA image classifier from scratch, with or without a teacher.
 `--dataset_name` takes a hub id, a local folder or a Parquet file; `--config` a recipe. See `--help` for the rest.
 """
 
-import sys
 from dataclasses import dataclass, field
 
 from arguments import parse_arguments
 from classification import ClassificationArguments, train_classifier
 from data import class_names, find_columns
-from loop import build_accelerator, load_splits
+from interruption import one_sentence
+from loop import load_splits, start_run
 from transformers import (
     AutoConfig,
     AutoModelForImageClassification,
@@ -22,9 +22,8 @@ from transformers import (
 )
 from transformers.utils.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
-from cbsa_hf import PRESETS, preset_path
+from cbsa_hf import PRESETS, preset_path, weight_files
 from cbsa_hf.modeling_cbsa import to_pair
-from cbsa_hf.weight_files import CheckpointError, one_sentence
 
 
 @dataclass(kw_only=True)
@@ -54,7 +53,7 @@ def build_config(args: Arguments, names: list[str]) -> PreTrainedConfig:
     changes = {name: getattr(args, name) for name in (*fields, "drop_path_rate")}
     if args.attention_type is not None:
         changes["attention_type"] = args.attention_type if len(args.attention_type) > 1 else args.attention_type[0]
-    with one_sentence("This is no configuration of a model"):
+    with weight_files.one_sentence("This is no configuration of a model"):
         try:
             config = AutoConfig.from_pretrained(
                 preset_path(args.config_name) if args.config_name in PRESETS else args.config_name,
@@ -64,7 +63,7 @@ def build_config(args: Arguments, names: list[str]) -> PreTrainedConfig:
                 **{name: value for name, value in changes.items() if value is not None},
             )
         except OSError as error:
-            raise CheckpointError(
+            raise weight_files.CheckpointError(
                 f"`--config_name {args.config_name}` is neither one of {', '.join(PRESETS)}, nor a configuration that "
                 "can be reached by that path or hub id."
             ) from error
@@ -87,13 +86,11 @@ def build_model(args: Arguments, names: list[str]) -> tuple[PreTrainedModel, ViT
 
 
 def main(args: Arguments):
-    accelerator = build_accelerator(args)
-    splits = load_splits(args, find_columns)
-    train_classifier(args, accelerator, *build_model(args, class_names(splits[0])), splits)
+    with start_run(args) as accelerator:
+        splits = load_splits(args, find_columns)
+        train_classifier(args, accelerator, *build_model(args, class_names(splits[0])), splits)
 
 
 if __name__ == "__main__":
-    try:
+    with one_sentence():
         main(parse_arguments(Arguments))
-    except ValueError as error:
-        sys.exit(f"pretrain.py: {error}")
