@@ -85,6 +85,20 @@ class CBSASemanticSegmenterOutput(SemanticSegmenterOutput):
     decoder_attentions: tuple[tuple[torch.FloatTensor, torch.FloatTensor], ...] | None = None
 
 
+class CBSABatchNorm2d(nn.BatchNorm2d):
+    """
+    Batch norm whose running statistics stand still, and normalise in training too, while its `weight` is frozen
+    (`requires_grad` is False): a frozen layer computes the same function before, during and after a training.
+    """
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        if self.weight.requires_grad or not self.training:
+            return super().forward(hidden_states)
+        return F.batch_norm(
+            hidden_states, self.running_mean, self.running_var, self.weight, self.bias, training=False, eps=self.eps
+        )
+
+
 class CBSAConvStem(nn.Module):
     """
     Stride-2 convolutions, each halving the image and doubling the width, with batch norm, and GELU between them.
@@ -101,7 +115,7 @@ class CBSAConvStem(nn.Module):
         for width_in, width_out in zip([config.num_channels, *widths[:-1]], widths, strict=True):
             modules += [
                 nn.Conv2d(width_in, width_out, kernel_size=3, stride=2, padding=1, bias=False),
-                nn.BatchNorm2d(width_out, eps=1e-5),
+                CBSABatchNorm2d(width_out, eps=1e-5),
                 nn.GELU(),
             ]
         self.layers = nn.Sequential(*modules[:-1])
@@ -517,6 +531,9 @@ class CBSAForSemanticSegmentation(CBSAPreTrainedModel):
             base_num_patches = base_num_patches or self.cbsa.base_num_patches
         else:
             self.backbone = AutoBackbone.from_config(config.backbone_config)
+            for module in self.backbone.modules():
+                if type(module) is nn.BatchNorm2d:
+                    module.__class__ = CBSABatchNorm2d  # one rule for what is frozen, whosever the backbone is
             hidden_size = self.backbone.channels[-1]
         # Backbones without patches, such as ResNet, take every size as it is.
         self.patch_size = to_pair(getattr(config.backbone_config or config, "patch_size", 1))
