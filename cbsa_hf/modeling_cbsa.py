@@ -594,7 +594,10 @@ class CBSAForSemanticSegmentation(CBSAPreTrainedModel):
                 f"Decoder type {self.config.decoder_type!r} has no class tokens, so there are no `decoder_attentions`."
             )
 
-        rows, columns = -height % self.patch_size[0], -width % self.patch_size[1]
+        # By floor division of what is positive: of remainders and negative numbers the compilers have their own ideas.
+        rows, columns = (
+            (side + p - 1) // p * p - side for side, p in zip((height, width), self.patch_size, strict=True)
+        )
         padded = F.pad(pixel_values, (0, columns, 0, rows))
         hidden_states, grid, outputs = self.encode(padded, kwargs)
         masks, attentions = self.decoder(hidden_states, grid, output_attentions)
