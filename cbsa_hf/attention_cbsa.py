@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 from transformers import PreTrainedConfig
-from transformers.utils import is_torchdynamo_exporting
+from transformers.utils import is_torchdynamo_compiling
 
 
 def to_pair(size: int | Iterable[int]) -> tuple[int, int]:
@@ -52,7 +52,7 @@ class PooledRepresentatives(nn.Module):
         """(batch, heads, tokens, p) -> (batch, heads, m, p)."""
         patches = tokens[:, :, self.first_token : self.first_token + grid[0] * grid[1]]
         patches = patches.transpose(2, 3).flatten(1, 2).unflatten(2, grid)  # (batch, heads * p, height, width)
-        if is_torchdynamo_exporting():  # torch's own pool, which is faster, cannot be exported for every size
+        if is_torchdynamo_compiling():  # torch's own pool, which is faster, ties a graph to one size
             rows, columns = (adaptive_bins(n, m, patches) for n, m in zip(grid, self.size, strict=True))
             bins = rows @ patches @ columns.T
         else:
