@@ -204,11 +204,14 @@ class ContractAndBroadcastSelfAttention(SharedProjectionSelfAttention):
         self.step_rep = nn.Parameter(torch.ones(num_heads, 1, 1))
         self.step_x = nn.Parameter(torch.ones(num_heads, 1, 1))
 
-    def size_factor(self, grid: tuple[int, int]) -> float:
+    def size_factor(self, grid: tuple[int, int]) -> float | torch.Tensor:
         """N / N0 for that grid of patches; 1 where no N0 is known."""
         if self.base_num_patches is None:
             return 1.0
-        return (grid[0] * grid[1] + self.num_other_tokens) / (self.base_num_patches + self.num_other_tokens)
+        num_patches = grid[0] * grid[1]
+        if is_torchdynamo_compiling():  # Inductor fails at products with a number that depends on the size.
+            num_patches = self.step_x.new_ones(grid, dtype=torch.float32).sum()
+        return (num_patches + self.num_other_tokens) / (self.base_num_patches + self.num_other_tokens)
 
     def forward(self, hidden_states, grid, output_attentions=False, output_factor=False):
         tokens = self.split_heads(self.proj(hidden_states))

@@ -113,6 +113,9 @@ class CBSAConfig(BackboneConfigMixin, PreTrainedConfig):
         out_features (`list[str]`, *optional*): Stages whose feature maps a backbone returns: `"stem"` for the
             embeddings, `"stage1"`, `"stage2"`, ... for the layers; the last layer alone when not given.
         out_indices (`list[int]`, *optional*): The same by number, 0 for `"stem"`.
+        reshape_hidden_states (`bool`, defaults to `True`):
+            Whether a backbone returns maps (batch, hidden_size, height, width) or, as the heads of DPT and
+            DepthAnything take them, tokens (batch, tokens, hidden_size), CLS first.
 
     Raises:
         ValueError or `huggingface_hub.errors.StrictDataclassError`: a value that no model can be built from.
@@ -163,6 +166,7 @@ class CBSAConfig(BackboneConfigMixin, PreTrainedConfig):
     decoder_base_num_patches: int | None = None
     semantic_loss_ignore_index: int = 255
     backbone_config: dict | PreTrainedConfig | None = None
+    reshape_hidden_states: bool = True
     output_representative_attentions: bool = False
     output_decoder_attentions: bool = False
     _out_features: list[str] | None = None

@@ -5,9 +5,11 @@ Of the token-to-token views only one is exact: the map `A^T A` that the paper sh
 contraction; the product of what the representatives write and read is the update itself ([`exact_maps`]).
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from copy import deepcopy
 from dataclasses import dataclass, fields
+from typing import TypeVar
 
 import torch
 from torch import nn
@@ -15,11 +17,16 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from .attention_cbsa import (
+    ATTENTIONS,
     ContractAndBroadcastSelfAttention,
     PooledRepresentatives,
+    SelfAttention,
     TokenStatisticsSelfAttention,
     adaptive_bins,
 )
+
+
+T = TypeVar("T")
 
 
 def check_outputs(outputs: torch.Tensor):
@@ -30,35 +37,73 @@ def check_outputs(outputs: torch.Tensor):
         )
 
 
+def unwrap(model: nn.Module) -> nn.Module:
+    """
+    The model of Transformers inside of what PEFT, `torch.compile`, `torch.nn.DataParallel` and the like make of one;
+    any other module itself. Adapters are in its layers and stay there.
+    """
+    return next((module for module in model.modules() if isinstance(module, PreTrainedModel)), model)
+
+
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[nn.Module]:
     """
-    A model in evaluation mode and without gradients; afterwards every module is in the mode that it was in, so that
-    batch norm has counted nothing of what was shown.
+    A copy of the model in evaluation mode, without gradients, which shares its weights. The model itself is left as it
+    is, so that other threads may train it meanwhile.
     """
-    training = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield model
-    finally:
-        for module, mode in training.items():
-            module.training = mode
+    tensors = [*model.parameters(), *model.buffers()]
+    for module in model.modules():  # such as the weights that `torch.nn.utils.prune` makes
+        tensors += [value for value in vars(module).values() if isinstance(value, torch.Tensor)]
+    copy = deepcopy(model, {id(tensor): tensor for tensor in tensors}).eval()
+    for module in copy.modules():
+        if isinstance(module, PreTrainedModel):
+            module.config.return_dict = True  # what is measured is asked for by name
+    with torch.no_grad():
+        yield copy
 
 
 @contextmanager
-def watching(model: PreTrainedModel) -> Iterator[PreTrainedModel]:
+def watching(model: nn.Module) -> Iterator[PreTrainedModel]:
     """The encoder of a model with any head, [`evaluating`]."""
-    with evaluating(model):
-        yield model.base_model
+    with evaluating(unwrap(model)) as copy:
+        yield copy.base_model
 
 
-def patch_grid(model: PreTrainedModel, pixel_values: torch.Tensor) -> tuple[int, int]:
+def operator_types(model: nn.Module) -> list[type[SelfAttention]]:
+    """The class of every layer's operator; by the configuration, since adapters may wrap the operators."""
+    return [ATTENTIONS[name] for name in unwrap(model).config.layer_attention_types]
+
+
+def observe_operators(
+    encoder: PreTrainedModel, look: Callable[[SelfAttention, torch.Tensor, tuple[int, int]], T]
+) -> list[T]:
+    """
+    The list to which each operator, at work in the encoder's next pass, adds what `look` makes of the operator, its
+    normalised tokens and their grid. Adapters around an operator have a say in its weights while it is at work only.
+
+    Args:
+        encoder: a copy that [`watching`] made, since it keeps the hooks.
+        look: takes `operator.forward`, since calling the operator would observe it again.
+    """
+    found = []
+    for module in encoder.layers.modules():
+        if isinstance(module, SelfAttention):
+            module.register_forward_hook(lambda operator, args, output: found.append(look(operator, *args[:2])))
+    return found
+
+
+def in_single_precision(tensor: torch.Tensor) -> torch.Tensor:
+    """On the CPU, half precision as float32: NumPy knows no bfloat16."""
+    return tensor.to("cpu", torch.promote_types(tensor.dtype, torch.float32))
+
+
+def patch_grid(model: nn.Module, pixel_values: torch.Tensor) -> tuple[int, int]:
     """(height, width) of the patches of that input; a ValueError when the encoder is not one of this library."""
-    backbone = getattr(model.config, "backbone_config", None)
+    config = unwrap(model).config
+    backbone = getattr(config, "backbone_config", None)
     if backbone is not None:
         raise ValueError(f"This segmenter has a backbone of type {backbone.model_type!r}; only CBSA encoders open up.")
-    return model.config.patch_grid(*pixel_values.shape[2:])
+    return config.patch_grid(*pixel_values.shape[2:])
 
 
 def token_index(grid: tuple[int, int], patch: tuple[int, int] | None, num_prefix_tokens: int = 1) -> int:
@@ -86,7 +131,7 @@ def attention_maps(
     map is what the update is made with; for `cbsa` it is not, see [`exact_maps`].
 
     Args:
-        model: a CBSA model with any head.
+        model: a CBSA model with any head, as it is or in a wrapper, see [`unwrap`].
         pixel_values: (batch, channels, height, width) of any size.
         patch: (row, column) of the patch to ask; None asks CLS.
 
@@ -100,9 +145,9 @@ def attention_maps(
     grid = patch_grid(model, pixel_values)
     with watching(model) as encoder:
         token = token_index(grid, patch, encoder.num_prefix_tokens)
-        is_gram = [layer.attention.map_is_gram for layer in encoder.layers]
+        is_gram = [operator.map_is_gram for operator in operator_types(encoder)]
         outputs = encoder(
-            pixel_values.to(model.device),
+            pixel_values.to(encoder.device),
             interpolate_pos_encoding=True,
             output_representative_attentions=any(is_gram),
             output_attentions=not all(is_gram),
@@ -114,7 +159,7 @@ def attention_maps(
                 rows.append((factor[..., token].unsqueeze(-2) @ factor).squeeze(-2))
             else:
                 rows.append(outputs.attentions[index][:, :, token])
-        maps = torch.stack(rows)[..., encoder.num_prefix_tokens :].unflatten(-1, grid).cpu()
+        maps = in_single_precision(torch.stack(rows)[..., encoder.num_prefix_tokens :].unflatten(-1, grid))
     check_outputs(maps)
     return maps
 
@@ -125,12 +170,12 @@ def map_is_exact(model: PreTrainedModel) -> bool:
     layer: not for `cbsa`, where the map leaves out the contraction, nor for `tssa`, whose update uses no map.
     """
     inexact = (ContractAndBroadcastSelfAttention, TokenStatisticsSelfAttention)
-    return not any(isinstance(layer.attention, inexact) for layer in model.base_model.layers)
+    return not any(issubclass(operator, inexact) for operator in operator_types(model))
 
 
 def map_formula(model: PreTrainedModel) -> str:
     """What the token-to-token map is, for titles; of every attention type once, where layers differ."""
-    return " or ".join(dict.fromkeys(layer.attention.map_formula for layer in model.base_model.layers))
+    return " or ".join(dict.fromkeys(operator.map_formula for operator in operator_types(model)))
 
 
 @dataclass
@@ -185,7 +230,7 @@ def exact_map(
     attention: ContractAndBroadcastSelfAttention, hidden_states: torch.Tensor, grid: tuple[int, int]
 ) -> ExactMap:
     """What the operator does to (batch, N, d), already normalised, as the product of writing and reading."""
-    _, _, factor = attention(hidden_states, grid, output_factor=True)
+    _, _, factor = attention.forward(hidden_states, grid, output_factor=True)
     values = attention.split_heads(attention.proj(hidden_states))
     initial = attention.representatives(values, grid)
     representatives = initial + attention.step_rep * (factor @ values)
@@ -205,7 +250,7 @@ def exact_maps(model: PreTrainedModel, pixel_values: torch.Tensor) -> list[Exact
     What every layer's attention does, without approximation.
 
     Args:
-        model: a CBSA model with any head, the attention type of one layer at least `cbsa`.
+        model: a CBSA model with any head, wrapped or not, the attention type of one layer at least `cbsa`.
         pixel_values: (batch, channels, height, width) of any size.
 
     Returns:
@@ -215,18 +260,20 @@ def exact_maps(model: PreTrainedModel, pixel_values: torch.Tensor) -> list[Exact
     Raises:
         ValueError: no layer's attention type is `cbsa`.
     """
-    if not any(isinstance(layer.attention, ContractAndBroadcastSelfAttention) for layer in model.base_model.layers):
+    if not any(issubclass(operator, ContractAndBroadcastSelfAttention) for operator in operator_types(model)):
         hint = "`attention_maps` is exact there" if map_is_exact(model) else "its update uses no token-to-token map"
         raise ValueError(
-            f"`exact_maps` is for attention type 'cbsa'; this is {model.config.attention_type!r}: {hint}."
+            f"`exact_maps` is for attention type 'cbsa'; this is {unwrap(model).config.attention_type!r}: {hint}."
         )
-    grid = patch_grid(model, pixel_values)
+    patch_grid(model, pixel_values)  # which refuses other libraries' backbones
+
+    def look(operator: SelfAttention, hidden_states: torch.Tensor, grid: tuple[int, int]) -> ExactMap | None:
+        if not isinstance(operator, ContractAndBroadcastSelfAttention):
+            return None
+        found = exact_map(operator, hidden_states, grid)
+        return ExactMap(*(in_single_precision(getattr(found, field.name)) for field in fields(ExactMap)))
+
     with watching(model) as encoder:
-        outputs = encoder(pixel_values.to(model.device), interpolate_pos_encoding=True, output_hidden_states=True)
-        maps = [
-            exact_map(layer.attention, layer.layernorm_before(hidden_states), grid)
-            if isinstance(layer.attention, ContractAndBroadcastSelfAttention)
-            else None
-            for layer, hidden_states in zip(encoder.layers, outputs.hidden_states[:-1], strict=True)
-        ]
-    return [found and ExactMap(*(getattr(found, field.name).cpu() for field in fields(ExactMap))) for found in maps]
+        maps = observe_operators(encoder, look)
+        encoder(pixel_values.to(encoder.device), interpolate_pos_encoding=True)
+    return maps

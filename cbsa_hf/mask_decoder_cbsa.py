@@ -100,6 +100,7 @@ class MaskDecoderLayer(GradientCheckpointingLayer):
                 )
             )
         self.has_mlp = has_mlp
+        self.map_is_gram = attention.map_is_gram
 
     def forward(
         self, hidden_states: torch.Tensor, grid: tuple[int, int], output_attentions: bool = False
@@ -114,7 +115,7 @@ class MaskDecoderLayer(GradientCheckpointingLayer):
             The tokens after this layer; and what each class token reads from the patches and what it writes to them,
             its row and its column of the token-to-token map, each (batch, heads, K, *grid), or None.
         """
-        from_factor = output_attentions and self.attention.map_is_gram
+        from_factor = output_attentions and self.map_is_gram
         update, token_map, factor = self.attention(
             self.layernorm_before(hidden_states), grid, output_attentions and not from_factor, from_factor
         )
@@ -130,6 +131,13 @@ class MaskDecoderLayer(GradientCheckpointingLayer):
             reads = token_map[:, :, num_patches:, :num_patches]
             writes = token_map[:, :, :num_patches, num_patches:].transpose(2, 3)
         return hidden_states, (reads.unflatten(3, grid), writes.unflatten(3, grid))
+
+
+class OneClassNorm(nn.LayerNorm):
+    """What is left of LayerNorm over the classes for a single one, which it would bring to 0: scale and shift."""
+
+    def forward(self, masks: torch.Tensor) -> torch.Tensor:
+        return masks * self.weight + self.bias
 
 
 class ClassTokenMaskDecoder(MaskDecoder):
@@ -154,7 +162,8 @@ class ClassTokenMaskDecoder(MaskDecoder):
             ]
         )
         self.layernorm = nn.LayerNorm(hidden_size, eps=config.layer_norm_eps)
-        self.mask_norm = nn.LayerNorm(config.num_labels, eps=config.layer_norm_eps)
+        norm = nn.LayerNorm if config.num_labels > 1 else OneClassNorm
+        self.mask_norm = norm(config.num_labels, eps=config.layer_norm_eps)
 
     def compare(self, patches: torch.Tensor, classes: torch.Tensor) -> torch.Tensor:
         """Patches (batch, patches, d) and class tokens (batch, K, d) -> their cosines (batch, patches, K)."""

@@ -9,8 +9,8 @@ import torch
 from torch.func import functional_call
 from transformers import PreTrainedModel
 
-from .attention_cbsa import SharedProjectionSelfAttention
-from .interpretability import evaluating, patch_grid, watching
+from .attention_cbsa import SelfAttention, SharedProjectionSelfAttention
+from .interpretability import evaluating, operator_types, patch_grid, unwrap, watching
 
 
 def coding_rate(tokens: torch.Tensor, eps: float = 0.5) -> torch.Tensor:
@@ -110,7 +110,7 @@ def basis_coding_rate(attention: SharedProjectionSelfAttention, tokens: torch.Te
 def measure_batch(encoder: PreTrainedModel, pixel_values: torch.Tensor, eps: float) -> dict[str, torch.Tensor]:
     """The tensors of [`LayerMeasures`] for one batch; those that the model does not have are left out."""
     grid = patch_grid(encoder, pixel_values)
-    operators = [layer.attention for layer in encoder.layers]
+    operators = operator_types(encoder)
     outputs = encoder(
         pixel_values.to(encoder.device),
         interpolate_pos_encoding=True,
@@ -118,27 +118,31 @@ def measure_batch(encoder: PreTrainedModel, pixel_values: torch.Tensor, eps: flo
         output_attentions=not all(operator.map_is_gram for operator in operators),
         output_representative_attentions=any(operator.has_factor for operator in operators),
     )
+    bases = [
+        next(module for module in layer.attention.modules() if isinstance(module, SelfAttention))
+        for layer in encoder.layers
+    ]
     per_head = torch.full((len(pixel_values), encoder.config.num_attention_heads), torch.nan, dtype=torch.float64)
     found = {name: [per_head] * len(operators) for name in MEASURES}
     for index, layer in enumerate(encoder.layers):
         before, code = outputs.hidden_states[index : index + 2]
         operator_input = layer.layernorm_before(before)
         after = before + layer.attention(operator_input, grid)[0]
-        if isinstance(layer.attention, SharedProjectionSelfAttention):
+        if issubclass(operators[index], SharedProjectionSelfAttention):
             for name, tokens in {
                 "coding_rate_before": before,
                 "coding_rate_after": after,
                 "normalised_coding_rate_before": operator_input,
                 "normalised_coding_rate_after": layer.layernorm_before(after),
             }.items():
-                found[name][index] = basis_coding_rate(layer.attention, tokens, eps)
+                found[name][index] = basis_coding_rate(bases[index], tokens, eps)
         for name, tokens in {"before": layer.layernorm_after(after), "after": code}.items():
             found[f"zeros_{name}"][index] = (tokens == 0).double().mean((1, 2))
             found[f"sparsity_{name}"][index] = hoyer_sparsity(tokens.double())
-        if layer.attention.has_factor:
+        if operators[index].has_factor:
             singular_values = torch.linalg.svdvals(outputs.representative_attentions[index].double())
             found["factor_rank"][index] = effective_count(singular_values)
-        if layer.attention.map_is_gram:  # the map's singular values are those of the factor, squared
+        if operators[index].map_is_gram:  # the map's singular values are those of the factor, squared
             found["map_rank"][index] = effective_count(singular_values.square())
         else:
             found["map_rank"][index] = effective_rank(outputs.attentions[index])
@@ -176,7 +180,8 @@ def noisy_projections(
     """
     noisy = {}
     for name, weight in model.named_parameters():
-        if name.endswith(("attention.proj.weight", "q_proj.weight", "k_proj.weight", "v_proj.weight")):
+        name_in_model = name.replace(".base_layer.", ".")  # without the adapter of PEFT around the layer
+        if name_in_model.endswith(("attention.proj.weight", "q_proj.weight", "k_proj.weight", "v_proj.weight")):
             noise = torch.randn(weight.shape, generator=generator).to(weight)
             noisy[name] = weight.detach() + scale * weight.detach().square().mean().sqrt() * noise
     return noisy
@@ -198,14 +203,14 @@ def accuracy_under_noise(
         seed: of the noise.
     """
     accuracies = []
-    with evaluating(model):
+    with evaluating(unwrap(model)) as copy:
         for scale in scales:
-            weights = noisy_projections(model, scale, torch.Generator().manual_seed(seed))
+            weights = noisy_projections(copy, scale, torch.Generator().manual_seed(seed))
             hits = [
                 functional_call(
-                    model, weights, (pixel_values.to(model.device),), {"interpolate_pos_encoding": True}
+                    copy, weights, (pixel_values.to(copy.device),), {"interpolate_pos_encoding": True}
                 ).logits.argmax(-1)
-                == labels.to(model.device)
+                == labels.to(copy.device)
                 for pixel_values, labels in batches
             ]
             accuracies.append(torch.cat(hits).double().mean().item())

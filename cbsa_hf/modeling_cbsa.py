@@ -532,6 +532,10 @@ class CBSAForSemanticSegmentation(CBSAPreTrainedModel):
     An encoder with a decoder that makes a mask for each class: the CBSA encoder, or the last feature map of the
     backbone that `config.backbone_config` describes. Takes any size: the image is padded with zeros, right and bottom,
     to whole patches, and the padding is removed from the logits.
+
+    With one label, as in Segformer, a pixel belongs to it where the sigmoid of its logit is above a half: labels are 0
+    and 1 and the loss is the binary cross-entropy. [`SlidingWindowSegmenter`] gives 0 and 1. The argmax that
+    `pipeline("image-segmentation")` and `post_process_semantic_segmentation` take of one label is 0 everywhere.
     """
 
     # The loss is a mean over the pixels of one batch; `Trainer` has to average it over accumulated batches itself.
@@ -539,8 +543,8 @@ class CBSAForSemanticSegmentation(CBSAPreTrainedModel):
 
     def __init__(self, config: CBSAConfig):
         super().__init__(config)
-        if config.num_labels < 2:
-            raise ValueError(f"`num_labels` is {config.num_labels}; semantic segmentation takes two classes or more.")
+        if config.num_labels < 1:
+            raise ValueError(f"`num_labels` is {config.num_labels}; semantic segmentation takes one class or more.")
         base_num_patches = config.decoder_base_num_patches
         if config.backbone_config is None:
             self.cbsa = CBSAModel(config)
@@ -601,7 +605,7 @@ class CBSAForSemanticSegmentation(CBSAPreTrainedModel):
                 f"`labels` has the shape {tuple(labels.shape)}; the pixels take {(batch_size, height, width)}."
             )
         output_attentions = self.is_wanted("output_decoder_attentions", kwargs)
-        if output_attentions and not self.decoder.has_class_tokens:
+        if output_attentions and not DECODERS[self.config.decoder_type].has_class_tokens:
             raise ValueError(
                 f"Decoder type {self.config.decoder_type!r} has no class tokens, so there are no `decoder_attentions`."
             )
@@ -619,8 +623,15 @@ class CBSAForSemanticSegmentation(CBSAPreTrainedModel):
         loss = None
         if labels is not None:
             ignore_index = self.config.semantic_loss_ignore_index
-            loss = F.cross_entropy(logits.float(), labels, ignore_index=ignore_index, reduction="sum")
-            loss = loss / (labels != ignore_index).sum().clamp(min=1)  # 0, not NaN, where no pixel counts
+            counts = labels != ignore_index
+            if self.config.num_labels == 1:
+                losses = F.binary_cross_entropy_with_logits(
+                    logits[:, 0].float(), (labels * counts).float(), reduction="none"
+                )
+                loss = (losses * counts).sum()
+            else:
+                loss = F.cross_entropy(logits.float(), labels, ignore_index=ignore_index, reduction="sum")
+            loss = loss / counts.sum().clamp(min=1)  # 0, not NaN, where no pixel counts
         return CBSASemanticSegmenterOutput(
             loss=loss,
             logits=logits,
@@ -635,7 +646,8 @@ class CBSABackbone(BackboneMixin, CBSAPreTrainedModel):
     """
     The encoder as a backbone for detectors and segmenters: the feature maps of the stages in `config.out_features`,
     "stem" for the embeddings and "stage1", "stage2", ... for the layers, each (batch, hidden_size, grid height, grid
-    width). As in Dinov2, the final LayerNorm is applied to every one of them, and any image size is taken.
+    width). As in Dinov2, the final LayerNorm is applied to every one of them, and any image size is taken; with
+    `reshape_hidden_states=False` they are the tokens, CLS and registers included, (batch, tokens, hidden_size).
     """
 
     def __init__(self, config: CBSAConfig):
@@ -659,10 +671,14 @@ class CBSABackbone(BackboneMixin, CBSAPreTrainedModel):
         outputs = self.cbsa(pixel_values, interpolate_pos_encoding=True, return_dict=True, **kwargs)
         grid = self.config.patch_grid(*pixel_values.shape[2:])
         feature_maps = tuple(
-            self.cbsa.layernorm(hidden_states)[:, self.cbsa.num_prefix_tokens :].transpose(1, 2).unflatten(2, grid)
+            self.cbsa.layernorm(hidden_states)
             for stage, hidden_states in zip(self.stage_names, outputs.hidden_states, strict=True)
             if stage in self.out_features
         )
+        if self.config.reshape_hidden_states:
+            feature_maps = tuple(
+                tokens[:, self.cbsa.num_prefix_tokens :].transpose(1, 2).unflatten(2, grid) for tokens in feature_maps
+            )
         return BackboneOutput(
             feature_maps=feature_maps, hidden_states=outputs.hidden_states, attentions=outputs.attentions
         )

@@ -7,7 +7,6 @@ from tempfile import TemporaryDirectory
 
 import torch
 from PIL import Image
-from torch import nn
 from transformers import BaseImageProcessor, PreTrainedModel
 
 from .attention_cbsa import to_pair
@@ -23,6 +22,7 @@ from .interpretability import (
     map_is_exact,
     patch_grid,
     token_index,
+    unwrap,
 )
 from .measures import LayerMeasures, effective_count, measure_layers
 
@@ -60,12 +60,14 @@ def describe_maps(maps: torch.Tensor) -> dict[str, list]:
 
 def predictions(model: PreTrainedModel, pixel_values: torch.Tensor, count: int = 5) -> list[dict]:
     """The most probable classes of one image, most probable first; none without a classifier."""
-    if not isinstance(getattr(model, "classifier", None), nn.Linear):
+    config = unwrap(model).config
+    # With one label a classifier of Transformers is a regressor, which has no probabilities.
+    if not hasattr(unwrap(model), "classifier") or config.num_labels < 2:
         return []
-    with evaluating(model):
+    with evaluating(unwrap(model)) as model:
         logits = model(pixel_values.to(model.device), interpolate_pos_encoding=True).logits[0]
     probabilities, classes = logits.float().softmax(-1).topk(min(count, len(logits)))
-    names = [model.config.id2label[index] for index in classes.tolist()]
+    names = [config.id2label[index] for index in classes.tolist()]
     return [{"label": n, "probability": p} for n, p in zip(names, probabilities.tolist(), strict=True)]
 
 
@@ -184,7 +186,8 @@ def inspect_photo(
     Raises:
         ValueError: `patch` lies outside the grid of patches, or the model has another library's backbone.
     """
-    pixel_values = to_pixel_values(image, processor, long_side, model.config.patch_size)
+    config = unwrap(model).config
+    pixel_values = to_pixel_values(image, processor, long_side, config.patch_size)
     grid = patch_grid(model, pixel_values)
     parts = {
         "attention": inspect_attention(image, model, pixel_values, patch),
@@ -192,13 +195,13 @@ def inspect_photo(
         "representatives": None,
         "measures": inspect_measures(model, pixel_values),
     }
-    if "cbsa" in model.config.layer_attention_types:
+    if "cbsa" in config.layer_attention_types:
         maps = {layer: found for layer, found in enumerate(exact_maps(model, pixel_values)) if found is not None}
-        size = to_pair(model.config.representatives_size)
+        size = to_pair(config.representatives_size)
         parts["exact_map"] = inspect_exact_map(image, maps, grid, patch)
         parts["representatives"] = inspect_representatives(image, maps, grid, size)
     numbers = {
-        "attention_type": model.config.attention_type,
+        "attention_type": config.attention_type,
         "input": list(pixel_values.shape[2:]),
         "grid": list(grid),
         "query": query_name(patch),

@@ -10,7 +10,7 @@ from transformers import BaseImageProcessor, PreTrainedModel
 
 from .attention_cbsa import to_pair
 from .images import ImageError, ImageSource, follow_edges, for_each_image, to_image
-from .interpretability import check_outputs, evaluating
+from .interpretability import check_outputs, evaluating, unwrap
 
 
 ROWS_AT_A_TIME = 64  # of the result; any number gives the same
@@ -167,8 +167,10 @@ class SlidingWindowSegmenter:
         self.flip = flip
         self.sharp = sharp
 
-    def logit_rows(self, image: Image.Image, scale: float) -> LogitRows:
-        """The logits of an RGB image resized by that factor."""
+    def logit_rows(self, model: torch.nn.Module, image: Image.Image, scale: float) -> LogitRows:
+        """The logits that the model has for an RGB image resized by that factor."""
+        config, device = unwrap(model).config, unwrap(model).device
+        dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
         height, width = (max(1, round(side * scale)) for side in (image.height, image.width))
 
         def crop(left, top, right, bottom):
@@ -187,10 +189,10 @@ class SlidingWindowSegmenter:
                 pixel_values = self.processor(windows, do_resize=False, do_center_crop=False, return_tensors="pt")[
                     "pixel_values"
                 ]
-                pixel_values = pixel_values.to(self.model.device)
-                logits = self.model(pixel_values).logits.float()
+                pixel_values = pixel_values.to(device, dtype)
+                logits = model(pixel_values).logits.float()
                 if self.flip:
-                    logits = (logits + self.model(pixel_values.flip(3)).logits.float().flip(3)) / 2
+                    logits = (logits + model(pixel_values.flip(3)).logits.float().flip(3)) / 2
                 check_outputs(logits)
                 logits = F.interpolate(logits, size=pixel_values.shape[2:], mode="bilinear")
                 if self.sharp:
@@ -198,8 +200,7 @@ class SlidingWindowSegmenter:
                 else:
                     yield from logits
 
-        num_labels, device = self.model.config.num_labels, self.model.device
-        return LogitRows(predict, (height, width), self.window, self.stride, num_labels, device)
+        return LogitRows(predict, (height, width), self.window, self.stride, config.num_labels, device)
 
     def base_scale(self, height: int, width: int) -> float:
         """The factor that an image is resized by before `scales`."""
@@ -212,14 +213,22 @@ class SlidingWindowSegmenter:
 
     def segment(self, image: Image.Image) -> np.ndarray:
         """Segment one RGB image."""
+        with evaluating(self.model) as model:
+            return self.segment_with(model, image)
+
+    @torch.inference_mode()
+    def segment_with(self, model: torch.nn.Module, image: Image.Image) -> np.ndarray:
+        """Segment one RGB image by a model in evaluation mode."""
+        num_labels = unwrap(model).config.num_labels
         base = self.base_scale(image.height, image.width)
-        sources = [self.logit_rows(image, base * scale) for scale in self.scales]
+        sources = [self.logit_rows(model, image, base * scale) for scale in self.scales]
         size = image.height, image.width
-        labels = np.empty(size, dtype=np.min_scalar_type(self.model.config.num_labels - 1))
+        labels = np.empty(size, dtype=np.min_scalar_type(num_labels - 1))
         for first in range(0, image.height, ROWS_AT_A_TIME):
             last = min(first + ROWS_AT_A_TIME, image.height)
             logits = sum(source.resized(first, last, size) for source in sources)
-            labels[first:last] = logits.argmax(0).cpu()
+            # One label is what a pixel is or is not, by a sigmoid above a half.
+            labels[first:last] = (logits.argmax(0) if num_labels > 1 else logits[0] > 0).cpu()
         return labels
 
     def __call__(self, images: ImageSource | Sequence[ImageSource]) -> np.ndarray | list[np.ndarray | ImageError]:
@@ -231,7 +240,6 @@ class SlidingWindowSegmenter:
         Raises:
             ImageError: a single image cannot be read; the message is one sentence for people.
         """
-        with evaluating(self.model), torch.inference_mode():
-            if isinstance(images, (list, tuple)):
-                return for_each_image(self.segment, images)
-            return self.segment(to_image(images))
+        if isinstance(images, (list, tuple)):
+            return for_each_image(self.segment, images)
+        return self.segment(to_image(images))

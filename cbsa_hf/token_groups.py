@@ -7,7 +7,15 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from .attention_cbsa import ContractAndBroadcastSelfAttention, SelfAttention
-from .interpretability import attention_maps, check_outputs, patch_grid, watching
+from .interpretability import (
+    attention_maps,
+    check_outputs,
+    observe_operators,
+    operator_types,
+    patch_grid,
+    unwrap,
+    watching,
+)
 from .spectral import Cut, cut_dense, cut_factored, k_means, landmark_factor, positions, stack_factors, visits
 
 
@@ -91,7 +99,8 @@ class Options:
 
     def check(self, model: PreTrainedModel):
         """A ValueError when a value is outside its range or the model has no such layer or head."""
-        num_layers, num_heads = model.config.num_hidden_layers, model.config.num_attention_heads
+        config = unwrap(model).config
+        num_layers, num_heads = config.num_hidden_layers, config.num_attention_heads
         if self.num_segments < 2:
             raise ValueError(f"`num_segments` is {self.num_segments}; give 2 at least.")
         if self.layer is not None and not -num_layers <= self.layer < num_layers:
@@ -104,9 +113,9 @@ class Options:
             raise ValueError(f"`attention_weight` is {self.attention_weight}; give a share from 0 to 1.")
 
 
-def operator_of(model: PreTrainedModel, options: Options) -> SelfAttention:
-    """The operator of the layer whose attention makes an affinity."""
-    return model.base_model.layers[options.attention_layer].attention
+def operator_of(model: PreTrainedModel, options: Options) -> type[SelfAttention]:
+    """The class of the operator of the layer whose attention makes an affinity."""
+    return operator_types(model)[options.attention_layer]
 
 
 def encode(
@@ -124,9 +133,9 @@ def encode(
         is_gram = operator_of(model, options).map_is_gram
         name = "representative_attentions" if is_gram else "attentions"
         outputs = encoder(
-            pixel_values.to(model.device), interpolate_pos_encoding=True, **{f"output_{name}": wants_attention}
+            pixel_values.to(encoder.device), interpolate_pos_encoding=True, **{f"output_{name}": wants_attention}
         )
-    num_prefix_tokens = model.base_model.num_prefix_tokens
+    num_prefix_tokens = encoder.num_prefix_tokens
     tokens = outputs.last_hidden_state[0, num_prefix_tokens:].unflatten(0, grid).float().cpu()
     check_outputs(tokens)
     if not wants_attention:
@@ -185,7 +194,7 @@ def look_twice(model: PreTrainedModel, pixel_values: torch.Tensor, tokens: torch
     Features of the patches: the tokens (height, width, hidden_size) brought to length 1, plus those that the model has
     for the mirror image at two thirds of the size: they show the same, and err differently.
     """
-    patch_size = model.config.patch_size
+    patch_size = unwrap(model).config.patch_size
     size = [max(1, round(side * SECOND_LOOK)) * patch_size for side in tokens.shape[:2]]
     smaller = F.interpolate(pixel_values.flip(3), size=size, mode="bilinear", antialias=True)
     mirrored, _ = encode(model, smaller, Options(), wants_attention=False)
@@ -201,7 +210,7 @@ def describe(model: PreTrainedModel, pixel_values: torch.Tensor, tokens: torch.T
     """
     features = look_twice(model, pixel_values, tokens).flatten(0, 1).double()
     features = F.normalize(features - COMMON_SHARE * features.mean(0), dim=1)
-    colours = F.avg_pool2d(pixel_values, model.config.patch_size)[0].flatten(1).T.double()
+    colours = F.avg_pool2d(pixel_values, unwrap(model).config.patch_size)[0].flatten(1).T.double()
     return torch.cat([features, COLOUR_WEIGHT * (colours - colours.mean(0))], dim=1)
 
 
@@ -238,17 +247,19 @@ def group_by_cut(model: PreTrainedModel, pixel_values: torch.Tensor, options: Op
 
 def contraction(model: PreTrainedModel, pixel_values: torch.Tensor, options: Options) -> torch.Tensor:
     """How the representatives attend to one another in the layer, the mean of the heads or one's: (m, m), float64."""
-    layer = options.attention_layer
-    grid = patch_grid(model, pixel_values)
+
+    def look(operator: SelfAttention, hidden_states: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor | None:
+        if not isinstance(operator, ContractAndBroadcastSelfAttention):
+            return None
+        _, _, factor = operator.forward(hidden_states, grid, output_factor=True)
+        values = operator.split_heads(operator.proj(hidden_states))
+        representatives = operator.representatives(values, grid) + operator.step_rep * (factor @ values)
+        return operator.attend(representatives, representatives)[0].double().cpu()
+
     with watching(model) as encoder:
-        outputs = encoder(pixel_values.to(model.device), interpolate_pos_encoding=True, output_hidden_states=True)
-        module = encoder.layers[layer]
-        hidden_states = module.layernorm_before(outputs.hidden_states[:-1][layer])
-        attention = module.attention
-        _, _, factor = attention(hidden_states, grid, output_factor=True)
-        values = attention.split_heads(attention.proj(hidden_states))
-        representatives = attention.representatives(values, grid) + attention.step_rep * (factor @ values)
-        weights = attention.attend(representatives, representatives)[0].double().cpu()
+        found = observe_operators(encoder, look)
+        encoder(pixel_values.to(encoder.device), interpolate_pos_encoding=True)
+    weights = found[options.attention_layer]
     return weights.mean(0) if options.head is None else weights[options.head]
 
 
@@ -263,7 +274,7 @@ def group_by_representatives(model: PreTrainedModel, pixel_values: torch.Tensor,
     tokens, attention = encode(model, pixel_values, options, wants_attention=True)
     grid = tuple(tokens.shape[:2])
     operator = operator_of(model, options)
-    if isinstance(operator, ContractAndBroadcastSelfAttention):
+    if issubclass(operator, ContractAndBroadcastSelfAttention):
         reads = attention.mean(0) / attention.mean(0).sum(1, keepdim=True)
         affinity = contraction(model, pixel_values, options)
         affinity = (affinity + affinity.T) / 2

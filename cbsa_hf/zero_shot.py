@@ -10,6 +10,7 @@ from torch.nn import functional as F
 from transformers import BaseImageProcessor, PreTrainedModel
 
 from .images import ImageError, ImageSource, follow_edges, for_each_image, to_image, to_pixel_values
+from .interpretability import evaluating, unwrap
 from .token_groups import METHOD_OPTIONS, METHODS, Grouping, Options
 
 
@@ -112,22 +113,23 @@ class ZeroShotSegmenter:
 
     def name(self, grouping: Grouping) -> list[tuple[str | None, float | None]]:
         """Class and probability of each group: the classifier on the mean of its tokens."""
-        classifier = getattr(self.model, "classifier", None)
-        if not isinstance(classifier, torch.nn.Linear):
+        model = unwrap(self.model)
+        # With one label a classifier of Transformers is a regressor, which has no probabilities.
+        if not hasattr(model, "classifier") or model.config.num_labels < 2:
             return [(None, None)] * len(grouping.members)
         members = F.one_hot(grouping.members.argmax(0).flatten(), len(grouping.members)).float().T
         tokens = members @ grouping.tokens.flatten(0, 1) / members.sum(1, keepdim=True).clamp_min(1)
-        tokens = tokens.to(classifier.weight)
-        with torch.inference_mode():
-            probabilities, classes = classifier(tokens).softmax(-1).max(-1)
+        with evaluating(model.classifier) as classifier:
+            logits = classifier(tokens.to(model.device, model.dtype))
+        probabilities, classes = logits.float().softmax(-1).max(-1)
         return [
-            (self.model.config.id2label[int(i)] if p >= self.min_probability else None, float(p))
+            (model.config.id2label[int(i)] if p >= self.min_probability else None, float(p))
             for p, i in zip(probabilities, classes, strict=True)
         ]
 
     def segment(self, image: Image.Image) -> ZeroShotSegmentation:
         """Segment one RGB image."""
-        pixel_values = to_pixel_values(image, self.processor, self.long_side, self.model.config.patch_size)
+        pixel_values = to_pixel_values(image, self.processor, self.long_side, unwrap(self.model).config.patch_size)
         grouping = METHODS[self.method](self.model, pixel_values, self.options)
         size = (image.height, image.width)
         maps = torch.cat([grouping.members, grouping.saliency.unsqueeze(0)]).float()

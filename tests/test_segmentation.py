@@ -22,7 +22,7 @@ from transformers import (
     pipeline,
 )
 
-from cbsa_hf import CBSAConfig, CBSAForSemanticSegmentation, CBSAModel
+from cbsa_hf import CBSAConfig, CBSAForSemanticSegmentation, CBSAModel, SlidingWindowSegmenter
 from cbsa_hf.mask_decoder_cbsa import DECODERS
 
 
@@ -436,5 +436,38 @@ def test_input_that_does_not_fit(tiny_config):
         model(torch.randn(2, 3, 32, 48), labels=torch.zeros(2, 16, 16, dtype=torch.long))
     with pytest.raises(ValueError, match="Decoder type 'linear' has no class tokens"):
         model(torch.randn(2, 3, 32, 48), output_decoder_attentions=True)
-    with pytest.raises(ValueError, match="`num_labels` is 1; semantic segmentation takes two classes or more"):
-        make_model(tiny_config, num_labels=1, id2label=None)
+    with pytest.raises(ValueError, match="`num_labels` is 0; semantic segmentation takes one class or more"):
+        make_model(tiny_config, num_labels=0, id2label=None)
+
+
+@pytest.mark.parametrize("decoder", DECODERS)
+def test_one_label(tiny_config, decoder, noise):
+    """Sigmoid and binary cross-entropy over the pixels that count, pixel by pixel; the segmenter takes a half."""
+    model = make_model(tiny_config, decoder_type=decoder, num_labels=1, id2label=None)
+    pixel_values = torch.randn(2, 3, 33, 47)
+    labels = torch.randint(0, 2, (2, 33, 47))
+    labels[0, :20] = 255
+    outputs = model(pixel_values, labels=labels)
+    assert outputs.logits.shape == (2, 1, 33, 47)
+    probabilities = outputs.logits.double().sigmoid()[:, 0]
+    chosen = torch.where(labels == 1, probabilities, 1 - probabilities)[labels != 255]
+    torch.testing.assert_close(outputs.loss.double(), -chosen.log().mean(), rtol=1e-5, atol=1e-5)
+    outputs.loss.backward()
+    for name, parameter in model.named_parameters():
+        if not name.endswith("k_proj.bias"):  # moves all scores of a query alike
+            assert parameter.grad is not None and parameter.grad.abs().sum() > 0, name
+    assert model(pixel_values, labels=torch.full_like(labels, 255)).loss == 0
+
+    processor = SegformerImageProcessorPil(size={"height": 32, "width": 48})
+    pixels = processor(noise, do_resize=False, return_tensors="pt")["pixel_values"]
+    with torch.no_grad():
+        logits = model(pixels).logits[0, 0]
+        if decoder != "linear":
+            model.decoder.mask_norm.bias -= logits.median()
+        else:
+            model.decoder.classifier.bias -= logits.median()
+        expected = model(pixels).logits[0, 0].sigmoid() > 0.5
+    found = SlidingWindowSegmenter(model, processor, window=(50, 70))(noise)
+    assert found.dtype == np.uint8
+    assert 0.4 < found.mean() < 0.6
+    assert (found == expected.numpy()).mean() > 0.999
