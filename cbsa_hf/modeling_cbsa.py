@@ -605,10 +605,7 @@ class CBSAForSemanticSegmentation(CBSAPreTrainedModel):
         padded = F.pad(pixel_values, (0, columns, 0, rows))
         hidden_states, grid, outputs = self.encode(padded, kwargs)
         masks, attentions = self.decoder(hidden_states, grid, output_attentions)
-        # By constant factors where they are known: Inductor fails at factors that depend on the size.
-        is_own = self.config.backbone_config is None
-        size = {"scale_factor": tuple(map(float, self.patch_size))} if is_own else {"size": padded.shape[2:]}
-        logits = F.interpolate(masks, **size, mode="bilinear", align_corners=False)
+        logits = F.interpolate(masks, size=padded.shape[2:], mode="bilinear", align_corners=False)
         logits = F.pad(logits, (0, -columns, 0, -rows))  # a slice would tie an exported graph to sizes that need one
 
         loss = None
