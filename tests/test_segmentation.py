@@ -470,4 +470,4 @@ def test_one_label(tiny_config, decoder, noise):
     found = SlidingWindowSegmenter(model, processor, window=(50, 70))(noise)
     assert found.dtype == np.uint8
     assert 0.4 < found.mean() < 0.6
-    assert (found == expected.numpy()).mean() > 0.999
+    assert (found == expected.numpy()).mean() > 0.99

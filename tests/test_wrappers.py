@@ -5,10 +5,33 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
+from torch import nn
 from torch.nn.parallel import replicate
-from transformers import Dinov2Config, ResNetConfig
+from transformers import (
+    Dinov2Config,
+    DPTConfig,
+    DPTForDepthEstimation,
+    ResNetConfig,
+    SegformerConfig,
+    SegformerForSemanticSegmentation,
+    ViTImageProcessorPil,
+)
 
-from cbsa_hf import CBSABackbone, CBSAConfig, CBSAForImageClassification, CBSAForSemanticSegmentation, CBSAModel
+from cbsa_hf import (
+    CBSABackbone,
+    CBSAConfig,
+    CBSAForImageClassification,
+    CBSAForSemanticSegmentation,
+    CBSAModel,
+    ContractAndBroadcastSelfAttention,
+    SlidingWindowSegmenter,
+    ZeroShotSegmenter,
+)
+from cbsa_hf.interpretability import attention_maps, exact_maps, unwrap
+from cbsa_hf.measures import accuracy_under_noise, effective_rank, measure_layers
+from cbsa_hf.report import inspect_photo
+from cbsa_hf.token_groups import METHODS
 
 
 FOREIGN = {
@@ -121,3 +144,122 @@ def test_tuples(tiny_config, model_class, backbone, by):
     assert isinstance(outputs, tuple)
     torch.testing.assert_close(flatten(outputs), flatten(expected), rtol=0, atol=0)
     assert isinstance(model(pixel_values, return_dict=True), dict)
+
+
+WRAPPERS = ("plain", "peft", "parameters", "compiled", "data_parallel", "all")
+
+
+def wrap(model: CBSAForImageClassification, name: str) -> nn.Module:
+    if name in ("peft", "all"):
+        targets = {"target_modules": ["proj", "out_proj"], "modules_to_save": ["classifier"]}
+        model = get_peft_model(model, LoraConfig(r=2, init_lora_weights=False, **targets))
+    elif name == "parameters":
+        targets = ["feed_forward.weight", "attention.step_x", "embeddings.position_embeddings"]
+        model = get_peft_model(model, LoraConfig(r=2, init_lora_weights=False, target_parameters=targets))
+    if name in ("compiled", "all"):
+        model = torch.compile(model, backend="eager")
+    return nn.DataParallel(model) if name in ("data_parallel", "all") else model
+
+
+@pytest.mark.parametrize("name", WRAPPERS)
+def test_looking_inside_of_wrapped_models(tiny_model, photo, name):
+    """Maps and measures are those of what the wrapped model computes, adapters included, in training mode too."""
+    torch.manual_seed(0)
+    pixel_values = torch.randn(2, 3, 40, 56)
+    model = wrap(tiny_model, name).eval()
+    with torch.no_grad():
+        outputs = model(
+            pixel_values, interpolate_pos_encoding=True, output_attentions=True, output_representative_attentions=True
+        )
+    steps = []
+    operators = [module for module in model.modules() if isinstance(module, ContractAndBroadcastSelfAttention)]
+    handles = [o.register_forward_hook(lambda o, args, output: steps.append(output[0])) for o in operators]
+    with torch.no_grad():
+        model(pixel_values, interpolate_pos_encoding=True)
+    for handle in handles:
+        handle.remove()
+    model.train()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+    rows = torch.stack([token_map[:, :, 0, 1:] for token_map in outputs.attentions])
+    torch.testing.assert_close(attention_maps(model, pixel_values), rows.unflatten(-1, (5, 7)))
+    for operator, update, found in zip(operators, steps, exact_maps(model, pixel_values), strict=True):
+        with torch.no_grad():
+            torch.testing.assert_close(operator.merge_heads(found.update()), update, rtol=1e-4, atol=1e-4)
+    factors = torch.stack([f.double() for f in outputs.representative_attentions], dim=1)
+    torch.testing.assert_close(
+        measure_layers(model, [pixel_values]).factor_rank, effective_rank(factors), rtol=1e-4, atol=1e-4
+    )
+    labels = outputs.logits.argmax(-1)
+    assert accuracy_under_noise(model, [(pixel_values, labels)], [0.0]) == [1.0]
+    processor = ViTImageProcessorPil(size={"height": 32, "width": 48})
+    for method in METHODS:
+        found = ZeroShotSegmenter(model, processor, method, long_side=48, min_probability=0)(photo)
+        assert all(segment.name is not None for segment in found.segments)
+    report = inspect_photo(photo, model, processor, long_side=48)
+    assert len(report.numbers["predictions"]) == 5
+
+    assert all(module.training for module in unwrap(model).modules())
+    after = model.state_dict()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_looking_inside_in_half_precision(tiny_model, tiny_segmenter, photo, dtype):
+    processor = ViTImageProcessorPil(size={"height": 32, "width": 48})
+    model = tiny_model.to(dtype)
+    pixel_values = torch.randn(1, 3, 32, 48)
+    assert attention_maps(model, pixel_values).dtype == torch.float32
+    assert {found.writes.dtype for found in exact_maps(model, pixel_values)} == {torch.float32}
+    inspect_photo(photo, model, processor, long_side=48)
+    for method in METHODS:
+        ZeroShotSegmenter(model, processor, method, long_side=48)(photo)
+    segformer = SegformerForSemanticSegmentation(
+        SegformerConfig(
+            hidden_sizes=[8, 8, 8, 8],
+            depths=[1, 1, 1, 1],
+            num_attention_heads=[1, 1, 1, 1],
+            decoder_hidden_size=8,
+            num_labels=3,
+        )
+    )
+    for segmenter in (tiny_segmenter, segformer):
+        labels = SlidingWindowSegmenter(segmenter.to(dtype), processor)(photo)
+        assert labels.shape == (photo.height, photo.width)
+
+
+def test_measuring_while_another_thread_trains(tiny_model):
+    """The mode of a model in training never changes, whoever measures it meanwhile."""
+    model = tiny_model.train()
+    seen = []
+    model.register_forward_pre_hook(lambda module, args: seen.append(None))
+    pixel_values = torch.randn(1, 3, 32, 48)
+    with ThreadPoolExecutor(3) as pool:
+        jobs = [pool.submit(measure_layers, model, [pixel_values]) for _ in range(6)]
+        while not all(job.done() for job in jobs):
+            assert all(module.training for module in model.modules())
+        [job.result() for job in jobs]
+    assert all(module.training for module in model.modules())
+
+
+def test_tokens_of_a_backbone():
+    """`reshape_hidden_states=False` gives the tokens, CLS first, whose patches are the maps; DPT takes them."""
+    torch.manual_seed(0)
+    values = {"num_hidden_layers": 4, "out_indices": [1, 2, 3, 4], "image_size": 32}
+    values = {"hidden_size": 24, "num_attention_heads": 2, "patch_size": 8, "representatives_size": 2, **values}
+    maps = CBSABackbone(CBSAConfig(**values)).eval()
+    tokens = CBSABackbone(CBSAConfig(**values, reshape_hidden_states=False)).eval()
+    tokens.load_state_dict(maps.state_dict())
+    pixel_values = torch.randn(2, 3, 33, 47)
+    found = tokens(pixel_values).feature_maps
+    assert [f.shape for f in found] == [(2, 1 + 5 * 6, 24)] * 4
+    for feature_map, hidden_states in zip(maps(pixel_values).feature_maps, found, strict=True):
+        torch.testing.assert_close(hidden_states[:, 1:].mT.unflatten(2, (5, 6)), feature_map)
+    config = DPTConfig(
+        backbone_config=tokens.config,
+        neck_hidden_sizes=[8, 8, 8, 8],
+        fusion_hidden_size=8,
+        reassemble_factors=[4, 2, 1, 0.5],
+    )
+    depth = DPTForDepthEstimation(config)(torch.randn(1, 3, 32, 32)).predicted_depth
+    assert depth.isfinite().all()
