@@ -2,6 +2,7 @@
 
 import json
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -52,6 +53,7 @@ def bench(data, tmp_path):
 def test_small_models_learn_and_are_remembered(bench):
     from small_models import accuracy
 
+    bench.recipe = replace(bench.recipe, num_epochs=24)
     model = bench.small("cbsa", 0, attention_type="cbsa")
     assert accuracy(model, bench.validation_set) > 0.9
     (folder,) = bench.cache.iterdir()

@@ -327,7 +327,7 @@ def test_corrupt_images_are_skipped(data, tmp_path):
         (["--streaming", "true"], "`--mixup_alpha` needs any image at any time, which `--streaming` does not give"),
         (["--streaming", "true", "--mixup_alpha", "0"], "does not say how many images it has: give `--num_train_"),
         ([*STREAMING, "--num_train_images", "30"], "has 24 images, not 30: see `--num_train_images`"),
-        (["--learning_rate", "1e30"], "The loss is nan at step 3"),
+        (["--learning_rate", "1e30"], "at step 3; lower `--learning_rate`"),
         (["--train_split", "training"], "has no split 'training'; it has train, validation"),
         (["--image_column", "photo"], "has no column 'photo'; it has picture, kind"),
         (["--label_column", "picture"], "needs an `Image` and a `ClassLabel` column"),

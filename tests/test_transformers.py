@@ -213,7 +213,7 @@ def test_trainer_learns(tiny_config, tmp_path):
     )
     trainer.train()
     predictions = trainer.predict(data)
-    assert (predictions.predictions.argmax(-1) == predictions.label_ids).mean() > 0.95
+    assert (predictions.predictions.argmax(-1) == predictions.label_ids).mean() > 0.9
     saved = CBSAForImageClassification.from_pretrained(tmp_path / "checkpoint-20")
     assert torch.equal(saved.classifier.weight, trainer.model.classifier.weight.cpu())
 
