@@ -13,8 +13,9 @@ from .checkpoint import load_checkpoint
 from .convert_checkpoints import ORIGINS, compare_outputs, convert_checkpoint, model_card, save_conversion
 from .figures import attention_grid, class_colours, class_legend, overlay_classes, overlay_mask
 from .hub import push_checkpoint
-from .images import open_image, to_pixel_values
+from .images import MAX_PIXELS, MAX_RATIO, fit_to_patches, open_image, to_pixel_values
 from .interpretability import attention_maps, map_formula
+from .memory import MAX_MEMORY, check_input
 from .report import inspect_photo, save_report
 from .sliding_window import SlidingWindowSegmenter
 from .token_groups import METHODS
@@ -48,11 +49,11 @@ def segment(args: argparse.Namespace):
     mask_path = args.mask or args.output.with_name(f"{args.output.stem}_mask.png")
     check_output(args.output)
     check_output(mask_path)
-    image = open_image(args.photo)
+    image = open_image(args.photo, max_pixels=args.max_pixels, max_ratio=args.max_ratio)
     if args.task == "semantic":
-        overlay, mask, found = find_classes(image, args.checkpoint, args.long_side, args.sharp)
+        overlay, mask, found = find_classes(image, args.checkpoint, args.long_side, args.sharp, args.max_memory)
     else:
-        options = {"method": args.method, "sharp": args.sharp}
+        options = {"method": args.method, "sharp": args.sharp, "max_memory": args.max_memory}
         if args.long_side is not None:
             options["long_side"] = args.long_side
         if args.segments is not None:
@@ -93,11 +94,12 @@ def show_segments(image: Image.Image, found: ZeroShotSegmentation) -> tuple[Imag
 
 
 def find_classes(
-    image: Image.Image, checkpoint: str | None, long_side: int | None, sharp: bool
+    image: Image.Image, checkpoint: str | None, long_side: int | None, sharp: bool, max_memory: float
 ) -> tuple[Image.Image, Image.Image, str]:
     """Overlay with a legend, class indices as a mask, and what was found in words."""
     model, processor = load_checkpoint(checkpoint, "semantic-segmentation")
-    labels = SlidingWindowSegmenter(model, processor, long_side=long_side, sharp=sharp)(image)
+    segmenter = SlidingWindowSegmenter(model, processor, long_side=long_side, sharp=sharp, max_memory=max_memory)
+    labels = segmenter(image)
     names = model.config.id2label
     found = ", ".join(text for _, text in class_legend(labels, names))
     return overlay_classes(image, labels, names), label_picture(labels, len(names)), found
@@ -105,8 +107,10 @@ def find_classes(
 
 def attention(args: argparse.Namespace):
     check_output(args.output)
-    image = open_image(args.photo)
+    image = open_image(args.photo, max_pixels=args.max_pixels, max_ratio=args.max_ratio)
     model, processor = load_checkpoint(args.checkpoint)
+    size = fit_to_patches((image.height, image.width), args.long_side, model.config.patch_size)
+    check_input(model.config, size, args.max_memory)
     pixel_values = to_pixel_values(image, processor, args.long_side, model.config.patch_size)
     maps = attention_maps(model, pixel_values)[:, 0]
     title = f"attention of CLS to the patches: its row of {map_formula(model)}, per layer and head"
@@ -116,8 +120,8 @@ def attention(args: argparse.Namespace):
 
 def inspect(args: argparse.Namespace):
     check_folder(args.output)
-    image = open_image(args.photo)
-    report = inspect_photo(image, *load_checkpoint(args.checkpoint), args.long_side, args.patch)
+    image = open_image(args.photo, max_pixels=args.max_pixels, max_ratio=args.max_ratio)
+    report = inspect_photo(image, *load_checkpoint(args.checkpoint), args.long_side, args.patch, args.max_memory)
     report.numbers = {"photo": args.photo.name, **report.numbers}
     save_report(report, args.output)
     print(f"{args.output}: report.json and {len(report.pictures)} pictures.")
@@ -159,6 +163,20 @@ def positive(text: str) -> int:
     return value
 
 
+def gigabytes(text: str) -> float:
+    value = float(text)
+    if not value > 0:
+        raise argparse.ArgumentTypeError(f"{value:g} is not above 0")
+    return value * 1e9
+
+
+def ratio(text: str) -> float:
+    value = float(text)
+    if not value >= 1:
+        raise argparse.ArgumentTypeError(f"{value:g} is not at least 1")
+    return value
+
+
 def at_least_two(text: str) -> int:
     value = int(text)
     if value < 2:
@@ -173,6 +191,27 @@ def build_parser() -> argparse.ArgumentParser:
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument("photo", type=Path, metavar="PHOTO", help="an image file")
     common.add_argument("--checkpoint", help="a folder or hub id; default: the checkpoint in this package")
+    common.add_argument(
+        "--max-pixels",
+        type=positive,
+        default=MAX_PIXELS,
+        metavar="N",
+        help="refuse a photo of more (%(default)s)",
+    )
+    common.add_argument(
+        "--max-ratio",
+        type=ratio,
+        default=MAX_RATIO,
+        metavar="R",
+        help="of a photo's sides, at most (%(default)s)",
+    )
+    common.add_argument(
+        "--max-memory",
+        type=gigabytes,
+        default=MAX_MEMORY,
+        metavar="GB",
+        help=f"refuse at once what is estimated to take more ({MAX_MEMORY / 1e9:g})",
+    )
     sized = argparse.ArgumentParser(add_help=False)
     sized.add_argument(
         "--long-side", type=positive, default=256, help="pixels of the longer side that the model sees (%(default)s)"

@@ -9,8 +9,9 @@ from torch.nn import functional as F
 from transformers import BaseImageProcessor, PreTrainedModel
 
 from .attention_cbsa import to_pair
-from .images import ImageSource, follow_edges, to_image
+from .images import ImageSource, follow_edges, height_and_width, normalise, resize, to_image
 from .interpretability import evaluating
+from .memory import MAX_MEMORY, check_memory
 
 
 ROWS_AT_A_TIME = 64  # of the result; any number gives the same
@@ -111,6 +112,7 @@ class SlidingWindowSegmenter:
         scales: factors by which it is resized beyond that; logits are averaged over them.
         flip: whether each window is also seen mirrored, and the logits averaged.
         sharp: move edges to those of the image, and smooth between them; needs kornia. See [`follow_edges`].
+        max_memory: bytes that one image may take, by an estimate that is made before.
 
     Raises:
         ValueError: a size that is not positive, a stride that leaves gaps, or no window where the processor has none.
@@ -141,6 +143,7 @@ class SlidingWindowSegmenter:
         scales: Sequence[float] = (1.0,),
         flip: bool = False,
         sharp: bool = False,
+        max_memory: float = MAX_MEMORY,
     ):
         if window is None:
             size = processor.size if processor.size.get("height") else getattr(processor, "crop_size", None)
@@ -166,28 +169,33 @@ class SlidingWindowSegmenter:
         self.scales = scales
         self.flip = flip
         self.sharp = sharp
+        self.max_memory = max_memory
 
-    def logit_rows(self, image: Image.Image, scale: float) -> LogitRows:
-        """The logits of an RGB image resized by that factor."""
-        height, width = (max(1, round(side * scale)) for side in (image.height, image.width))
+    def logit_rows(self, image: Image.Image | np.ndarray, scale: float) -> LogitRows:
+        """The logits of an image resized by that factor."""
+        full_height, full_width = height_and_width(image)
+        height, width = (max(1, round(side * scale)) for side in (full_height, full_width))
+        num_labels = self.model.config.num_labels
+        # The band that is there and the one that it is moved to; and the rows that are asked for, before and after.
+        rows = 2 * min(self.window[0], height) + 4 * ROWS_AT_A_TIME * max(1, scale)
+        what = f"Logits of {num_labels} classes for an image {width} pixels wide"
+        memory = 4 * num_labels * max(width, full_width) * rows
+        check_memory(memory, what, "lower `long_side` (`--long-side`)", self.max_memory)
 
         def crop(left, top, right, bottom):
             # What Pillow makes of a box is that part of the whole image, resized.
             box = [
                 min(edge * full / resized, full)
                 for edge, full, resized in zip(
-                    (left, top, right, bottom), 2 * image.size, 2 * (width, height), strict=True
+                    (left, top, right, bottom), 2 * (full_width, full_height), 2 * (width, height), strict=True
                 )
             ]
-            return image.resize((right - left, bottom - top), self.processor.resample, box)
+            return resize(image, (right - left, bottom - top), self.processor.resample, box)
 
         def predict(boxes):
             for i in range(0, len(boxes), self.batch_size):
                 windows = [crop(*box) for box in boxes[i : i + self.batch_size]]
-                pixel_values = self.processor(windows, do_resize=False, do_center_crop=False, return_tensors="pt")[
-                    "pixel_values"
-                ]
-                pixel_values = pixel_values.to(self.model.device)
+                pixel_values = normalise(windows, self.processor).to(self.model.device)
                 logits = self.model(pixel_values).logits.float()
                 if self.flip:
                     logits = (logits + self.model(pixel_values.flip(3)).logits.float().flip(3)) / 2
@@ -197,8 +205,7 @@ class SlidingWindowSegmenter:
                 else:
                     yield from logits
 
-        num_labels, device = self.model.config.num_labels, self.model.device
-        return LogitRows(predict, (height, width), self.window, self.stride, num_labels, device)
+        return LogitRows(predict, (height, width), self.window, self.stride, num_labels, self.model.device)
 
     def base_scale(self, height: int, width: int) -> float:
         """The factor that an image is resized by before `scales`."""
@@ -209,27 +216,27 @@ class SlidingWindowSegmenter:
             return min(bounds["max_height"] / height, bounds["max_width"] / width)
         return 1
 
-    def segment(self, image: Image.Image) -> np.ndarray:
-        """Segment one RGB image."""
-        base = self.base_scale(image.height, image.width)
+    def segment(self, image: Image.Image | np.ndarray) -> np.ndarray:
+        """Segment one image of [`to_image`]."""
+        size = height_and_width(image)
+        base = self.base_scale(*size)
         sources = [self.logit_rows(image, base * scale) for scale in self.scales]
-        size = image.height, image.width
         labels = np.empty(size, dtype=np.min_scalar_type(self.model.config.num_labels - 1))
-        for first in range(0, image.height, ROWS_AT_A_TIME):
-            last = min(first + ROWS_AT_A_TIME, image.height)
+        for first in range(0, size[0], ROWS_AT_A_TIME):
+            last = min(first + ROWS_AT_A_TIME, size[0])
             logits = sum(source.resized(first, last, size) for source in sources)
             labels[first:last] = logits.argmax(0).cpu()
         return labels
 
     def __call__(self, images: ImageSource | Sequence[ImageSource]) -> np.ndarray | list[np.ndarray]:
         """
-        Class indices, (height, width) of one image or of each of several, of any size and mode: PIL images, arrays or
-        paths.
+        Class indices, (height, width) of one image or of each of several, of any size and mode: whatever
+        [`to_image`] takes.
 
         Raises:
-            ValueError: an image cannot be read; the message is one sentence for people.
+            ValueError: an image cannot be read, or takes too much memory; the message is one sentence for people.
         """
+        if isinstance(images, (list, tuple)):
+            return [self(image) for image in images]
         with evaluating(self.model), torch.inference_mode():
-            if isinstance(images, (list, tuple)):
-                return [self.segment(to_image(image)) for image in images]
-            return self.segment(to_image(images))
+            return self.segment(to_image(images, num_channels=getattr(self.model.config, "num_channels", 3)))
