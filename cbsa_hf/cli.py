@@ -15,8 +15,9 @@ from .checkpoint import load_checkpoint
 from .convert_checkpoints import ORIGINS, compare_outputs, convert_checkpoint, model_card, save_conversion
 from .figures import attention_grid, class_colours, class_legend, overlay_classes, overlay_mask
 from .hub import push_checkpoint
-from .images import MAX_PIXELS, MAX_RATIO, open_image, to_pixel_values
+from .images import MAX_PIXELS, MAX_RATIO, fit_to_patches, open_image, to_pixel_values
 from .interpretability import attention_maps, map_formula
+from .memory import MAX_MEMORY, check_input
 from .photo_jobs import STANDARD_INPUT, Job, check_job, find_photos, plan_folder, save_pngs
 from .report import inspect_photo, save_report
 from .sliding_window import SlidingWindowSegmenter
@@ -113,13 +114,17 @@ def load_finder(args: argparse.Namespace) -> Finder:
     """What the options ask for, its model loaded once for all photos."""
     if args.task == "semantic":
         model, processor = load_checkpoint(args.checkpoint, "semantic-segmentation")
-        segmenter = SlidingWindowSegmenter(model, processor, long_side=args.long_side, sharp=args.sharp)
+        segmenter = SlidingWindowSegmenter(
+            model, processor, long_side=args.long_side, sharp=args.sharp, max_memory=args.max_memory
+        )
         return lambda image: show_classes(image, segmenter(image), model.config.id2label)
     given = {"method": "method", "segments": "num_segments"}
     options = {option: getattr(args, name) for name, option in given.items() if name in args}
     if args.long_side is not None:
         options["long_side"] = args.long_side
-    segmenter = ZeroShotSegmenter(*load_checkpoint(args.checkpoint), sharp=args.sharp, **options)
+    segmenter = ZeroShotSegmenter(
+        *load_checkpoint(args.checkpoint), sharp=args.sharp, max_memory=args.max_memory, **options
+    )
     show = show_segments if "segments" in args else show_foreground
     return lambda image: show(image, segmenter(image))
 
@@ -163,6 +168,8 @@ def attention(args: argparse.Namespace):
     check_job(Job(args.photo, (args.output,)), [args.photo], args.force)
     image = read_photo(args.photo, args)
     model, processor = load_checkpoint(args.checkpoint)
+    size = fit_to_patches((image.height, image.width), args.long_side, model.config.patch_size)
+    check_input(model.config, size, args.max_memory)
     pixel_values = to_pixel_values(image, processor, args.long_side, model.config.patch_size)
     maps = attention_maps(model, pixel_values)[:, 0]
     title = f"attention of CLS to the patches: its row of {map_formula(model)}, per layer and head"
@@ -173,7 +180,7 @@ def attention(args: argparse.Namespace):
 def inspect(args: argparse.Namespace):
     check_folder(args.output)
     image = read_photo(args.photo, args)
-    report = inspect_photo(image, *load_checkpoint(args.checkpoint), args.long_side, args.patch)
+    report = inspect_photo(image, *load_checkpoint(args.checkpoint), args.long_side, args.patch, args.max_memory)
     report.numbers = {"photo": Path(args.photo).name, **report.numbers}
     save_report(report, args.output)
     print(f"{args.output}: report.json and {len(report.pictures)} pictures.")
@@ -215,17 +222,24 @@ def positive(text: str) -> int:
     return value
 
 
+def gigabytes(text: str) -> float:
+    value = float(text)
+    if not value > 0:
+        raise argparse.ArgumentTypeError(f"{value:g} is not above 0")
+    return value * 1e9
+
+
+def ratio(text: str) -> float:
+    value = float(text)
+    if not value >= 1:
+        raise argparse.ArgumentTypeError(f"{value:g} is not at least 1")
+    return value
+
+
 def at_least_two(text: str) -> int:
     value = int(text)
     if value < 2:
         raise argparse.ArgumentTypeError(f"{value} is not at least 2")
-    return value
-
-
-def positive_number(text: str) -> float:
-    value = float(text)
-    if not value > 0:
-        raise argparse.ArgumentTypeError(f"{text} is not above 0")
     return value
 
 
@@ -242,13 +256,25 @@ def add_photo_commands(commands):
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument("--checkpoint", help="a folder or hub id; default: the checkpoint in this package")
     common.add_argument(
-        "--max-pixels", type=positive, default=MAX_PIXELS, help="pixels that a photo may have (%(default)s)"
+        "--max-pixels",
+        type=positive,
+        default=MAX_PIXELS,
+        metavar="N",
+        help="refuse a photo of more (%(default)s)",
     )
     common.add_argument(
         "--max-ratio",
-        type=positive_number,
+        type=ratio,
         default=MAX_RATIO,
-        help="how much longer one side of a photo may be than the other (%(default)s times)",
+        metavar="R",
+        help="of a photo's sides, at most (%(default)s)",
+    )
+    common.add_argument(
+        "--max-memory",
+        type=gigabytes,
+        default=MAX_MEMORY,
+        metavar="GB",
+        help=f"refuse at once what is estimated to take more ({MAX_MEMORY / 1e9:g})",
     )
     photo = argparse.ArgumentParser(add_help=False)
     photo.add_argument("photo", metavar="PHOTO", help="an image file; - reads it from standard input")

@@ -108,7 +108,7 @@ def decode(source: "ImageSource", name: str | None, max_pixels: int, max_ratio: 
         name = name or path
         source = path if source is None else source
     is_path = isinstance(source, (str, os.PathLike))
-    name = name or str(source if is_path else getattr(source, "name", "The image"))
+    name = name or str(source if is_path else getattr(source, "name", "An image"))
     if not is_path and not isinstance(source, (bytes, bytearray, memoryview)) and not hasattr(source, "read"):
         raise ImageError(f"{name} is a {type(source).__name__}; give a path, bytes or a file that is open.")
     data = read_bytes(source, name, BYTES_PER_PIXEL * max_pixels)
@@ -181,7 +181,7 @@ def without_metadata(image: Image.Image) -> Image.Image:
     return image
 
 
-def to_rgb(image: Image.Image, name: str = "The image") -> Image.Image:
+def to_rgb(image: Image.Image, name: str = "An image") -> Image.Image:
     """
     Upright by its orientation, in RGB, without metadata: transparency laid over white, values as [`to_image`] says.
 
@@ -262,10 +262,10 @@ def to_image(source: "ImageSource", *, name: str | None = None, num_channels: in
         ImageError: none of these.
     """
     if num_channels == 3 and isinstance(source, Image.Image):
-        return to_rgb(source, name or "The image")
+        return to_rgb(source, name or "An image")
     if num_channels == 3 and not isinstance(source, (np.ndarray, torch.Tensor)):
         return open_image(source, name=name)
-    name = name or "The image"
+    name = name or "An image"
     if isinstance(source, torch.Tensor):
         source = source.detach().cpu()
         source = (source.float() if source.dtype == torch.bfloat16 else source).numpy()
@@ -277,15 +277,17 @@ def to_image(source: "ImageSource", *, name: str | None = None, num_channels: in
     return to_rgb(Image.fromarray(values[..., 0] if values.shape[2] == 1 else values), name)
 
 
-def for_each_image(use: Callable[[Image.Image], T], sources: Sequence[ImageSource]) -> "list[T | ImageError]":
+def for_each_image(
+    use: Callable[[Image.Image | np.ndarray], T], sources: Sequence[ImageSource], num_channels: int = 3
+) -> "list[T | ImageError]":
     """
-    What `use` makes of each image. One that cannot be read or used does not discard the others: its place holds the
+    What `use` makes of each image of [`to_image`]. One that cannot be read or used does not discard the others: its place holds the
     [`ImageError`], and a warning says so.
     """
     results = []
     for index, source in enumerate(sources):
         try:
-            results.append(use(to_image(source)))
+            results.append(use(to_image(source, num_channels=num_channels)))
         except ImageError as error:
             warnings.warn(f"Image {index} of {len(sources)} is left out: {error}", stacklevel=3)
             results.append(error)
@@ -318,16 +320,45 @@ def fit_to_patches(size: tuple[int, int], long_side: int, patch_size: int) -> tu
     return height, width
 
 
+def height_and_width(image: Image.Image | np.ndarray) -> tuple[int, int]:
+    """Of what [`to_image`] returns."""
+    return (image.height, image.width) if isinstance(image, Image.Image) else image.shape[:2]
+
+
+def resize(
+    image: Image.Image | np.ndarray,
+    size: tuple[int, int],
+    resample: int,
+    box: tuple[float, float, float, float] | None = None,
+) -> Image.Image | np.ndarray:
+    """`Image.resize` to that (width, height), of arrays (height, width, channels) a channel at a time."""
+    if isinstance(image, Image.Image):
+        return image.resize(size, resample, box)
+    channels = [Image.fromarray(channel).resize(size, resample, box) for channel in image.transpose(2, 0, 1)]
+    return np.stack(channels, axis=2)
+
+
+def normalise(images: list[Image.Image | np.ndarray], processor: BaseImageProcessor) -> torch.Tensor:
+    """Images of one size -> (batch, channels, height, width), scaled and normalised by the processor, not resized."""
+    layout = {} if isinstance(images[0], Image.Image) else {"input_data_format": "channels_last"}
+    return processor(images, do_resize=False, do_center_crop=False, return_tensors="pt", **layout)["pixel_values"]
+
+
 def to_pixel_values(
-    image: Image.Image, processor: BaseImageProcessor, long_side: int, patch_size: int
+    image: Image.Image | np.ndarray, processor: BaseImageProcessor, long_side: int, patch_size: int
 ) -> torch.Tensor:
-    """An RGB image -> (1, 3, height, width) as the processor makes it, but at the size of [`fit_to_patches`]."""
-    height, width = fit_to_patches((image.height, image.width), long_side, patch_size)
+    """
+    An image of [`to_image`] -> (1, channels, height, width) as the processor makes it, but at the size of
+    [`fit_to_patches`].
+    """
+    height, width = fit_to_patches(height_and_width(image), long_side, patch_size)
+    if isinstance(image, np.ndarray):  # the processor would resize 1, 3 or 4 channels alone
+        return normalise([resize(image, (width, height), processor.resample)], processor)
     size = {"height": height, "width": width}
     return processor(image, size=size, do_resize=True, do_center_crop=False, return_tensors="pt")["pixel_values"]
 
 
-def follow_edges(maps: torch.Tensor, image: Image.Image, radius: int) -> torch.Tensor:
+def follow_edges(maps: torch.Tensor, image: Image.Image | np.ndarray, radius: int) -> torch.Tensor:
     """
     Maps (k, height, width) over an image, their edges moved to the image's by a fast guided filter (He, Sun, arXiv
     1505.00996), fitted to every fourth part of the radius.

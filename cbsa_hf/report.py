@@ -12,7 +12,7 @@ from transformers import BaseImageProcessor, PreTrainedModel
 from .attention_cbsa import to_pair
 from .charts import line_panels, representative_sheet
 from .figures import attention_grid, overlay_signed
-from .images import to_pixel_values
+from .images import fit_to_patches, to_pixel_values
 from .interpretability import (
     ExactMap,
     attention_maps,
@@ -25,6 +25,7 @@ from .interpretability import (
     unwrap,
 )
 from .measures import LayerMeasures, effective_count, measure_layers
+from .memory import MAX_MEMORY, check_input
 
 
 @dataclass
@@ -171,6 +172,7 @@ def inspect_photo(
     processor: BaseImageProcessor,
     long_side: int = 256,
     patch: tuple[int, int] | None = None,
+    max_memory: float = MAX_MEMORY,
 ) -> Report:
     """
     Look at a model at work on an RGB image; it is not changed. Lists go over layers (those that `layers` names, where
@@ -182,11 +184,15 @@ def inspect_photo(
         processor: its image processor.
         long_side: pixels that the longer side is resized to.
         patch: (row, column) of the patch whose attention is shown; CLS when None.
+        max_memory: bytes that it may take, by an estimate that is made before.
 
     Raises:
-        ValueError: `patch` lies outside the grid of patches, or the model has another library's backbone.
+        ValueError: `patch` lies outside the grid of patches, the model has another library's backbone, or it would
+            take too much memory.
     """
     config = unwrap(model).config
+    size = fit_to_patches((image.height, image.width), long_side, config.patch_size)
+    check_input(config, size, max_memory, share=3)  # all hidden states, and the measures of every layer
     pixel_values = to_pixel_values(image, processor, long_side, config.patch_size)
     grid = patch_grid(model, pixel_values)
     parts = {

@@ -9,8 +9,18 @@ from torch.nn import functional as F
 from transformers import BaseImageProcessor, PreTrainedModel
 
 from .attention_cbsa import to_pair
-from .images import ImageError, ImageSource, follow_edges, for_each_image, to_image
+from .images import (
+    ImageError,
+    ImageSource,
+    follow_edges,
+    for_each_image,
+    height_and_width,
+    normalise,
+    resize,
+    to_image,
+)
 from .interpretability import check_outputs, evaluating, unwrap
+from .memory import MAX_MEMORY, check_memory
 
 
 ROWS_AT_A_TIME = 64  # of the result; any number gives the same
@@ -111,6 +121,7 @@ class SlidingWindowSegmenter:
         scales: factors by which it is resized beyond that; logits are averaged over them.
         flip: whether each window is also seen mirrored, and the logits averaged.
         sharp: move edges to those of the image, and smooth between them; needs kornia. See [`follow_edges`].
+        max_memory: bytes that one image may take, by an estimate that is made before.
 
     Raises:
         ValueError: a size that is not positive, a stride that leaves gaps, or no window where the processor has none.
@@ -141,6 +152,7 @@ class SlidingWindowSegmenter:
         scales: Sequence[float] = (1.0,),
         flip: bool = False,
         sharp: bool = False,
+        max_memory: float = MAX_MEMORY,
     ):
         if window is None:
             size = processor.size if processor.size.get("height") else getattr(processor, "crop_size", None)
@@ -166,30 +178,35 @@ class SlidingWindowSegmenter:
         self.scales = scales
         self.flip = flip
         self.sharp = sharp
+        self.max_memory = max_memory
 
-    def logit_rows(self, model: torch.nn.Module, image: Image.Image, scale: float) -> LogitRows:
-        """The logits that the model has for an RGB image resized by that factor."""
+    def logit_rows(self, model: torch.nn.Module, image: Image.Image | np.ndarray, scale: float) -> LogitRows:
+        """The logits that the model has for an image resized by that factor."""
         config, device = unwrap(model).config, unwrap(model).device
         dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
-        height, width = (max(1, round(side * scale)) for side in (image.height, image.width))
+        full_height, full_width = height_and_width(image)
+        height, width = (max(1, round(side * scale)) for side in (full_height, full_width))
+        num_labels = config.num_labels
+        # The band that is there and the one that it is moved to; and the rows that are asked for, before and after.
+        rows = 2 * min(self.window[0], height) + 4 * ROWS_AT_A_TIME * max(1, scale)
+        what = f"Logits of {num_labels} classes for an image {width} pixels wide"
+        memory = 4 * num_labels * max(width, full_width) * rows
+        check_memory(memory, what, "lower `long_side` (`--long-side`)", self.max_memory)
 
         def crop(left, top, right, bottom):
             # What Pillow makes of a box is that part of the whole image, resized.
             box = [
                 min(edge * full / resized, full)
                 for edge, full, resized in zip(
-                    (left, top, right, bottom), 2 * image.size, 2 * (width, height), strict=True
+                    (left, top, right, bottom), 2 * (full_width, full_height), 2 * (width, height), strict=True
                 )
             ]
-            return image.resize((right - left, bottom - top), self.processor.resample, box)
+            return resize(image, (right - left, bottom - top), self.processor.resample, box)
 
         def predict(boxes):
             for i in range(0, len(boxes), self.batch_size):
                 windows = [crop(*box) for box in boxes[i : i + self.batch_size]]
-                pixel_values = self.processor(windows, do_resize=False, do_center_crop=False, return_tensors="pt")[
-                    "pixel_values"
-                ]
-                pixel_values = pixel_values.to(device, dtype)
+                pixel_values = normalise(windows, self.processor).to(device, dtype)
                 logits = model(pixel_values).logits.float()
                 if self.flip:
                     logits = (logits + model(pixel_values.flip(3)).logits.float().flip(3)) / 2
@@ -200,7 +217,7 @@ class SlidingWindowSegmenter:
                 else:
                     yield from logits
 
-        return LogitRows(predict, (height, width), self.window, self.stride, config.num_labels, device)
+        return LogitRows(predict, (height, width), self.window, self.stride, num_labels, device)
 
     def base_scale(self, height: int, width: int) -> float:
         """The factor that an image is resized by before `scales`."""
@@ -211,21 +228,21 @@ class SlidingWindowSegmenter:
             return min(bounds["max_height"] / height, bounds["max_width"] / width)
         return 1
 
-    def segment(self, image: Image.Image) -> np.ndarray:
-        """Segment one RGB image."""
+    def segment(self, image: Image.Image | np.ndarray) -> np.ndarray:
+        """Segment one image of [`to_image`]."""
         with evaluating(self.model) as model:
             return self.segment_with(model, image)
 
     @torch.inference_mode()
-    def segment_with(self, model: torch.nn.Module, image: Image.Image) -> np.ndarray:
-        """Segment one RGB image by a model in evaluation mode."""
+    def segment_with(self, model: torch.nn.Module, image: Image.Image | np.ndarray) -> np.ndarray:
+        """Segment one image of [`to_image`] by a model in evaluation mode."""
         num_labels = unwrap(model).config.num_labels
-        base = self.base_scale(image.height, image.width)
+        size = height_and_width(image)
+        base = self.base_scale(*size)
         sources = [self.logit_rows(model, image, base * scale) for scale in self.scales]
-        size = image.height, image.width
         labels = np.empty(size, dtype=np.min_scalar_type(num_labels - 1))
-        for first in range(0, image.height, ROWS_AT_A_TIME):
-            last = min(first + ROWS_AT_A_TIME, image.height)
+        for first in range(0, size[0], ROWS_AT_A_TIME):
+            last = min(first + ROWS_AT_A_TIME, size[0])
             logits = sum(source.resized(first, last, size) for source in sources)
             # One label is what a pixel is or is not, by a sigmoid above a half.
             labels[first:last] = (logits.argmax(0) if num_labels > 1 else logits[0] > 0).cpu()
@@ -233,13 +250,15 @@ class SlidingWindowSegmenter:
 
     def __call__(self, images: ImageSource | Sequence[ImageSource]) -> np.ndarray | list[np.ndarray | ImageError]:
         """
-        Class indices, (height, width) of one image or of each of several, of any size and mode: PIL images, arrays or
-        paths. Of several, one that cannot be read does not discard the others: the list holds its `ImageError` in that
-        place.
+        Class indices, (height, width) of one image or of each of several, of any size and mode: whatever
+        [`to_image`] takes. Of several, one that cannot be read does not discard the others: the list holds its
+        `ImageError` in that place.
 
         Raises:
-            ImageError: a single image cannot be read; the message is one sentence for people.
+            ValueError: a single image cannot be read, or takes too much memory; the message is one sentence for
+                people.
         """
+        num_channels = getattr(unwrap(self.model).config, "num_channels", 3)
         if isinstance(images, (list, tuple)):
-            return for_each_image(self.segment, images)
-        return self.segment(to_image(images))
+            return for_each_image(self.segment, images, num_channels)
+        return self.segment(to_image(images, num_channels=num_channels))

@@ -9,8 +9,18 @@ from PIL import Image
 from torch.nn import functional as F
 from transformers import BaseImageProcessor, PreTrainedModel
 
-from .images import ImageError, ImageSource, follow_edges, for_each_image, to_image, to_pixel_values
+from .images import (
+    ImageError,
+    ImageSource,
+    fit_to_patches,
+    follow_edges,
+    for_each_image,
+    height_and_width,
+    to_image,
+    to_pixel_values,
+)
 from .interpretability import evaluating, unwrap
+from .memory import MAX_MEMORY, check_input, check_memory
 from .token_groups import METHOD_OPTIONS, METHODS, Grouping, Options
 
 
@@ -48,7 +58,10 @@ class ZeroShotSegmentation:
     @property
     def labels(self) -> np.ndarray:
         """(height, width), the index of each pixel's segment."""
-        return np.argmax([segment.mask for segment in self.segments], axis=0)
+        labels = np.zeros(self.mask.shape, dtype=np.intp)
+        for index, segment in enumerate(self.segments):
+            labels[segment.mask] = index
+        return labels
 
 
 class ZeroShotSegmenter:
@@ -66,6 +79,7 @@ class ZeroShotSegmenter:
         sharp: move the edges to those of the image; needs kornia.
         long_side: pixels that the image's longer side is resized to; positions are interpolated.
         min_probability: what a class needs for a segment to be named after it.
+        max_memory: bytes that one image may take, by an estimate that is made before.
         **options: of the method; see [`Options`].
 
     Raises:
@@ -91,6 +105,7 @@ class ZeroShotSegmenter:
         sharp: bool = False,
         long_side: int = 192,
         min_probability: float = 0.5,
+        max_memory: float = MAX_MEMORY,
         **options,
     ):
         if method not in METHODS:
@@ -103,6 +118,7 @@ class ZeroShotSegmenter:
         self.sharp = sharp
         self.long_side = long_side
         self.min_probability = min_probability
+        self.max_memory = max_memory
         self.options = Options(**options)
         self.options.check(model)
         for name in options:
@@ -127,17 +143,47 @@ class ZeroShotSegmenter:
             for p, i in zip(probabilities, classes, strict=True)
         ]
 
-    def segment(self, image: Image.Image) -> ZeroShotSegmentation:
-        """Segment one RGB image."""
+    def check_memory(self, size: tuple[int, int]):
+        """A ValueError for an image of that (height, width) which would take more than `max_memory`."""
+        seen = fit_to_patches(size, self.long_side, unwrap(self.model).config.patch_size)
+        check_input(unwrap(self.model).config, seen, self.max_memory)
+        # A mask for each segment, and the numbers that segments are found by, a map at a time.
+        num_segments = self.options.num_segments
+        memory = size[0] * size[1] * (num_segments + 20 + (80 if self.sharp else 0))
+        what = f"An image of {size[1]} x {size[0]} pixels in {num_segments} segments"
+        check_memory(memory, what, "give a smaller image, or fewer `num_segments` (`--segments`)", self.max_memory)
+
+    def paint(
+        self, maps: torch.Tensor, image: Image.Image | np.ndarray, size: tuple[int, int]
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """
+        The index of the largest of the maps but the last in each pixel, and the last; maps are (k + 1, height, width)
+        of the patches. One at a time is made as large as the image.
+        """
+
+        def enlarge(values: torch.Tensor) -> torch.Tensor:
+            full = F.interpolate(values[None, None], size=size, mode="bilinear")[0]
+            if self.sharp:
+                patch = max(size) / max(values.shape)
+                full = follow_edges(full, image, radius=max(1, round(patch)))
+            return full[0]
+
+        largest = enlarge(maps[0])
+        labels = torch.zeros(size, dtype=torch.int16)
+        for index in range(1, len(maps) - 1):
+            found = enlarge(maps[index])
+            labels[found > largest] = index
+            torch.maximum(largest, found, out=largest)
+        return labels.numpy(), enlarge(maps[-1]).numpy()
+
+    def segment(self, image: Image.Image | np.ndarray) -> ZeroShotSegmentation:
+        """Segment one image of [`to_image`]."""
+        size = height_and_width(image)
+        self.check_memory(size)
         pixel_values = to_pixel_values(image, self.processor, self.long_side, unwrap(self.model).config.patch_size)
         grouping = METHODS[self.method](self.model, pixel_values, self.options)
-        size = (image.height, image.width)
         maps = torch.cat([grouping.members, grouping.saliency.unsqueeze(0)]).float()
-        maps = F.interpolate(maps.unsqueeze(0), size=size, mode="bilinear")[0]
-        if self.sharp:
-            patch = max(size) / max(grouping.saliency.shape)
-            maps = follow_edges(maps, image, radius=max(1, round(patch)))
-        labels, scores = maps[:-1].argmax(0).numpy(), maps[-1].numpy()
+        labels, scores = self.paint(maps, image, size)
         segments = []
         for i, (name, probability) in enumerate(self.name(grouping)):
             mask = labels == i
@@ -150,13 +196,15 @@ class ZeroShotSegmenter:
         self, images: ImageSource | Sequence[ImageSource]
     ) -> ZeroShotSegmentation | list[ZeroShotSegmentation | ImageError]:
         """
-        Segment one image or several, of any size and mode: PIL images, arrays or paths.
+        Segment one image or several, of any size and mode: whatever [`to_image`] takes.
 
         Of several, one that cannot be read does not discard the others: the list holds its `ImageError` in that place.
 
         Raises:
-            ImageError: a single image cannot be read; the message is one sentence for people.
+            ValueError: a single image cannot be read, or takes too much memory; the message is one sentence for
+                people.
         """
+        num_channels = unwrap(self.model).config.num_channels
         if isinstance(images, (list, tuple)):
-            return for_each_image(self.segment, images)
-        return self.segment(to_image(images))
+            return for_each_image(self.segment, images, num_channels)
+        return self.segment(to_image(images, num_channels=num_channels))

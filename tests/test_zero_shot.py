@@ -311,7 +311,9 @@ def test_arguments_are_checked(shipped, values, message):
         ZeroShotSegmenter(*shipped, **values)
 
 
-@pytest.mark.parametrize("source", [7, np.zeros((4, 4, 2), np.uint8), np.zeros((4, 4)), np.zeros((0, 4), np.uint8)])
+@pytest.mark.parametrize(
+    "source", [7, np.zeros((4, 4, 2), np.uint8), np.zeros((4, 4), int), np.zeros((0, 4), np.uint8)]
+)
 def test_what_is_no_image(shipped, source):
     with pytest.raises(ValueError, match="An image is a"):
         ZeroShotSegmenter(*shipped)(source)
