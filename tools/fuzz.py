@@ -14,6 +14,7 @@ Needs Linux and the packages of the extras `test` and `train`.
 """
 
 import argparse
+import dataclasses
 import hashlib
 import io
 import json
@@ -1121,68 +1122,99 @@ def make_dataset(random: Random, folders: Folders) -> Case:
 # ---------------------------------------------------------------- command lines
 
 
-NUMBERS = ("0", "1", "-1", "2", "8", "33", "192", "30000", "1000000000", "99999999999999999999", "0.5", "nan", "x", "")
+ODD_WORDS = (
+    "0",
+    "-1",
+    "1",
+    "2",
+    "7",
+    "30000",
+    "1000000000",
+    "9" * 30,
+    "0.5",
+    "nan",
+    "inf",
+    "x",
+    "",
+    "None",
+    "é\n",
+    "-",
+)
+WRITERS = ("output_dir", "output", "strip", "teacher_cache")  # options that say where to write
 
 
 def make_paths(random: Random, folders: Folders) -> dict[str, Path]:
-    """Files to give to a command, by what they are."""
-    files = {
-        name: folders.inputs / name for name in ("photo.png", "other.png", "text.txt", "empty", "folder", "missing")
-    }
-    draw_picture(random).save(files["photo.png"])
-    draw_picture(random).save(files["other.png"])
+    """Files to give to a command, by what they are; those of `outputs` are where it may write."""
+    names = ("photo.png", "other.png", "text.txt", "empty", "folder", "missing", "classifier", "segmenter", "encoder")
+    files = {name: folders.inputs / name for name in names}
+    for name in ("classifier", "segmenter", "encoder"):
+        shutil.copytree(SCRATCH / "models" / name, files[name])
+    files["folder"].mkdir()
     files["text.txt"].write_text("no picture\n")
     files["empty"].touch()
-    files["folder"].mkdir()
-    draw_picture(random).save(files["folder"] / "inner.png")
-    for name in ("classifier", "segmenter", "encoder"):
-        shutil.copytree(SCRATCH / "models" / name, folders.inputs / name)
-        files[name] = folders.inputs / name
-    files["existing.png"] = folders.output / "existing.png"
-    draw_picture(random).save(files["existing.png"])
-    (folders.output / "full").mkdir()
-    (folders.output / "full" / "file").touch()
-    outputs = ("new.png", "NEW.PNG", "new.jpg", "new", "no/new.png", "full", "new_mask.png", "existing.png/x.png")
-    return files | {name: folders.output / name for name in outputs}
+    outputs = (
+        "existing.png",
+        "new.png",
+        "NEW.PNG",
+        "new.jpg",
+        "new",
+        "no/new.png",
+        "full",
+        "new_mask.png",
+        "new/x.png",
+    )
+    files |= {name: folders.output / name for name in outputs}
+    for path in (files["photo.png"], files["other.png"], files["folder"] / "inner.png", files["existing.png"]):
+        draw_picture(random).save(path)
+    files["full"].mkdir()
+    (files["full"] / "file").touch()
+    return files
 
 
-def draw_options(random: Random, files: dict[str, Path], command: str) -> list[str]:
-    """Some options of a command, each with a value that is good or not."""
-    outputs = ["new.png", "new.png", "new", "existing.png", "new.jpg", "no/new.png", "full", "photo.png", "folder"]
-    models = ("classifier", "classifier", "segmenter", "segmenter", "encoder", "missing", "folder", "text.txt")
-    pool = {
-        "--checkpoint": lambda: str(files[pick(random, models)]),
-        "--long-side": lambda: pick(random, (*NUMBERS, "64", "64", "64")),
-        "--segments": lambda: pick(random, NUMBERS),
-        "--method": lambda: pick(random, ("ncut", "representatives", "attention", "mass", "")),
-        "--task": lambda: pick(random, ("foreground", "semantic", "semantic", "x")),
-        "--sharp": lambda: None,
-        "--force": lambda: None,
-        "--mask": lambda: str(files[pick(random, (*outputs, "new_mask.png", "NEW.PNG"))]),
-        "--origin": lambda: pick(random, ("vit", "cbt", "crate", "timm", "x")),
-        "--attention": lambda: pick(random, ("softmax", "agent", "x")),
-        "--num-heads": lambda: pick(random, NUMBERS),
-        "--verify": lambda: str(files[pick(random, list(files))]),
-        "--license": lambda: pick(random, ("mit", "", "\n: x", "é")),
-        "--private": lambda: None,
-        "--unknown": lambda: "x",
-    }
-    own = {
-        "segment": ["--long-side", "--segments", "--method", "--task", "--sharp", "--mask", "--force"],
-        "attention": ["--long-side", "--force"],
-        "inspect": ["--long-side"],
-        "convert": ["--origin", "--attention", "--num-heads", "--verify", "--license"],
-        "push": ["--private"],
-    }[command]
-    chosen = [name for name in own if random.random() < 0.3]
-    chosen += ["--checkpoint"] if command != "convert" and random.random() < 0.8 else []
-    chosen += [pick(random, list(pool))] if random.random() < 0.1 else []
-    options = [part for name in chosen for part in (name, pool[name]()) if part is not None]
-    if command == "inspect" and random.random() < 0.3:
-        options += ["--patch", pick(random, NUMBERS), pick(random, NUMBERS)]
-    if command != "push" and random.random() < 0.97:
-        options += ["-o", str(files[pick(random, outputs)])]
-    return options
+def sound_line(random: Random, files: dict[str, Path]) -> list[str]:
+    """A command line of `cbsa` that has a result, or, without a network, a sentence."""
+    command = pick(random, ("segment", "segment", "segment", "attention", "inspect", "convert", "push"))
+    if command == "push":
+        return [command, "you/model", "--checkpoint", str(files["classifier"]), *pick(random, ([], ["--private"]))]
+    output = files["new" if command in ("inspect", "convert") else "new.png"]
+    if command == "convert":
+        options = (["--origin", "vit"], ["--attention", "agent"], ["--num-heads", "2"], ["--license", "mit"], [])
+        return [command, str(files["classifier"]), "-o", str(output), *pick(random, options)]
+    checkpoint = pick(random, ("classifier", "encoder", "segmenter"))
+    options = [["--long-side", "64"], []]
+    if command == "inspect":
+        options += [["--patch", "1", "2"]]
+    if command == "segment":
+        options += [["--segments", "3"], ["--method", "attention"], ["--sharp"], ["--mask", str(files["NEW.PNG"])]]
+        if random.random() < 0.4:
+            checkpoint, options = "segmenter", [["--task=semantic"], ["--task=semantic", "--long-side", "64"]]
+    line = [command, str(files["photo.png"]), "-o", str(output), "--checkpoint", str(files[checkpoint])]
+    return line + pick(random, options) + (pick(random, options) if random.random() < 0.3 else [])
+
+
+def change_line(random: Random, line: list[str], files: dict[str, Path]) -> list[str]:
+    """With another word, without one, or with some more."""
+    kind, at = random.random(), int(random.integers(len(line)))
+    if kind < 0.6:
+        values = [str(path) for path in files.values()]
+        at = pick(random, range(1, len(line))) if random.random() < 0.9 else at
+        return [*line[:at], pick(random, (*values, *values, *ODD_WORDS)), *line[at + 1 :]]
+    if kind < 0.7:
+        return line[:at] + line[at + 1 :]
+    flags = ["--sharp", "--force", "--force", "--private", "--unknown"]
+    numbers = ["--long-side", "--segments", "--num-heads", "--patch"]
+    others = {"--task": "semantic", "--method": "mass", "--mask": str(files["existing.png"]), "--origin": "cbt"}
+    others |= {"--attention": "agent", "--verify": str(files["text.txt"]), "--checkpoint": str(files["missing"])}
+    return line + pick(
+        random,
+        [
+            *([flag] for flag in flags),
+            *([number, pick(random, ODD_WORDS)] for number in numbers),
+            *([name, pick(random, (value, *ODD_WORDS))] for name, value in others.items()),
+            [str(files[pick(random, ("other.png", "missing", "folder"))])],
+            ["-o", str(files["existing.png"])],
+        ],
+    )
 
 
 def make_command(random: Random, folders: Folders) -> Case:
@@ -1190,48 +1222,44 @@ def make_command(random: Random, folders: Folders) -> Case:
     if random.random() < 0.25:
         return make_script_command(random, folders)
     files = make_paths(random, folders)
-    command = pick(random, ("segment", "segment", "segment", "attention", "inspect", "convert", "push"))
-    sources = {"convert": ("classifier", "missing", "text.txt"), "push": ("missing", "text.txt")}
-    others = [name for name in files if files[name].is_relative_to(folders.inputs)]
-    photos = ["photo.png"] * 2 + [pick(random, sources.get(command, others)), pick(random, others)]
-    given = [str(files[name]) for name in photos[2 if command in sources else 0 :]][:: int(random.integers(2, 5))]
-    argv = [command, *given, *draw_options(random, files, command)]
-    if random.random() < 0.05:
-        del argv[int(random.integers(len(argv)))]
-    replaced = ()
-    if "--force" in argv:
-        replaced = tuple(file for file in (files["existing.png"],) if file.exists())
-    return Case(lambda: cli.main(argv), is_command=True, replaced=replaced)
+    line = sound_line(random, files)
+    for _ in range(int(random.integers(3))):
+        line = change_line(random, line, files)
+    replaced = (files["existing.png"],) if "--force" in line else ()
+    return Case(lambda: cli.main(line), is_command=True, replaced=replaced)
 
 
 def make_script_command(random: Random, folders: Folders) -> Case:
-    """A line for a training script, with a recipe or without."""
+    """A line for a training script, with some odd values."""
+    import finetune
+    import pretrain
+    import score
+
     masks = random.random() < 0.3
     for split, count in (("train", 6), ("validation", 3)):
         rows = make_rows(random, masks, count)
         write_rows(random, folders.inputs / f"{split}-00000-of-00001.parquet", rows, masks, odd_columns=False)
     (folders.inputs / "id2label.json").write_text(json.dumps(dict(enumerate(CLASSES))))
-    values = ("0", "-1", "1", "0.5", "nan", "inf", "1e9", "", "x", "true", "None", "[1]", "missing", "\0")
-    names = ("learning_rate", "weight_decay", "batch_size", "num_epochs", "warmup_epochs", "max_grad_norm", "seed")
-    names += ("ema_decay", "drop_path_rate", "gradient_accumulation_steps", "optimizer", "schedule", "layer_decay")
-    names += ("checkpointing_steps", "keep_checkpoints", "keep_best", "resume_from_checkpoint", "train_split")
-    names += ("validation_split", "image_column", "label_column", "max_corrupt", "report_to", "mixup_alpha", "teacher")
-    names += ("image_size", "patch_size", "crop_size", "crop_sizes", "window", "min_crop_scale", "label_smoothing")
-    names += ("min_resize_ratio", "decoder_type", "id2label", "config", "output_dir", "dataset_name", "checkpoint")
-    names += ("split", "stride", "scales", "min_foreground", "strip", "output", "streaming", "num_workers", "task")
     models = SCRATCH / "models"
-    common, run = [f"--dataset_name={folders.inputs}"], f"--output_dir={folders.output / 'run'}"
+    common, run = [f"--dataset_name={folders.inputs}", "--batch_size=2"], f"--output_dir={folders.output / 'run'}"
+    task = "semantic-segmentation" if masks else "image-classification"
     lines = {
-        "pretrain.py": [*common, run, *TRAINING, "--batch_size=2", f"--config_name={models / 'classifier'}"],
-        "finetune.py": [*common, run, *TRAINING, "--batch_size=2", f"--model_name_or_path={models / 'classifier'}"],
-        "score.py": [*common, f"--checkpoint={models / 'classifier'}", "--batch_size=2"],
+        "pretrain.py": (pretrain.Arguments, [*common, run, *TRAINING, f"--config_name={models / 'classifier'}"]),
+        "finetune.py": (
+            finetune.TASKS[task][0],
+            [*common, run, *TRAINING, f"--model_name_or_path={models / 'classifier'}", f"--task={task}"],
+        ),
+        "score.py": (
+            score.Arguments,
+            [*common, f"--checkpoint={models / ('segmenter' if masks else 'classifier')}", f"--task={task}"],
+        ),
     }
     script = pick(random, list(lines))
-    task = pick(random, ("semantic-segmentation", "zero-shot-segmentation")) if masks else "image-classification"
-    line = lines[script] + ([f"--task={task}"] if script != "pretrain.py" else [])
-    line += [f"--{pick(random, names)}={pick(random, values)}" for _ in range(int(random.integers(1, 3)))]
-    slow = ("num_epochs=1e9", "image_size=1e9", "crop_size=1e9")  # what may take as long as it says
-    return Case(run_script(script, *(option for option in line if option[2:] not in slow)), is_command=True)
+    arguments, line = lines[script]
+    names = [known.name for known in dataclasses.fields(arguments) if known.name not in WRITERS]
+    values = (*ODD_WORDS, "true", "\0", "[1]", str(folders.inputs / "missing"))
+    line += [f"--{pick(random, names)}={pick(random, values)}" for _ in range(int(random.integers(3)))]
+    return Case(run_script(script, *line), is_command=True)
 
 
 # ---------------------------------------------------------------- all of them
