@@ -13,6 +13,7 @@ from transformers import (
 from .attention_cbsa import ContractAndBroadcastSelfAttention
 from .checkpoint import default_checkpoint, load_checkpoint
 from .configuration_cbsa import CBSAConfig
+from .images import ImageError
 from .interpretability import attention_maps, exact_maps
 from .measures import accuracy_under_noise, coding_rate, measure_layers
 from .modeling_cbsa import (
@@ -60,6 +61,7 @@ __all__ = [
     "CBSAPreTrainedModel",
     "CBSASemanticSegmenterOutput",
     "ContractAndBroadcastSelfAttention",
+    "ImageError",
     "Segment",
     "SlidingWindowSegmenter",
     "ZeroShotSegmentation",

@@ -2,31 +2,32 @@
 
 import argparse
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import huggingface_hub
 import numpy as np
 import transformers
 from PIL import Image
+from tqdm import tqdm
 
 from .checkpoint import load_checkpoint
 from .convert_checkpoints import ORIGINS, compare_outputs, convert_checkpoint, model_card, save_conversion
 from .figures import attention_grid, class_colours, class_legend, overlay_classes, overlay_mask
 from .hub import push_checkpoint
-from .images import open_image, to_pixel_values
+from .images import MAX_PIXELS, MAX_RATIO, open_image, to_pixel_values
 from .interpretability import attention_maps, map_formula
+from .photo_jobs import STANDARD_INPUT, Job, check_job, find_photos, plan_folder, save_pngs
 from .report import inspect_photo, save_report
 from .sliding_window import SlidingWindowSegmenter
 from .token_groups import METHODS
 from .zero_shot import Segment, ZeroShotSegmentation, ZeroShotSegmenter
 
 
-def check_output(path: Path):
-    """A ValueError, before any work is done, when a PNG cannot be written there."""
-    if path.suffix.lower() != ".png":
-        raise ValueError(f"The output {path} has to end in .png.")
-    if not path.parent.is_dir():
-        raise ValueError(f"There is no folder {path.parent} to write {path.name} to.")
+Finder = Callable[[Image.Image], tuple[Image.Image, Image.Image, str]]
+"""A photo -> overlay, mask, and what was found in words."""
+
+FOREGROUND_ONLY = ("method", "segments")
 
 
 def check_folder(path: Path):
@@ -37,32 +38,90 @@ def check_folder(path: Path):
         raise ValueError(f"{path} exists and is not an empty folder; name a new one.")
 
 
-def save_png(image: Image.Image, path: Path):
-    """Write under a temporary name and rename, so that a file of that name is always whole."""
-    partial = path.with_name(f".{path.name}.partial")
-    image.save(partial, format="PNG")
-    partial.replace(path)
+def read_photo(photo: str, args: argparse.Namespace) -> Image.Image:
+    limits = {"max_pixels": args.max_pixels, "max_ratio": args.max_ratio}
+    if photo == STANDARD_INPUT:
+        return open_image(sys.stdin.buffer, name="The photo on standard input", **limits)
+    return open_image(photo, **limits)
 
 
-def segment(args: argparse.Namespace):
-    mask_path = args.mask or args.output.with_name(f"{args.output.stem}_mask.png")
-    check_output(args.output)
-    check_output(mask_path)
-    image = open_image(args.photo)
+def plan_segmentation(args: argparse.Namespace) -> list[Job]:
+    """What to read and write; a ValueError for options that have no effect together."""
     if args.task == "semantic":
-        overlay, mask, found = find_classes(image, args.checkpoint, args.long_side, args.sharp)
-    else:
-        options = {"method": args.method, "sharp": args.sharp}
-        if args.long_side is not None:
-            options["long_side"] = args.long_side
-        if args.segments is not None:
-            options["num_segments"] = args.segments
-        segmentation = ZeroShotSegmenter(*load_checkpoint(args.checkpoint), **options)(image)
-        show = show_foreground if args.segments is None else show_segments
-        overlay, mask, found = show(image, segmentation)
-    save_png(overlay, args.output)
-    save_png(mask, mask_path)
-    print(f"{args.output} and {mask_path}: {found}.")
+        for name in FOREGROUND_ONLY:
+            if name in args:
+                raise ValueError(f"`--{name}` has no effect with `--task semantic`; leave it out.")
+    photos = find_photos(args.photos)
+    if photos == args.photos and len(photos) == 1:
+        mask = args.mask or args.output.with_name(f"{args.output.stem}_mask.png")
+        return [Job(photos[0], (args.output, mask))]
+    if args.mask is not None:
+        raise ValueError("`--mask` names the mask of one photo; of several, each mask is named after its photo.")
+    return plan_folder(photos, args.output)
+
+
+def segment(args: argparse.Namespace) -> int:
+    jobs = plan_segmentation(args)
+    if jobs[0].outputs[0] == args.output:
+        segment_photo(jobs[0], args)
+        return 0
+    is_new = not args.output.exists()
+    args.output.mkdir(exist_ok=True)
+    try:
+        failures = segment_photos(jobs, args)
+    finally:
+        if is_new and not any(args.output.iterdir()):
+            args.output.rmdir()
+    if failures:
+        print(f"cbsa: {len(failures)} of {len(jobs)} photos could not be segmented:", file=sys.stderr)
+        for error in failures:
+            print(f"cbsa: {error}", file=sys.stderr)
+    return 1 if failures else 0
+
+
+def segment_photo(job: Job, args: argparse.Namespace):
+    check_job(job, [job.photo], args.force)
+    image = read_photo(job.photo, args)  # before the model, which one that cannot be read does not need
+    *pictures, found = load_finder(args)(image)
+    save_pngs(pictures, job.outputs)
+    print(f"{job.outputs[0]} and {job.outputs[1]}: {found}.")
+
+
+def segment_photos(jobs: list[Job], args: argparse.Namespace) -> list[Exception]:
+    """Segment what can be, and return what is wrong with the others, a sentence each."""
+    photos, find, failures = [job.photo for job in jobs], None, []
+    with tqdm(jobs, unit="photo") as progress:
+        for job in progress:
+            try:
+                check_job(job, photos, args.force)
+                image = read_photo(job.photo, args)
+            except (ValueError, OSError) as error:
+                failures.append(error)
+                continue
+            find = find or load_finder(args)
+            try:
+                *pictures, found = find(image)
+                save_pngs(pictures, job.outputs)
+            except (ValueError, OSError) as error:
+                failures.append(ValueError(f"{job.photo}: {error}"))
+            else:
+                tqdm.write(f"{job.outputs[0]} and {job.outputs[1]}: {found}.", file=sys.stdout)
+    return failures
+
+
+def load_finder(args: argparse.Namespace) -> Finder:
+    """What the options ask for, its model loaded once for all photos."""
+    if args.task == "semantic":
+        model, processor = load_checkpoint(args.checkpoint, "semantic-segmentation")
+        segmenter = SlidingWindowSegmenter(model, processor, long_side=args.long_side, sharp=args.sharp)
+        return lambda image: show_classes(image, segmenter(image), model.config.id2label)
+    given = {"method": "method", "segments": "num_segments"}
+    options = {option: getattr(args, name) for name, option in given.items() if name in args}
+    if args.long_side is not None:
+        options["long_side"] = args.long_side
+    segmenter = ZeroShotSegmenter(*load_checkpoint(args.checkpoint), sharp=args.sharp, **options)
+    show = show_segments if "segments" in args else show_foreground
+    return lambda image: show(image, segmenter(image))
 
 
 def label_picture(labels: np.ndarray, num_labels: int) -> Image.Image:
@@ -92,33 +151,30 @@ def show_segments(image: Image.Image, found: ZeroShotSegmentation) -> tuple[Imag
     return overlay_classes(image, labels, names), label_picture(labels, len(names)), text
 
 
-def find_classes(
-    image: Image.Image, checkpoint: str | None, long_side: int | None, sharp: bool
+def show_classes(
+    image: Image.Image, labels: np.ndarray, names: dict[int, str]
 ) -> tuple[Image.Image, Image.Image, str]:
     """Overlay with a legend, class indices as a mask, and what was found in words."""
-    model, processor = load_checkpoint(checkpoint, "semantic-segmentation")
-    labels = SlidingWindowSegmenter(model, processor, long_side=long_side, sharp=sharp)(image)
-    names = model.config.id2label
     found = ", ".join(text for _, text in class_legend(labels, names))
     return overlay_classes(image, labels, names), label_picture(labels, len(names)), found
 
 
 def attention(args: argparse.Namespace):
-    check_output(args.output)
-    image = open_image(args.photo)
+    check_job(Job(args.photo, (args.output,)), [args.photo], args.force)
+    image = read_photo(args.photo, args)
     model, processor = load_checkpoint(args.checkpoint)
     pixel_values = to_pixel_values(image, processor, args.long_side, model.config.patch_size)
     maps = attention_maps(model, pixel_values)[:, 0]
     title = f"attention of CLS to the patches: its row of {map_formula(model)}, per layer and head"
-    save_png(attention_grid(image, maps, title), args.output)
+    save_pngs([attention_grid(image, maps, title)], [args.output])
     print(f"{args.output}: {maps.shape[0]} layers x {maps.shape[1]} heads, {maps.shape[2]} x {maps.shape[3]} patches.")
 
 
 def inspect(args: argparse.Namespace):
     check_folder(args.output)
-    image = open_image(args.photo)
+    image = read_photo(args.photo, args)
     report = inspect_photo(image, *load_checkpoint(args.checkpoint), args.long_side, args.patch)
-    report.numbers = {"photo": args.photo.name, **report.numbers}
+    report.numbers = {"photo": Path(args.photo).name, **report.numbers}
     save_report(report, args.output)
     print(f"{args.output}: report.json and {len(report.pictures)} pictures.")
 
@@ -166,22 +222,74 @@ def at_least_two(text: str) -> int:
     return value
 
 
+def positive_number(text: str) -> float:
+    value = float(text)
+    if not value > 0:
+        raise argparse.ArgumentTypeError(f"{text} is not above 0")
+    return value
+
+
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="cbsa", description=__doc__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    add_photo_commands(commands)
+    add_checkpoint_commands(commands)
+    return parser
 
+
+def add_photo_commands(commands):
+    """`segment`, `attention` and `inspect`."""
     common = argparse.ArgumentParser(add_help=False)
-    common.add_argument("photo", type=Path, metavar="PHOTO", help="an image file")
     common.add_argument("--checkpoint", help="a folder or hub id; default: the checkpoint in this package")
-    sized = argparse.ArgumentParser(add_help=False)
-    sized.add_argument(
+    common.add_argument(
+        "--max-pixels", type=positive, default=MAX_PIXELS, help="pixels that a photo may have (%(default)s)"
+    )
+    common.add_argument(
+        "--max-ratio",
+        type=positive_number,
+        default=MAX_RATIO,
+        help="how much longer one side of a photo may be than the other (%(default)s times)",
+    )
+    photo = argparse.ArgumentParser(add_help=False)
+    photo.add_argument("photo", metavar="PHOTO", help="an image file; - reads it from standard input")
+    photo.add_argument(
         "--long-side", type=positive, default=256, help="pixels of the longer side that the model sees (%(default)s)"
     )
     picture = argparse.ArgumentParser(add_help=False)
-    picture.add_argument("-o", "--output", type=Path, required=True, help="the picture to write, a .png")
-
+    picture.add_argument("--force", action="store_true", help="replace pictures that exist")
     command = commands.add_parser(
         "segment", parents=[common, picture], help="find the foreground, or the class of every pixel"
+    )
+    add_segment_options(command)
+    command = commands.add_parser(
+        "attention", parents=[photo, common, picture], help="draw the attention of every layer and head"
+    )
+    command.add_argument("-o", "--output", type=Path, required=True, help="the picture to write, a .png")
+    command.set_defaults(run=attention)
+
+    command = commands.add_parser(
+        "inspect", parents=[photo, common], help="look inside: pictures and numbers of every layer"
+    )
+    command.add_argument("-o", "--output", type=Path, required=True, help="the folder to write")
+    command.add_argument(
+        "--patch",
+        type=int,
+        nargs=2,
+        metavar=("ROW", "COLUMN"),
+        help="the patch whose attention is shown, counted from 0; default: CLS",
+    )
+    command.set_defaults(run=inspect)
+
+
+def add_segment_options(command: argparse.ArgumentParser):
+    command.add_argument(
+        "photos",
+        nargs="+",
+        metavar="PHOTO",
+        help="an image file, a folder of them or a pattern such as 'holiday/*.jpg'; - reads one from standard input",
+    )
+    command.add_argument(
+        "-o", "--output", type=Path, required=True, help="the picture to write, a .png; of several photos a folder"
     )
     command.add_argument(
         "--task",
@@ -195,37 +303,27 @@ def build_parser() -> argparse.ArgumentParser:
         help="pixels of the longer side that the model sees; default: 192, or for --task semantic what the image "
         "processor says, else the photo's own",
     )
+    # No defaults: whether one is given without effect has to be known.
     command.add_argument(
         "--method",
         choices=METHODS,
-        default="ncut",
+        default=argparse.SUPPRESS,
         help="for foreground: normalised cut of the patches (the default), their representatives, or attention of CLS",
     )
     command.add_argument(
-        "--segments", type=at_least_two, metavar="K", help="for foreground: show K segments, with names where known"
+        "--segments",
+        type=at_least_two,
+        metavar="K",
+        default=argparse.SUPPRESS,
+        help="for foreground: show K segments, with names where known",
     )
     command.add_argument("--sharp", action="store_true", help="move edges to the photo's; needs kornia")
     command.add_argument("--mask", type=Path, help="the mask to write, a .png; default: OUTPUT_mask.png")
     command.set_defaults(run=segment)
 
-    command = commands.add_parser(
-        "attention", parents=[common, picture, sized], help="draw the attention of every layer and head"
-    )
-    command.set_defaults(run=attention)
 
-    command = commands.add_parser(
-        "inspect", parents=[common, sized], help="look inside: pictures and numbers of every layer"
-    )
-    command.add_argument("-o", "--output", type=Path, required=True, help="the folder to write")
-    command.add_argument(
-        "--patch",
-        type=int,
-        nargs=2,
-        metavar=("ROW", "COLUMN"),
-        help="the patch whose attention is shown, counted from 0; default: CLS",
-    )
-    command.set_defaults(run=inspect)
-
+def add_checkpoint_commands(commands):
+    """`convert` and `push`."""
     command = commands.add_parser("convert", help="make a CBSA model of another library's checkpoint")
     command.add_argument("source", metavar="SOURCE", help="a file of weights, a folder, or a hub id")
     command.add_argument("-o", "--output", type=Path, required=True, help="the folder to write")
@@ -246,19 +344,26 @@ def build_parser() -> argparse.ArgumentParser:
     command.add_argument("--checkpoint", help="a folder or hub id; default: the checkpoint in this package")
     command.add_argument("--private", action="store_true", help="make the repository private, if it is new")
     command.set_defaults(run=push)
-    return parser
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the command; 0, or 2 after one sentence on standard error when the input is bad."""
+    """
+    Run the command.
+
+    Returns:
+        0; 1 when some of several photos could not be segmented; 2 after one sentence on standard error when the input
+        is bad; 130 when it was interrupted.
+    """
     args = build_parser().parse_args(argv)
     # Their retries and reports would bury the one sentence.
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     huggingface_hub.logging.set_verbosity_error()
     try:
-        args.run(args)
+        return args.run(args) or 0
     except (ValueError, OSError) as error:
         print(f"cbsa: {error}", file=sys.stderr)
         return 2
-    return 0
+    except KeyboardInterrupt:
+        print("cbsa: Interrupted.", file=sys.stderr)
+        return 130

@@ -1,5 +1,9 @@
 """Configuration of the CBSA models."""
 
+import inspect
+import sys
+
+import torch
 from huggingface_hub.dataclasses import strict
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 from transformers.backbone_utils import BackboneConfigMixin
@@ -13,6 +17,10 @@ PATCH_EMBEDDING_TYPES = ("conv_stem", "patchify", "linear")
 REPRESENTATIVES_TYPES = ("pool", "learned")
 POOLED_TOKENS = ("patches", "all_but_last")
 POSITION_INTERPOLATIONS = ("bicubic", "bilinear")
+DTYPES = ("float32", "float16", "bfloat16", "float64")
+MAX_LAYERS = 10_000
+MAX_LABELS = 1_000_000
+MAX_REPRESENTATIVES = 1_024
 AUTO_MAP = {
     "AutoConfig": "configuration_cbsa.CBSAConfig",
     "AutoModel": "modeling_cbsa.CBSAModel",
@@ -20,6 +28,21 @@ AUTO_MAP = {
     "AutoModelForSemanticSegmentation": "modeling_cbsa.CBSAForSemanticSegmentation",
     "AutoBackbone": "modeling_cbsa.CBSABackbone",
 }
+
+
+def check_counts(values: dict):
+    """
+    A ValueError for a number of layers or labels, in the values of a configuration or of one inside it, that takes
+    long even to list: configurations name each layer and each label.
+    """
+    for name, value in values.items():
+        if isinstance(value, dict):
+            check_counts(value)
+        most = MAX_LABELS if name == "num_labels" else MAX_LAYERS
+        if name == "num_labels" or any(part in str(name) for part in ("layers", "depth", "blocks")):
+            counts = value if isinstance(value, (list, tuple)) else [value]
+            if any(isinstance(count, (int, float)) and not count <= most for count in counts):
+                raise ValueError(f"`{name}` is {value}, and has to be at most {most}.")
 
 
 @strict
@@ -142,23 +165,58 @@ class CBSAConfig(BackboneConfigMixin, PreTrainedConfig):
     _out_indices: list[int] | None = None
 
     def __post_init__(self, **kwargs):
+        self.check_values(kwargs)
         if self.head_dim is None and self.num_attention_heads > 0:
             self.head_dim = self.hidden_size // self.num_attention_heads
         if self.intermediate_size is None:
             self.intermediate_size = 4 * self.hidden_size
         if isinstance(self.backbone_config, dict):
-            model_type = self.backbone_config.get("model_type")
-            if model_type not in CONFIG_MAPPING:
-                raise ValueError(
-                    f"`backbone_config` has the `model_type` {model_type!r}, which Transformers does not know; give "
-                    "the configuration of one of its backbones, such as 'dinov2'."
-                )
-            self.backbone_config = CONFIG_MAPPING[model_type].from_dict(self.backbone_config)
+            self.backbone_config = self.read_backbone(self.backbone_config)
         self.stage_names = ["stem"] + [f"stage{idx}" for idx in range(1, self.num_hidden_layers + 1)]
-        self.set_output_features_output_indices(
-            out_indices=kwargs.pop("out_indices", None), out_features=kwargs.pop("out_features", None)
-        )
-        super().__post_init__(**kwargs)
+        try:
+            self.set_output_features_output_indices(
+                out_indices=kwargs.pop("out_indices", None), out_features=kwargs.pop("out_features", None)
+            )
+            super().__post_init__(**kwargs)
+        except (AttributeError, LookupError, TypeError) as error:  # Transformers uses some values without a look
+            raise ValueError(f"The configuration has a value of the wrong type: {error}") from error
+
+    def check_values(self, others: dict):
+        """A ValueError for what Transformers would trip over, among the fields and the `others` that are none."""
+        check_counts({**vars(self), **others})
+        for dtype in (self.dtype, others.get("torch_dtype")):
+            if dtype is not None and not isinstance(dtype, torch.dtype) and dtype not in DTYPES:
+                raise ValueError(f"`dtype` is {dtype!r}; choose one of {', '.join(map(repr, DTYPES))}.")
+        names = self.architectures
+        if names is not None and not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
+            raise ValueError(f"`architectures` is {names!r}; give a list of the names of model classes.")
+        for name in ("quantization_config", "rope_parameters", "rope_scaling"):
+            value = others.get(name)
+            if value is not None and not isinstance(value, dict) and not hasattr(value, "to_dict"):
+                raise ValueError(f"`{name}` is {value!r}, and has to be an object of settings.")
+        num_labels = others.get("num_labels")
+        if num_labels is not None and (not isinstance(num_labels, int) or num_labels < 0):
+            raise ValueError(f"`num_labels` is {num_labels!r}; give the number of classes.")
+        for name in others:
+            attribute = inspect.getattr_static(type(self), name, None)
+            is_settable = isinstance(attribute, property) and attribute.fset is not None
+            if attribute is not None and not is_settable and name != "model_type":
+                raise ValueError(f"`{name}` is no setting, but a part of the configuration's class; leave it out.")
+
+    @staticmethod
+    def read_backbone(values: dict) -> PreTrainedConfig:
+        """The configuration with those values; a ValueError when Transformers does not have it."""
+        model_type = values.get("model_type")
+        if not isinstance(model_type, str) or model_type not in CONFIG_MAPPING:
+            raise ValueError(
+                f"`backbone_config` has the `model_type` {model_type!r}, which Transformers does not know; give "
+                "the configuration of one of its backbones, such as 'dinov2'."
+            )
+        try:
+            return CONFIG_MAPPING[model_type].from_dict(values)
+        except Exception as error:  # each of its classes looks at its values in its own way, or not at all
+            reason = " ".join(str(error).split())
+            raise ValueError(f"`backbone_config` is no configuration of a {model_type!r} model: {reason}") from error
 
     @property
     def layer_attention_types(self) -> list[str]:
@@ -192,6 +250,11 @@ class CBSAConfig(BackboneConfigMixin, PreTrainedConfig):
             sides = [value, value] if isinstance(value, int) else value
             if len(sides) != 2 or min(sides) < 1:
                 raise ValueError(f"`{name}` is {value}; give one side or (height, width), each at least 1.")
+            if "representatives" in name and sides[0] * sides[1] > MAX_REPRESENTATIVES:
+                raise ValueError(
+                    f"`{name}` is {value}, which makes {sides[0] * sides[1]} representatives; their cost grows with "
+                    f"the square of their number, which has to be at most {MAX_REPRESENTATIVES}."
+                )
         for name in ("base_num_patches", "decoder_base_num_patches"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -264,10 +327,18 @@ class CBSAConfig(BackboneConfigMixin, PreTrainedConfig):
         if not 0 <= self.drop_path_rate < 1:
             raise ValueError(f"`drop_path_rate` is {self.drop_path_rate}, and has to be from 0 to below 1.")
 
-    def validate_ista(self):
-        for name in ("ista_step_size", "ista_threshold"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"`{name}` is {getattr(self, name)}, and must not be negative.")
+    def validate_numbers(self):
+        for name in ("ista_step_size", "ista_threshold", "layer_norm_eps", "initializer_range"):
+            value = getattr(self, name)
+            if not value >= 0:
+                raise ValueError(f"`{name}` is {value}, and must not be negative.")
+            if value > sys.float_info.max:
+                raise ValueError(f"`{name}` is {value}, and has to be finite.")
+
+    def validate_labels(self):
+        """The labels are numbered 0, 1, 2, ... without a hole, as the outputs are."""
+        if sorted(self.id2label) != list(range(len(self.id2label))):
+            raise ValueError(f"`id2label` has to number its {len(self.id2label)} labels from 0 without a hole.")
 
     def validate_decoder(self):
         if self.decoder_head_dim is not None and self.decoder_head_dim < 1:

@@ -19,10 +19,12 @@ from safetensors.torch import load_file
 from transformers import BaseImageProcessor, PreTrainedConfig, SegformerImageProcessorPil, ViTImageProcessorPil
 from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, PILImageResampling
 
+from .checkpoint import check_processor
 from .configuration_cbsa import CBSAConfig
 from .key_mappings import ORIGINS, convert_state_dict, detect_origin
 from .modeling_cbsa import CBSAForImageClassification, CBSAForSemanticSegmentation, CBSAModel, CBSAPreTrainedModel
 from .source_files import find_weights, load_source_config, load_weights, read_preprocessing
+from .weight_files import check_finite, one_sentence
 
 
 # Heads by width in the published models. They leave no trace in the shapes of q, k and v, and 64 a head, the usual
@@ -195,6 +197,8 @@ def build_model(config: CBSAConfig, weights: dict[str, torch.Tensor]) -> CBSAPre
             raise ValueError(
                 f"What becomes `{name}` has the shape {tuple(weights[name].shape)}; {tuple(tensor.shape)} fits."
             )
+        if weights[name].is_floating_point() != tensor.is_floating_point():
+            raise ValueError(f"What becomes `{name}` is of type {weights[name].dtype}, which its values cannot be.")
     model.load_state_dict(weights, assign=True)
     return model.eval()
 
@@ -247,7 +251,10 @@ def convert_checkpoint(
     }
     segments = isinstance(model, CBSAForSemanticSegmentation)
     processor_class = SegformerImageProcessorPil if segments else ViTImageProcessorPil
-    processor = processor_class(size={"height": height, "width": width}, do_convert_rgb=True, **preprocessing)
+    with one_sentence(f"The image processor of {source} cannot be used"):
+        processor = processor_class(size={"height": height, "width": width}, do_convert_rgb=True, **preprocessing)
+        check_processor(processor, config.num_channels)
+    check_finite(model, source)
     return Conversion(model, processor, origin, dropped)
 
 

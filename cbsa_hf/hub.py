@@ -21,7 +21,7 @@ def load_card(checkpoint: str) -> ModelCard:
     """
     try:
         card = ModelCard.load(Path(checkpoint) / "README.md" if Path(checkpoint).is_dir() else checkpoint)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # of YAML, of the card's types, of the Hub, or RecursionError
         raise ValueError(f"{checkpoint} has no model card that can be read; write its README.md.") from error
     missing = [name for name in REQUIRED_METADATA if not getattr(card.data, name)]
     if missing:

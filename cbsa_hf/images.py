@@ -4,71 +4,308 @@ edges moved to a photograph's.
 """
 
 import os
+import stat
+import warnings
+from collections.abc import Callable, Sequence
+from typing import BinaryIO, TypeVar
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, UnidentifiedImageError
 from transformers import BaseImageProcessor
 
-
-ImageSource = Image.Image | np.ndarray | str | os.PathLike
-
-
-def to_rgb(image: Image.Image) -> Image.Image:
-    """Upright by its EXIF orientation, in RGB: 16-bit greys scaled to 8 bits, transparency laid over white."""
-    image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I"):  # 16-bit grey; `convert` would clip it at 255
-        image = Image.fromarray((np.asarray(image).clip(0, 65535) // 257).astype(np.uint8))
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image.convert("RGB")
+from .image_files import open_bytes
 
 
-def open_image(path: str | os.PathLike) -> Image.Image:
+ImageSource = Image.Image | np.ndarray | torch.Tensor | str | os.PathLike | bytes | BinaryIO | dict
+
+T = TypeVar("T")
+
+MAX_PIXELS = 2**26  # of a file: 8192 x 8192
+MAX_RATIO = 200  # of a file's longer side to the shorter
+ROUNDING = 1e-3  # that floats may lie beyond 0 and 1
+BYTES_PER_PIXEL = 8  # that a file may have at most: 16-bit RGBA, not compressed
+
+ORIENTATIONS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+class ImageError(ValueError):
+    """An image cannot be read or used; the message is one sentence for people, with the image's name."""
+
+
+def failure(name: str, error: Exception) -> ImageError:
+    """What a decoder raised, whatever that is, as a sentence."""
+    reason = " ".join(str(error).split()) or type(error).__name__
+    return ImageError(f"{name} is damaged or cannot be read: {reason.rstrip('.')}.")
+
+
+def read_bytes(source: str | os.PathLike | bytes | BinaryIO, name: str, max_bytes: int) -> bytes:
+    """All of a file, if it is a regular one and not too large."""
+    if isinstance(source, (bytes, bytearray, memoryview)):
+        return bytes(source)
+    try:
+        if isinstance(source, (str, os.PathLike)):
+            with open(source, "rb", opener=open_without_waiting) as file:
+                if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+                    raise ImageError(f"{name} is not a regular file; give an image file.")
+                data = file.read(max_bytes + 1)
+        else:
+            if source.seekable():
+                source.seek(0)
+            data = source.read(max_bytes + 1)
+    except ImageError:
+        raise
+    except FileNotFoundError as error:
+        raise ImageError(f"There is no file {name}.") from error
+    except IsADirectoryError as error:
+        raise ImageError(f"{name} is a folder; give an image file.") from error
+    except (OSError, ValueError) as error:  # ValueError: a null character in the path, or a closed file
+        raise failure(name, error) from error
+    if not isinstance(data, bytes):
+        raise ImageError(f"{name} is not open in binary mode.")
+    if len(data) > max_bytes:
+        raise ImageError(
+            f"{name} has more than {max_bytes:,} bytes, {BYTES_PER_PIXEL} for each pixel that an image may have; "
+            "raise `max_pixels` (`--max-pixels`) if it is meant to be read."
+        )
+    return data
+
+
+def open_without_waiting(path: str, flags: int) -> int:
+    """For `open`: a pipe without a writer does not block."""
+    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
+
+
+def check_size(size: tuple[int, int], name: str, max_pixels: int, max_ratio: float):
+    """An ImageError for more pixels, or more elongated ones, than allowed."""
+    width, height = size
+    if width < 1 or height < 1:
+        raise ImageError(f"{name} is damaged or cannot be read: it has {width} x {height} pixels.")
+    if width * height > max_pixels:
+        raise ImageError(
+            f"{name} has {width} x {height} = {width * height:,} pixels, and the limit is {max_pixels:,}; raise "
+            "`max_pixels` (`--max-pixels`) if it is meant to be read."
+        )
+    if max(size) > max_ratio * min(size):
+        raise ImageError(
+            f"{name} has {width} x {height} pixels, and the limit for the ratio of the sides is {max_ratio:g}; raise "
+            "`max_ratio` (`--max-ratio`) if it is meant to be read."
+        )
+
+
+def decode(source: "ImageSource", name: str | None, max_pixels: int, max_ratio: float) -> tuple[Image.Image, str]:
+    """A file's image as its decoder gives it, within the limits; and its name."""
+    if isinstance(source, dict):
+        source, path = source.get("bytes"), source.get("path")
+        name = name or path
+        source = path if source is None else source
+    is_path = isinstance(source, (str, os.PathLike))
+    name = name or str(source if is_path else getattr(source, "name", "The image"))
+    if not is_path and not isinstance(source, (bytes, bytearray, memoryview)) and not hasattr(source, "read"):
+        raise ImageError(f"{name} is a {type(source).__name__}; give a path, bytes or a file that is open.")
+    data = read_bytes(source, name, BYTES_PER_PIXEL * max_pixels)
+    try:
+        image = open_bytes(data)
+        check_size(image.size, name, max_pixels, max_ratio)
+        image.load()
+    except ImageError:
+        raise
+    except UnidentifiedImageError as error:
+        raise ImageError(f"{name} is not an image that can be read. {error}") from error
+    except Exception as error:  # decoders raise what they like: RuntimeError, NotImplementedError, struct.error, ...
+        raise failure(name, error) from error
+    return image, name
+
+
+def open_image(
+    source: "str | os.PathLike | bytes | BinaryIO | dict",
+    *,
+    name: str | None = None,
+    max_pixels: int = MAX_PIXELS,
+    max_ratio: float = MAX_RATIO,
+) -> Image.Image:
     """
-    Read a whole image file, upright and in RGB.
+    Read a whole image file, upright and in RGB, without metadata.
+
+    Args:
+        source: a path, bytes, a binary file, or what `datasets` gives undecoded: `{"bytes": ..., "path": ...}`.
+        name: of the image in messages; its path when not given.
+        max_pixels: that it may have.
+        max_ratio: of the longer side to the shorter.
 
     Raises:
-        ValueError: no such file, not an image, or damaged; the message is one sentence for people.
+        ImageError: no such file, not an image, damaged, beyond a limit, or of values that [`to_image`] does not take.
+    """
+    image, name = decode(source, name, max_pixels, max_ratio)
+    return to_rgb(image, name)
+
+
+def open_mask(
+    source: "str | os.PathLike | bytes | BinaryIO | dict",
+    *,
+    name: str | None = None,
+    max_pixels: int = MAX_PIXELS,
+    max_ratio: float = MAX_RATIO,
+) -> Image.Image:
+    """
+    Read a whole file of labels: turned upright as its photo is, its values and mode as they are stored. Arguments and
+    errors are those of [`open_image`].
+    """
+    image, name = decode(source, name, max_pixels, max_ratio)
+    return without_metadata(turn_upright(image))
+
+
+def turn_upright(image: Image.Image) -> Image.Image:
+    """By its orientation in EXIF or XMP; one that cannot be read is none."""
+    image.load()
+    try:
+        orientation = image.getexif().get(ExifTags.Base.Orientation)
+    except Exception:  # any, as of any decoder
+        orientation = None
+    method = ORIENTATIONS.get(orientation) if isinstance(orientation, int) else None
+    return image if method is None else image.transpose(method)
+
+
+def without_metadata(image: Image.Image) -> Image.Image:
+    """A copy of pixels and palette alone: nothing that a second reader could apply."""
+    image = image.copy()
+    image.info = {}
+    return image
+
+
+def to_rgb(image: Image.Image, name: str = "The image") -> Image.Image:
+    """
+    Upright by its orientation, in RGB, without metadata: transparency laid over white, values as [`to_image`] says.
+
+    Raises:
+        ImageError: it cannot be decoded, or its values are out of range.
     """
     try:
-        with Image.open(path) as image:
-            return to_rgb(image)
-    except FileNotFoundError as error:
-        raise ValueError(f"There is no file {path}.") from error
-    except IsADirectoryError as error:
-        raise ValueError(f"{path} is a folder; give an image file.") from error
-    except UnidentifiedImageError as error:
-        raise ValueError(f"{path} is not an image that Pillow can read.") from error
-    except Image.DecompressionBombError as error:
-        raise ValueError(f"{path} is too large: {error}") from error
-    except (OSError, SyntaxError) as error:  # Pillow raises SyntaxError for broken PNG chunks
-        raise ValueError(f"{path} is damaged or cannot be read: {error}") from error
+        image = turn_upright(image)
+        if image.mode.startswith(("I", "F")):
+            values = np.asarray(image)
+            image = Image.fromarray(to_eight_bits(values.astype(np.uint16) if fits_16_bits(values) else values, name))
+        if image.mode == "La":
+            image = image.convert("LA")
+        if image.has_transparency_data:
+            image = image.convert("RGBA")
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        return without_metadata(image.convert("RGB"))
+    except ImageError:
+        raise
+    except Exception as error:
+        raise failure(name, error) from error
 
 
-def to_image(source: ImageSource) -> Image.Image:
+def fits_16_bits(values: np.ndarray) -> bool:
+    """Pillow reads 16 bits into 32 in some of its modes."""
+    return values.dtype.kind == "i" and values.min() >= 0 and values.max() <= 65535
+
+
+def to_eight_bits(values: np.ndarray, name: str) -> np.ndarray:
     """
-    A PIL image, a path, or an array (height, width) or (height, width, 3 or 4), uint8 or uint16, as an RGB image.
+    Values of an image to uint8, by the rule of [`to_image`].
 
     Raises:
-        ValueError: none of these; or see [`open_image`].
+        ImageError: another type, or values out of range.
     """
-    if isinstance(source, Image.Image):
-        return to_rgb(source)
-    if isinstance(source, (str, os.PathLike)):
-        return open_image(source)
-    if not isinstance(source, np.ndarray):
-        raise ValueError(f"An image is a {type(source).__name__}; give a PIL image, a NumPy array or a path.")
-    is_grey, is_colour = source.ndim == 2, source.ndim == 3 and source.shape[2] in (3, 4)
-    if not (is_grey or is_colour) or source.dtype not in (np.uint8, np.uint16) or source.size == 0:
-        raise ValueError(
-            f"An image is an array of shape {source.shape} and type {source.dtype}; give (height, width) or (height, "
-            "width, 3 or 4), of type uint8 or uint16."
+    if values.dtype == np.uint8:
+        return values
+    if values.dtype == bool:
+        return values * np.uint8(255)
+    is_float = values.dtype.kind == "f"
+    if not is_float and values.dtype != np.uint16:
+        raise ImageError(
+            f"{name} has values of type {values.dtype}; give uint8 (0 to 255), uint16 (0 to 65535), bool, or floats "
+            "from 0 to 1."
         )
-    if source.dtype == np.uint16:
-        source = (source // 257).astype(np.uint8)
-    return to_rgb(Image.fromarray(source))
+    low, high = values.min(), values.max()
+    if is_float and not (low >= -ROUNDING and high <= 1 + ROUNDING):  # false for NaN
+        raise ImageError(f"{name} has floats from {low:g} to {high:g}; scale them to the range from 0 to 1.")
+    if 0 < high <= (1 / 255 if is_float else 4095):
+        white = "1" if is_float else "65535"
+        raise ImageError(
+            f"{name} has no value above {high:g}, where {white} is white, and would be all but black; scale its "
+            f"values to the range from 0 to {white}."
+        )
+    if is_float:
+        return (values.astype(np.float32, copy=False).clip(0, 1) * 255).round().astype(np.uint8)
+    return (values // 257).astype(np.uint8)
+
+
+def to_image(source: "ImageSource", *, name: str | None = None, num_channels: int = 3) -> Image.Image | np.ndarray:
+    """
+    Anything that holds one image, as models take it.
+
+    - Files, see [`open_image`], and PIL images of any mode: upright, in RGB.
+    - Arrays and tensors (height, width), (height, width, channels) or (channels, height, width) with 1, 3 or 4
+      channels; where a shape fits both, channels are last.
+    - Values: uint8, 0 to 255; uint16, 0 to 65535; bool; floats from 0 to 1. Pillow's modes `I;16` and `I` are 16 bits,
+      `F` is floats from 0 to 1. Refused are other types, floats beyond that range, NaN, 16 bits without a value above
+      4095 and floats without one above 1/255, which are those of another range and would be all but black.
+    - Transparency is laid over white.
+
+    Args:
+        name: of the image in messages.
+        num_channels: that the model takes. With any number but 3 only arrays and tensors of that many will do, and one
+            of type uint8 is returned, (height, width, channels), nothing laid over anything.
+
+    Raises:
+        ImageError: none of these.
+    """
+    if num_channels == 3 and isinstance(source, Image.Image):
+        return to_rgb(source, name or "The image")
+    if num_channels == 3 and not isinstance(source, (np.ndarray, torch.Tensor)):
+        return open_image(source, name=name)
+    name = name or "The image"
+    if isinstance(source, torch.Tensor):
+        source = source.detach().cpu()
+        source = (source.float() if source.dtype == torch.bfloat16 else source).numpy()
+    if not isinstance(source, np.ndarray):
+        raise ImageError(f"{name} is a {type(source).__name__}; give an array or a tensor of {num_channels} channels.")
+    values = to_eight_bits(channels_last(source, (1, 3, 4) if num_channels == 3 else (num_channels,), name), name)
+    if num_channels != 3:
+        return values
+    return to_rgb(Image.fromarray(values[..., 0] if values.shape[2] == 1 else values), name)
+
+
+def for_each_image(use: Callable[[Image.Image], T], sources: Sequence[ImageSource]) -> "list[T | ImageError]":
+    """
+    What `use` makes of each image. One that cannot be read or used does not discard the others: its place holds the
+    [`ImageError`], and a warning says so.
+    """
+    results = []
+    for index, source in enumerate(sources):
+        try:
+            results.append(use(to_image(source)))
+        except ImageError as error:
+            warnings.warn(f"Image {index} of {len(sources)} is left out: {error}", stacklevel=3)
+            results.append(error)
+    return results
+
+
+def channels_last(values: np.ndarray, channels: tuple[int, ...], name: str) -> np.ndarray:
+    """(height, width, channels) of (height, width), (height, width, channels) or (channels, height, width)."""
+    if values.size > 0:
+        if values.ndim == 2 and 1 in channels:
+            return values[..., None]
+        if values.ndim == 3 and values.shape[2] in channels:
+            return values
+        if values.ndim == 3 and values.shape[0] in channels:
+            return np.ascontiguousarray(values.transpose(1, 2, 0))
+    counts = " or ".join(map(str, channels))
+    raise ImageError(
+        f"{name} is an array of shape {values.shape}; give (height, width, channels) or (channels, height, width) "
+        f"with {counts} channels."
+    )
 
 
 def fit_to_patches(size: tuple[int, int], long_side: int, patch_size: int) -> tuple[int, int]:
@@ -86,7 +323,8 @@ def to_pixel_values(
 ) -> torch.Tensor:
     """An RGB image -> (1, 3, height, width) as the processor makes it, but at the size of [`fit_to_patches`]."""
     height, width = fit_to_patches((image.height, image.width), long_side, patch_size)
-    return processor(image, size={"height": height, "width": width}, return_tensors="pt")["pixel_values"]
+    size = {"height": height, "width": width}
+    return processor(image, size=size, do_resize=True, do_center_crop=False, return_tensors="pt")["pixel_values"]
 
 
 def follow_edges(maps: torch.Tensor, image: Image.Image, radius: int) -> torch.Tensor:

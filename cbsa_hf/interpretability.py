@@ -22,6 +22,14 @@ from .attention_cbsa import (
 )
 
 
+def check_outputs(outputs: torch.Tensor):
+    """A ValueError when a model's outputs are not finite: no picture and no number is made of them then."""
+    if not outputs.isfinite().all():
+        raise ValueError(
+            "The model's outputs are not finite numbers: its weights are damaged, or overflow in their dtype."
+        )
+
+
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[nn.Module]:
     """
@@ -86,7 +94,8 @@ def attention_maps(
         (layers, batch, heads, grid height, grid width), not negative.
 
     Raises:
-        ValueError: `patch` lies outside the grid, or the model has another library's backbone.
+        ValueError: `patch` lies outside the grid, the model has another library's backbone, or its outputs are not
+            finite.
     """
     grid = patch_grid(model, pixel_values)
     with watching(model) as encoder:
@@ -105,7 +114,9 @@ def attention_maps(
                 rows.append((factor[..., token].unsqueeze(-2) @ factor).squeeze(-2))
             else:
                 rows.append(outputs.attentions[index][:, :, token])
-        return torch.stack(rows)[..., encoder.num_prefix_tokens :].unflatten(-1, grid).cpu()
+        maps = torch.stack(rows)[..., encoder.num_prefix_tokens :].unflatten(-1, grid).cpu()
+    check_outputs(maps)
+    return maps
 
 
 def map_is_exact(model: PreTrainedModel) -> bool:

@@ -9,8 +9,8 @@ from torch.nn import functional as F
 from transformers import BaseImageProcessor, PreTrainedModel
 
 from .attention_cbsa import to_pair
-from .images import ImageSource, follow_edges, to_image
-from .interpretability import evaluating
+from .images import ImageError, ImageSource, follow_edges, for_each_image, to_image
+from .interpretability import check_outputs, evaluating
 
 
 ROWS_AT_A_TIME = 64  # of the result; any number gives the same
@@ -191,6 +191,7 @@ class SlidingWindowSegmenter:
                 logits = self.model(pixel_values).logits.float()
                 if self.flip:
                     logits = (logits + self.model(pixel_values.flip(3)).logits.float().flip(3)) / 2
+                check_outputs(logits)
                 logits = F.interpolate(logits, size=pixel_values.shape[2:], mode="bilinear")
                 if self.sharp:
                     yield from (follow_edges(*pair, EDGE_RADIUS) for pair in zip(logits, windows, strict=True))
@@ -221,15 +222,16 @@ class SlidingWindowSegmenter:
             labels[first:last] = logits.argmax(0).cpu()
         return labels
 
-    def __call__(self, images: ImageSource | Sequence[ImageSource]) -> np.ndarray | list[np.ndarray]:
+    def __call__(self, images: ImageSource | Sequence[ImageSource]) -> np.ndarray | list[np.ndarray | ImageError]:
         """
         Class indices, (height, width) of one image or of each of several, of any size and mode: PIL images, arrays or
-        paths.
+        paths. Of several, one that cannot be read does not discard the others: the list holds its `ImageError` in that
+        place.
 
         Raises:
-            ValueError: an image cannot be read; the message is one sentence for people.
+            ImageError: a single image cannot be read; the message is one sentence for people.
         """
         with evaluating(self.model), torch.inference_mode():
             if isinstance(images, (list, tuple)):
-                return [self.segment(to_image(image)) for image in images]
+                return for_each_image(self.segment, images)
             return self.segment(to_image(images))

@@ -1,29 +1,37 @@
 """What `cbsa convert` reads: weights and configurations of other libraries, from files, folders and the Hub."""
 
-import json
 import pickle
 import re
+import zipfile
 from pathlib import Path
 
 import torch
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HFValidationError, StrictDataclassError
+from huggingface_hub.errors import HFValidationError, HTTPError
 from safetensors.torch import load_file
 from transformers import AutoConfig, PreTrainedConfig
+
+from .configuration_cbsa import check_counts
+from .weight_files import one_sentence, read_json
 
 
 TRANSFORMERS_TYPES = ("vit", "deit", "dinov2")
 
 
-def read_json(path: Path) -> dict:
-    """The object in a JSON file; an empty one if there is no such file."""
-    if not path.is_file():
-        return {}
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not a JSON file.") from error
-    return content if isinstance(content, dict) else {}
+def load_pickle(path: Path) -> object:
+    """Tensors, and dictionaries and lists of them; whatever error the bytes lead torch to when there is more."""
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
+                raise ValueError("It is compressed, as torch does not save, and could be of any size.")
+    return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def is_whole(tensor: torch.Tensor) -> bool:
+    """Whether a tensor has all its values in memory: it is dense, and repeats none of them by its strides."""
+    if not torch.is_tensor(tensor) or tensor.layout != torch.strided or tensor.is_quantized or tensor.is_meta:
+        return False
+    return tensor.numel() * tensor.element_size() <= tensor.untyped_storage().nbytes()
 
 
 def load_weights(path: Path) -> dict[str, torch.Tensor]:
@@ -39,7 +47,7 @@ def load_weights(path: Path) -> dict[str, torch.Tensor]:
             prefix = "state_dict."
             weights = {k.removeprefix(prefix): v for k, v in weights.items() if k.startswith(prefix)} or weights
         else:
-            weights = torch.load(path, map_location="cpu", weights_only=True)
+            weights = load_pickle(path)
     except PermissionError:
         raise
     except Exception as error:  # whatever the bytes lead torch to: EOFError, KeyError, OSError ...
@@ -52,8 +60,12 @@ def load_weights(path: Path) -> dict[str, torch.Tensor]:
     for name in ("state_dict", "model"):
         if isinstance(weights, dict) and isinstance(weights.get(name), dict):
             weights = weights[name]
-    if not isinstance(weights, dict) or not all(torch.is_tensor(tensor) for tensor in weights.values()):
-        raise ValueError(f"{path} holds no state dict: neither bare, nor under `state_dict` or `model`.")
+    if not isinstance(weights, dict) or not all(
+        isinstance(name, str) and is_whole(tensor) for name, tensor in weights.items()
+    ):
+        raise ValueError(
+            f"{path} holds no state dict of dense tensors: neither bare, nor under `state_dict` or `model`."
+        )
     return {key.removeprefix("module."): tensor for key, tensor in weights.items()}
 
 
@@ -70,7 +82,7 @@ def find_weights(source: str) -> Path:
     if not path.is_dir():
         try:
             path = Path(snapshot_download(source, allow_patterns=["*.json", "model.safetensors"]))
-        except (OSError, HFValidationError) as error:
+        except (OSError, HTTPError, HFValidationError) as error:
             raise ValueError(
                 f"{source} is neither a file, nor a folder, nor the id of a model that can be reached on the Hub."
             ) from error
@@ -93,10 +105,9 @@ def load_source_config(folder: Path) -> PreTrainedConfig:
     model_type = read_json(path).get("model_type")
     if model_type not in TRANSFORMERS_TYPES:
         raise ValueError(f"{path} is of a model of type {model_type}; convert takes {', '.join(TRANSFORMERS_TYPES)}.")
-    try:
-        config = AutoConfig.from_pretrained(folder)
-    except StrictDataclassError as error:
-        raise ValueError(f"{path} cannot be right: {error.__cause__}") from error
+    with one_sentence(f"{path} cannot be right"):
+        check_counts(read_json(path))
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     if config.hidden_act != "gelu":
         raise ValueError(f"The activation is {config.hidden_act!r}; the MLP of a CBSA model has 'gelu'.")
     return config
@@ -105,11 +116,13 @@ def load_source_config(folder: Path) -> PreTrainedConfig:
 def read_preprocessing(folder: Path, origin: str) -> dict:
     """What the files beside weights of that origin say of `image_mean`, `image_std` and `resample`, if they do."""
     if origin == "timm":
-        said = read_json(folder / "config.json").get("pretrained_cfg") or {}
+        said = read_json(folder / "config.json").get("pretrained_cfg")
+        said = said if isinstance(said, dict) else {}
         said = {"image_mean": said.get("mean"), "image_std": said.get("std")}
     elif origin == "segmenter":
         variant = folder / "variant.yml"
-        by_half = variant.is_file() and re.search(r"^\s*normalization: vit$", variant.read_text(), re.MULTILINE)
+        text = variant.read_text(encoding="utf-8", errors="replace") if variant.is_file() else ""
+        by_half = re.search(r"^\s*normalization: vit$", text, re.MULTILINE)
         said = dict.fromkeys(("image_mean", "image_std"), [0.5] * 3 if by_half else None)
     elif origin in ("vit", "dinov2"):
         said = read_json(folder / "preprocessor_config.json")

@@ -7,7 +7,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from .attention_cbsa import ContractAndBroadcastSelfAttention, SelfAttention
-from .interpretability import attention_maps, patch_grid, watching
+from .interpretability import attention_maps, check_outputs, patch_grid, watching
 from .spectral import Cut, cut_dense, cut_factored, k_means, landmark_factor, positions, stack_factors, visits
 
 
@@ -128,6 +128,7 @@ def encode(
         )
     num_prefix_tokens = model.base_model.num_prefix_tokens
     tokens = outputs.last_hidden_state[0, num_prefix_tokens:].unflatten(0, grid).float().cpu()
+    check_outputs(tokens)
     if not wants_attention:
         return tokens, None
     attention = outputs[name][options.attention_layer][0].double().cpu()
@@ -275,6 +276,13 @@ def group_by_representatives(model: PreTrainedModel, pixel_values: torch.Tensor,
     rarely = -visits(cut.leading(FOREGROUND_VECTORS), reads @ surroundings(grid)) @ (reads / reads.sum(0))
     return Grouping(members.unflatten(1, grid), foreground(rarely, model, pixel_values), tokens)
 
+
+# Of `Options`, which have an effect.
+METHOD_OPTIONS = {
+    "attention": ("num_segments", "layer", "head", "mass"),
+    "ncut": ("num_segments", "layer", "head", "attention_weight"),
+    "representatives": ("num_segments", "layer", "head"),
+}
 
 METHODS = {
     "attention": group_by_attention,

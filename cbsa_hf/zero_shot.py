@@ -9,8 +9,8 @@ from PIL import Image
 from torch.nn import functional as F
 from transformers import BaseImageProcessor, PreTrainedModel
 
-from .images import ImageSource, follow_edges, to_image, to_pixel_values
-from .token_groups import METHODS, Grouping, Options
+from .images import ImageError, ImageSource, follow_edges, for_each_image, to_image, to_pixel_values
+from .token_groups import METHOD_OPTIONS, METHODS, Grouping, Options
 
 
 @dataclass
@@ -68,7 +68,7 @@ class ZeroShotSegmenter:
         **options: of the method; see [`Options`].
 
     Raises:
-        ValueError: no such method, or an option outside its range.
+        ValueError: no such method, or an option outside its range or without effect on it.
 
     Example:
 
@@ -104,6 +104,11 @@ class ZeroShotSegmenter:
         self.min_probability = min_probability
         self.options = Options(**options)
         self.options.check(model)
+        for name in options:
+            if name in Options.__dataclass_fields__ and name not in METHOD_OPTIONS[method]:
+                raise ValueError(f"`{name}` has no effect on the method {method!r}; leave it out.")
+        if method == "ncut" and not options.get("attention_weight") and {"layer", "head"} & options.keys():
+            raise ValueError("`layer` and `head` have no effect on the method 'ncut' without an `attention_weight`.")
 
     def name(self, grouping: Grouping) -> list[tuple[str | None, float | None]]:
         """Class and probability of each group: the classifier on the mean of its tokens."""
@@ -141,13 +146,15 @@ class ZeroShotSegmenter:
 
     def __call__(
         self, images: ImageSource | Sequence[ImageSource]
-    ) -> ZeroShotSegmentation | list[ZeroShotSegmentation]:
+    ) -> ZeroShotSegmentation | list[ZeroShotSegmentation | ImageError]:
         """
         Segment one image or several, of any size and mode: PIL images, arrays or paths.
 
+        Of several, one that cannot be read does not discard the others: the list holds its `ImageError` in that place.
+
         Raises:
-            ValueError: an image cannot be read; the message is one sentence for people.
+            ImageError: a single image cannot be read; the message is one sentence for people.
         """
         if isinstance(images, (list, tuple)):
-            return [self.segment(to_image(image)) for image in images]
+            return for_each_image(self.segment, images)
         return self.segment(to_image(images))

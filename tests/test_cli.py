@@ -1,10 +1,16 @@
 """The `cbsa` command as a process would see it."""
 
+import io
 import json
+import signal
+import subprocess
+import sys
+import time
 
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT
 from PIL import Image
 from transformers import AutoImageProcessor, Dinov2Config
 
@@ -222,3 +228,159 @@ def test_backbone_of_another_kind(photo_file, tmp_path, capsys):
         output = tmp_path / ("report" if command == "inspect" else "out.png")
         arguments = [command, str(photo_file), "-o", str(output), "--checkpoint", str(folder)]
         check_refusal(arguments, "This segmenter has a backbone of type 'dinov2'", tmp_path, capsys)
+
+
+@pytest.mark.parametrize("name", ["cat.png", "link.png", "hard.png", "./cat.png"])
+@pytest.mark.parametrize("command", ["segment", "attention", "segment --mask"])
+def test_the_photo_is_never_written_over(photo_file, tmp_path, monkeypatch, capsys, command, name):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "link.png").symlink_to(photo_file)
+    (tmp_path / "hard.png").hardlink_to(photo_file)
+    before = photo_file.read_bytes()
+    outputs = ["-o", "out.png", "--mask", name] if command.endswith("--mask") else ["-o", name]
+    arguments = [command.split()[0], "cat.png", *outputs, "--force"]
+    check_refusal(arguments, "is the photo cat.png itself", tmp_path, capsys)
+    assert photo_file.read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["-o", "out.png", "--mask", "out.png"], "the mask needs another"),
+        (["-o", "out.png", "--mask", "./sub/../out.png"], "the mask needs another"),
+        (["-o", "folder.png"], "is a folder"),
+        (["-o", "out.png", "--mask", "folder.png"], "is a folder"),
+        (["-o", "there.png"], "there.png exists; name another file, or give --force"),
+        (["-o", "gone.png"], "gone.png exists"),  # a link that leads nowhere
+        (["-o", "out.png", "--mask", "there.png"], "there.png exists"),
+        (
+            ["-o", "out.png", "--task", "semantic", "--method", "ncut"],
+            "`--method` has no effect with `--task sem",
+        ),
+        (["-o", "out.png", "--task", "semantic", "--segments", "4"], "`--segments` has no effect"),
+        (["cat.png", "other.png", "-o", "new", "--mask", "m.png"], "`--mask` names the mask of one photo"),
+        (["other.png", "-o", "there.png"], "is a file; name a folder for several photos"),
+        (["sub/cat.jpg", "-o", "new"], "would be made of cat.png and of sub/cat.jpg"),
+        (["no*.png", "-o", "new"], "There is no file that no*.png fits"),
+        (["sub/none", "-o", "new"], "has no images in it"),
+    ],
+)
+def test_outputs_and_options_are_checked_before_the_work(
+    photo_file, photo, tmp_path, monkeypatch, capsys, arguments, message
+):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("cbsa_hf.cli.load_checkpoint", lambda *_: pytest.fail("it began"))
+    for folder in ("folder.png", "sub", "sub/none"):
+        (tmp_path / folder).mkdir()
+    (tmp_path / "there.png").write_text("mine")
+    (tmp_path / "gone.png").symlink_to("nowhere.png")
+    photo.save("other.png")
+    photo.save("sub/cat.jpg")
+    check_refusal(["segment", "cat.png", *arguments], message, tmp_path, capsys)
+
+
+def test_force(photo_file, tmp_path):
+    (tmp_path / "out.png").write_text("old")
+    for command in ("segment", "attention"):
+        assert main([command, str(photo_file), "-o", str(tmp_path / "out.png"), "--long-side", "48", "--force"]) == 0
+        Image.open(tmp_path / "out.png").load()
+
+
+@pytest.mark.parametrize("named_by", ["names", "folder", "pattern"])
+def test_several_photos(photo, photo_file, shipped, tmp_path, monkeypatch, capsys, named_by):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "in").mkdir()
+    (tmp_path / "out").mkdir()
+    photo.rotate(90, expand=True).save("in/a.jpg", quality=95)
+    photo.save("in/b.PNG")
+    photo.save("in/d.png")
+    (tmp_path / "in/c.png").write_bytes(photo_file.read_bytes()[:20000])
+    (tmp_path / "in/notes.txt").write_text("no photo")
+    (tmp_path / "out/d_mask.png").write_text("mine")
+    names = {"names": ["in/a.jpg", "in/b.PNG", "in/c.png", "in/d.png"], "folder": ["in"], "pattern": ["in/*.[jpP]*"]}
+    assert main(["segment", *names[named_by], "-o", "out"]) == 1
+    captured = capsys.readouterr()
+    assert captured.out.count("of the pixels are foreground") == 2
+    assert "4/4" in captured.err  # the progress bar
+    last = captured.err.splitlines()[-3:]
+    assert last[0] == "cbsa: 2 of 4 photos could not be segmented:"
+    assert "in/c.png is damaged" in last[1] and "out/d_mask.png exists" in last[2]
+    written = sorted(path.name for path in (tmp_path / "out").iterdir())
+    assert written == ["a.png", "a_mask.png", "b.png", "b_mask.png", "d_mask.png"]
+    assert (tmp_path / "out/d_mask.png").read_text() == "mine"
+    segmenter = ZeroShotSegmenter(*shipped)
+    for name, source in (("a", "in/a.jpg"), ("b", "in/b.PNG")):
+        assert np.array_equal(np.asarray(Image.open(f"out/{name}_mask.png")), segmenter(source).mask)
+
+
+def test_several_photos_into_their_own_folder(photo_file, photo, tmp_path, monkeypatch, capsys):
+    """The overlay of a .png there would be the photo itself."""
+    monkeypatch.chdir(tmp_path)
+    photo.save("dog.jpg", quality=95)
+    before = photo_file.read_bytes()
+    assert main(["segment", "cat.png", "dog.jpg", "-o", ".", "--force", "--long-side", "48"]) == 1
+    assert "cat.png is the photo cat.png itself" in capsys.readouterr().err
+    assert photo_file.read_bytes() == before
+    names = {path.name for path in tmp_path.iterdir()}
+    assert names == {"cat.png", "dog.jpg", "dog.png", "dog_mask.png"}
+
+
+def test_no_folder_is_made_for_nothing(photo_file, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    arguments = ["segment", "cat.png", "nothing.png", "-o", "new", "--checkpoint", "nowhere"]
+    assert main(arguments) == 2
+    assert capsys.readouterr().err.splitlines()[-1].startswith("cbsa: nowhere is neither a folder")
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("command", ["segment", "attention", "inspect"])
+def test_a_photo_on_standard_input(photo, photo_file, shipped, tmp_path, monkeypatch, command):
+    class Stdin:
+        buffer = io.BytesIO(photo_file.read_bytes())
+
+    monkeypatch.setattr("sys.stdin", Stdin)
+    output = tmp_path / ("report" if command == "inspect" else "out.png")
+    assert main([command, "-", "-o", str(output), "--long-side", "64"]) == 0
+    if command == "segment":
+        expected = ZeroShotSegmenter(*shipped, long_side=64)(photo).mask
+        assert np.array_equal(np.asarray(Image.open(tmp_path / "out_mask.png")), expected)
+
+
+def test_limits_of_a_photo(photo_file, tmp_path, capsys):
+    arguments = ["segment", str(photo_file), "-o", str(tmp_path / "out.png")]
+    check_refusal([*arguments, "--max-pixels", "135000"], "the limit is 135,000; raise", tmp_path, capsys)
+    check_refusal([*arguments, "--max-ratio", "1.1"], "the limit for the ratio of the sides is 1.1", tmp_path, capsys)
+
+
+@pytest.mark.parametrize("sources", [["cat.png"], ["cat.png", "dog.png"]])
+def test_interrupted_while_it_writes(photo_file, photo, tmp_path, monkeypatch, capsys, sources):
+    monkeypatch.chdir(tmp_path)
+    photo.save("dog.png")
+    save, saved = Image.Image.save, []
+
+    def interrupt(image, path, **options):
+        save(image, path, **options)
+        saved.append(path)
+        if len(saved) == 2:  # the mask is written, and neither renamed
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Image.Image, "save", interrupt)
+    output = "out.png" if len(sources) == 1 else "out"
+    assert main(["segment", *sources, "-o", output, "--long-side", "48"]) == 130
+    assert capsys.readouterr().err.splitlines()[-1] == "cbsa: Interrupted."
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["cat.png", "dog.png"]
+
+
+@pytest.mark.parametrize("seconds", [1, 3])
+def test_interrupted_process(photo_file, tmp_path, seconds):
+    """While it imports, and while it works or still imports, as fast as the machine is."""
+    for index in range(200):
+        (tmp_path / f"cat{index}.png").hardlink_to(photo_file)
+    arguments = [str(ROOT / "cbsa_command.py"), "segment", str(tmp_path), "-o", str(tmp_path / "out")]
+    process = subprocess.Popen([sys.executable, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    time.sleep(seconds)
+    process.send_signal(signal.SIGINT)
+    _, error = process.communicate(timeout=120)
+    assert process.returncode == 130
+    assert "Traceback" not in error and error.splitlines()[-1] == "cbsa: Interrupted."
+    assert not list(tmp_path.rglob("*partial*"))

@@ -2,6 +2,7 @@
 
 import json
 import os
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -462,3 +463,58 @@ def test_nothing_is_left_of_a_failed_write(vit, tmp_path, monkeypatch, capsys):
     assert convert(tmp_path / "vit", tmp_path / "out") == 2
     assert capsys.readouterr().err == "cbsa: No space left on device\n"
     assert [path.name for path in tmp_path.iterdir()] == ["vit"]
+
+
+def test_weights_that_are_not_what_they_say(tmp_path, capsys):
+    """Compressed to any size, repeated by strides, of another type, not finite: none of it is converted."""
+    path = tmp_path / "weights.pt"
+
+    def refuse(weights, message):
+        torch.save(weights, path)
+        refuse_file(message)
+
+    def refuse_file(message):
+        assert main(["convert", str(path), "-o", str(tmp_path / "out")]) == 2
+        error = capsys.readouterr().err
+        assert message in error and error.count("\n") == 1
+        assert not (tmp_path / "out").exists()
+
+    refuse({"blocks.0.attn.qkv.weight": torch.zeros(1).expand(10**6, 10**6)}, "holds no state dict of dense tensors")
+    refuse({"blocks.0.attn.qkv.weight": torch.zeros(3, device="meta")}, "holds no state dict of dense tensors")
+    refuse({"blocks.0.attn.qkv.weight": torch.eye(3).to_sparse()}, "weights.pt")
+    torch.manual_seed(0)
+    weights = timm_weights()
+    torch.save(weights, path)
+    assert main(["convert", str(path), "-o", str(tmp_path / "right"), "--num-heads", "2"]) == 0
+    capsys.readouterr()
+    (name, *_) = [name for name in weights if name.endswith("attn.proj.bias")]
+    wrong = {"of type torch.int64": weights[name].long(), "has values that are not finite": weights[name] / 0}
+    for message, tensor in wrong.items():
+        torch.save(weights | {name: tensor}, path)
+        assert main(["convert", str(path), "-o", str(tmp_path / "out"), "--num-heads", "2"]) == 2
+        assert message in capsys.readouterr().err
+    torch.save(weights, path)
+    with zipfile.ZipFile(path) as archive:
+        entries = {info.filename: archive.read(info) for info in archive.infolist()}
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        for entry, content in entries.items():
+            archive.writestr(entry, content)
+    refuse_file("is not a checkpoint")
+
+
+def timm_weights() -> dict[str, torch.Tensor]:
+    """Of a ViT of one layer, 8 wide."""
+    width, shapes = 8, {}
+    shapes |= {"cls_token": (1, 1, width), "pos_embed": (1, 5, width)}
+    shapes |= {"patch_embed.proj.weight": (width, 3, 4, 4), "patch_embed.proj.bias": (width,)}
+    layers = {
+        "attn.qkv": (3 * width, width),
+        "attn.proj": (width, width),
+        "mlp.fc1": (16, width),
+        "mlp.fc2": (width, 16),
+    }
+    for name, shape in layers.items():
+        shapes |= {f"blocks.0.{name}.weight": shape, f"blocks.0.{name}.bias": shape[:1]}
+    for name in ("blocks.0.norm1", "blocks.0.norm2", "norm"):
+        shapes |= {f"{name}.weight": (width,), f"{name}.bias": (width,)}
+    return {name: torch.randn(shape) for name, shape in shapes.items()}

@@ -115,7 +115,7 @@ def test_segmentation_learns_and_scores_each_image_once(classifier, masks, tmp_p
         assert results["metrics"][name] == pytest.approx(value, abs=2e-3)
 
     scoring = ["--task=semantic-segmentation", f"--dataset_name={masks}", f"--checkpoint={tmp_path}"]
-    options = ["--image_size=64", "--stride", "19", "21", "--scales", "0.75", "1.25", "--flip=true", "--batch_size=2"]
+    options = ["--image_size=64", "--stride", "19", "21", "--scales", "0.75", "1.25", "--flip=true"]
     looks = {"long_side": 64, "stride": (19, 21), "scales": [0.75, 1.25], "flip": True}
     scored = run("score.py", *scoring, *options, processes=2)
     printed = dict(line.split() for line in scored.stdout.splitlines() if len(line.split()) == 2)

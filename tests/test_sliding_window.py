@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import SegformerConfig, SegformerForSemanticSegmentation, SegformerImageProcessorPil
 
-from cbsa_hf import CBSAConfig, CBSAForSemanticSegmentation, SlidingWindowSegmenter
+from cbsa_hf import CBSAConfig, CBSAForSemanticSegmentation, ImageError, SlidingWindowSegmenter
 from cbsa_hf.sliding_window import LogitRows
 
 
@@ -261,3 +261,18 @@ def test_no_window(tiny_segmenter):
     processor = SegformerImageProcessorPil(size={"shortest_edge": 40})
     with pytest.raises(ValueError, match=r"The image processor's size is {'shortest_edge': 40}; give a `window`."):
         SlidingWindowSegmenter(tiny_segmenter, processor)
+
+
+def test_one_bad_photo_of_a_list(tiny_segmenter, processor, picture, tmp_path):
+    segmenter = SlidingWindowSegmenter(tiny_segmenter, processor)
+    with pytest.warns(UserWarning, match="Image 1 of 3 is left out: There is no file"):
+        first, bad, last = segmenter([picture, tmp_path / "none.png", picture])
+    assert isinstance(bad, ImageError)
+    assert np.array_equal(first, last) and np.array_equal(first, segmenter(picture))
+
+
+def test_logits_that_are_not_finite(tiny_segmenter, processor, picture):
+    with torch.no_grad():
+        tiny_segmenter.cbsa.layernorm.bias[0] = float("nan")
+    with pytest.raises(ValueError, match="outputs are not finite"):
+        SlidingWindowSegmenter(tiny_segmenter, processor)(picture)

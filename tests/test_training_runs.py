@@ -295,6 +295,33 @@ class TestScores:
                 score.main(score.Arguments(dataset_name="nowhere", **{name: str(path)}))
         assert not list(tmp_path.iterdir())
 
+    @pytest.mark.parametrize(
+        ("task", "options"),
+        [
+            ("image-classification", {"flip": True, "stride": [8], "scales": [1.0, 2.0], "reduce_labels": True}),
+            ("image-classification", {"strip": "strip.png", "sharp": True, "min_foreground": 0.5}),
+            ("semantic-segmentation", {"batch_size": 2, "min_foreground": 0.5}),
+            ("zero-shot-segmentation", {"batch_size": 2, "flip": True, "strip": "strip.png", "stride": [8]}),
+        ],
+    )
+    def test_options_of_another_task(self, tmp_path, monkeypatch, task, options):
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr(score, "load_checkpoint", lambda *_: pytest.fail("it began"))
+        for name, value in options.items():
+            with pytest.raises(ValueError, match=f"`--{name}` has no effect with `--task {task}`"):
+                score.main(score.Arguments(dataset_name="nowhere", task=task, **{name: value}))
+
+    @pytest.mark.parametrize("name", ["output", "strip"])
+    def test_what_exists_is_replaced_with_force_alone(self, tmp_path, monkeypatch, name):
+        monkeypatch.setattr(score, "load_checkpoint", Mock(side_effect=ValueError("it began")))
+        (tmp_path / "file").write_text("mine")
+        options = {"dataset_name": "nowhere", "task": "semantic-segmentation", name: str(tmp_path / "file")}
+        with pytest.raises(ValueError, match="file exists; name another file, or give --force"):
+            score.main(score.Arguments(**options))
+        with pytest.raises(ValueError, match="it began"):
+            score.main(score.Arguments(**options, force=True))
+        assert (tmp_path / "file").read_text() == "mine"
+
     def test_zero_shot_is_for_one_process(self, monkeypatch):
         monkeypatch.setattr(score, "Accelerator", lambda **_: SimpleNamespace(num_processes=2))
         with pytest.raises(ValueError, match="`--task zero-shot-segmentation` is for one process, not 2"):

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import ViTImageProcessorPil, pipeline
 
-from cbsa_hf import CBSAForImageClassification, CBSAModel, ZeroShotSegmenter, attention_maps
+from cbsa_hf import CBSAForImageClassification, CBSAModel, ImageError, ZeroShotSegmenter, attention_maps
 from cbsa_hf.attention_cbsa import ATTENTIONS
 from cbsa_hf.images import follow_edges
 from cbsa_hf.interpretability import exact_maps
@@ -297,6 +297,13 @@ def test_sharp_edges_need_kornia(shipped, photo, monkeypatch):
         ({"num_segments": 1}, "`num_segments` is 1"),
         ({"attention_weight": 1.5}, "`attention_weight` is 1.5"),
         ({"long_side": 0}, "`long_side` is 0, and has to be at least 1"),
+        ({"mass": 0.5}, "`mass` has no effect on the method 'ncut'"),
+        (
+            {"method": "attention", "attention_weight": 0.5},
+            "`attention_weight` has no effect on the method",
+        ),
+        ({"method": "representatives", "mass": 0.5}, "`mass` has no effect on the method 'representatives'"),
+        ({"layer": 1}, "`layer` and `head` have no effect on the method 'ncut' without an `attention_weight`"),
     ],
 )
 def test_arguments_are_checked(shipped, values, message):
@@ -351,3 +358,14 @@ def test_pipeline_in_a_process_without_the_package(photo, shipped, tmp_path):
     code = {path.name for path in tmp_path.glob("*.py")}
     assert {"pipeline_cbsa.py", "zero_shot.py", "spectral.py", "modeling_cbsa.py"} <= code
     assert {path.name for path in (tmp_path / "again").glob("*.py")} == code
+
+
+def test_one_bad_photo_of_a_list(shipped, photo, tmp_path):
+    (tmp_path / "cut.png").write_bytes(b"\x89PNG")
+    segmenter = ZeroShotSegmenter(*shipped, long_side=64)
+    with pytest.warns(UserWarning, match="Image 1 of 3 is left out: .*cut.png"):
+        first, bad, last = segmenter([photo, tmp_path / "cut.png", photo])
+    assert isinstance(bad, ImageError) and isinstance(bad, ValueError)
+    assert np.array_equal(first.mask, last.mask) and np.array_equal(first.mask, segmenter(photo).mask)
+    with pytest.raises(ImageError):
+        segmenter(tmp_path / "cut.png")

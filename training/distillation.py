@@ -14,8 +14,20 @@ from data import Crop, LabelledImages, TrainingImages, to_tensor
 from torch import nn
 from torch.nn import functional as F
 from tqdm.auto import tqdm
-from transformers import AutoImageProcessor, AutoModelForImageClassification, BaseImageProcessor
+from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassification, BaseImageProcessor
 from transformers.utils import ModelOutput
+
+from cbsa_hf.configuration_cbsa import check_counts
+from cbsa_hf.weight_files import (
+    CheckpointError,
+    build_on_meta,
+    check_finite,
+    find_folder,
+    find_shards,
+    one_sentence,
+    read_header,
+    read_json,
+)
 
 
 PROBE_SIZE = 224  # pixels, which the usual strides divide
@@ -83,18 +95,26 @@ class AutoTeacher(nn.Module):
     stride and width that has, two black images tell.
 
     Raises:
-        ValueError: there is no such model, or its last hidden state is no map.
+        ValueError: there is no such model, its weights are pickles or damaged, it asks to run code of its own, or its
+            last hidden state is no map.
     """
 
     def __init__(self, name: str):
         super().__init__()
         try:
-            self.network = AutoModelForImageClassification.from_pretrained(name, dtype=torch.float32).eval()
-            processor = AutoImageProcessor.from_pretrained(name)
-        except OSError as error:
+            folder = find_folder(name)
+        except CheckpointError as error:
             raise ValueError(
                 f"The teacher {name} is neither `efficientnet-lite0`, 1 or 2, nor a folder or hub id of a classifier."
             ) from error
+        with one_sentence(f"The teacher {name} cannot be loaded"):
+            self.network = self.load_network(folder)
+            processor = AutoImageProcessor.from_pretrained(folder, trust_remote_code=False)
+            mean_and_std = np.array([processor.image_mean, processor.image_std], dtype=float)
+            if mean_and_std.shape != (2, 3) or not np.isfinite(mean_and_std).all() or not mean_and_std[1].all():
+                raise ValueError(
+                    "its image processor needs a mean and a standard deviation for each of three channels"
+                )
         self.image_mean, self.image_std = tuple(processor.image_mean), tuple(processor.image_std)
         self.ratios = (1,)
         self.num_labels = self.network.config.num_labels
@@ -107,6 +127,19 @@ class AutoTeacher(nn.Module):
                 f"{name} cannot teach: its last hidden state is no map of the image that grows as the image does."
             ) from error
         self.widths = [width]
+
+    @staticmethod
+    def load_network(folder: Path) -> nn.Module:
+        """The classifier in a folder, evaluation mode; no code from there is run, and no pickle opened."""
+        check_counts(read_json(folder / "config.json"))
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        header = read_header(find_shards(folder))
+        build_on_meta(lambda: AutoModelForImageClassification.from_config(config, trust_remote_code=False), header)
+        network = AutoModelForImageClassification.from_pretrained(
+            folder, dtype=torch.float32, use_safetensors=True, trust_remote_code=False
+        )
+        check_finite(network, str(folder))
+        return network.eval()
 
     @torch.no_grad()
     def probe(self) -> tuple[int, int]:

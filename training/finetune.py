@@ -18,9 +18,10 @@ from data import class_names, find_columns
 from heads import load_for_classes
 from loop import build_accelerator, load_splits
 from segmentation import SegmentationArguments, train_segmenter
-from transformers import AutoImageProcessor, AutoModelForImageClassification
+from transformers import AutoModelForImageClassification
 
 from cbsa_hf import default_checkpoint
+from cbsa_hf.checkpoint import load_processor
 
 
 @dataclass(kw_only=True)
@@ -38,11 +39,8 @@ def finetune_classifier(args: FinetuningArguments):
     names = dict(enumerate(class_names(splits[0])))
     source = args.model_name_or_path or default_checkpoint()
     changes = {} if args.drop_path_rate is None else {"drop_path_rate": args.drop_path_rate}
-    try:
-        model = load_for_classes(AutoModelForImageClassification, source, names, **changes)
-        processor = AutoImageProcessor.from_pretrained(source)
-    except OSError as error:
-        raise ValueError(f"{source} is neither a folder nor a hub id with a classifier.") from error
+    model = load_for_classes(AutoModelForImageClassification, source, names, **changes)
+    processor = load_processor(source, model.config)
     train_classifier(args, accelerator, model, processor, splits)
 
 

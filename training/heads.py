@@ -5,7 +5,8 @@ from copy import deepcopy
 import torch
 from transformers import PreTrainedModel
 
-from cbsa_hf.checkpoint import load_config
+from cbsa_hf.checkpoint import check_weights, load_config, saved_as
+from cbsa_hf.weight_files import check_finite, find_folder
 
 
 def class_tensors(model: PreTrainedModel) -> set[str]:
@@ -29,12 +30,17 @@ def load_for_classes(auto_class: type, source: str, names: dict[int, str], **cha
         **changes: to its configuration.
 
     Raises:
-        ValueError: not found, or not a model of this library.
-        OSError: its weights are not found.
+        ValueError: not found, damaged, or not a model of this library.
     """
-    own = load_config(source).id2label
+    source = str(find_folder(source))
+    config = load_config(source)
+    check_weights(source, config, saved_as(config)[0])
+    own = config.id2label
     labels = {"id2label": names, "label2id": {name: number for number, name in names.items()}}
-    model = auto_class.from_pretrained(source, ignore_mismatched_sizes=True, **labels, **changes)
+    model = auto_class.from_pretrained(
+        source, ignore_mismatched_sizes=True, use_safetensors=True, trust_remote_code=False, **labels, **changes
+    )
+    check_finite(model, source)
     if own != names:
         fresh = type(model)(model.config).state_dict()
         model.load_state_dict({name: fresh[name] for name in class_tensors(model)}, strict=False)

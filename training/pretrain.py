@@ -12,7 +12,6 @@ from dataclasses import dataclass, field
 from arguments import parse_arguments
 from classification import ClassificationArguments, train_classifier
 from data import class_names, find_columns
-from huggingface_hub.errors import StrictDataclassError
 from loop import build_accelerator, load_splits
 from transformers import (
     AutoConfig,
@@ -25,6 +24,7 @@ from transformers.utils.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT
 
 from cbsa_hf import PRESETS, preset_path
 from cbsa_hf.modeling_cbsa import to_pair
+from cbsa_hf.weight_files import CheckpointError, one_sentence
 
 
 @dataclass(kw_only=True)
@@ -54,28 +54,28 @@ def build_config(args: Arguments, names: list[str]) -> PreTrainedConfig:
     changes = {name: getattr(args, name) for name in (*fields, "drop_path_rate")}
     if args.attention_type is not None:
         changes["attention_type"] = args.attention_type if len(args.attention_type) > 1 else args.attention_type[0]
-    try:
-        config = AutoConfig.from_pretrained(
-            preset_path(args.config_name) if args.config_name in PRESETS else args.config_name,
-            id2label=dict(enumerate(names)),
-            label2id={name: i for i, name in enumerate(names)},
-            **{name: value for name, value in changes.items() if value is not None},
-        )
+    with one_sentence("This is no configuration of a model"):
+        try:
+            config = AutoConfig.from_pretrained(
+                preset_path(args.config_name) if args.config_name in PRESETS else args.config_name,
+                id2label=dict(enumerate(names)),
+                label2id={name: i for i, name in enumerate(names)},
+                trust_remote_code=False,
+                **{name: value for name, value in changes.items() if value is not None},
+            )
+        except OSError as error:
+            raise CheckpointError(
+                f"`--config_name {args.config_name}` is neither one of {', '.join(PRESETS)}, nor a configuration that "
+                "can be reached by that path or hub id."
+            ) from error
         config.validate()  # what was changed after it was read, too
-    except OSError as error:
-        raise ValueError(
-            f"`--config_name {args.config_name}` is neither one of {', '.join(PRESETS)}, nor a configuration that can "
-            "be reached by that path or hub id."
-        ) from error
-    except StrictDataclassError as error:
-        raise ValueError(f"This is no configuration of a model: {error.__cause__ or error}") from error
     return config
 
 
 def build_model(args: Arguments, names: list[str]) -> tuple[PreTrainedModel, ViTImageProcessorPil]:
     """A model that the arguments describe, for those class names, its weights random; and its image processor."""
     config = build_config(args, names)
-    model = AutoModelForImageClassification.from_config(config)
+    model = AutoModelForImageClassification.from_config(config, trust_remote_code=False)
     height, width = to_pair(config.image_size)
     processor = ViTImageProcessorPil(
         size={"height": height, "width": width},

@@ -40,6 +40,17 @@ from cbsa_hf import SlidingWindowSegmenter, load_checkpoint
 
 
 TASKS = ("image-classification", "semantic-segmentation", "zero-shot-segmentation")
+# Of the options, those that have an effect on some tasks only.
+TASKS_OF_OPTIONS = {
+    "batch_size": TASKS[:1],
+    "reduce_labels": TASKS[1:2],
+    "stride": TASKS[1:2],
+    "scales": TASKS[1:2],
+    "flip": TASKS[1:2],
+    "strip": TASKS[1:2],
+    "min_foreground": TASKS[2:],
+    "sharp": TASKS[1:],
+}
 
 
 @dataclass(kw_only=True)
@@ -74,10 +85,23 @@ class Arguments(DataArguments):
         default=None, metadata={"help": "PNG to draw four predictions of semantic segmentation and their mistakes in"}
     )
     output: str | None = field(default=None, metadata={"help": "JSON file to write the numbers to"})
+    force: bool = field(default=False, metadata={"help": "replace what `--strip` and `--output` name if it exists"})
 
 
-def check_writable(path: str):
-    """A ValueError when no file can be written under that name."""
+def check_effects(args: Arguments):
+    """A ValueError for an option of another task."""
+    if args.task not in TASKS:
+        raise ValueError(f"`--task` is {args.task!r}; choose one of {', '.join(TASKS)}.")
+    defaults = Arguments(dataset_name=args.dataset_name)
+    for name, tasks in TASKS_OF_OPTIONS.items():
+        if args.task not in tasks and getattr(args, name) != getattr(defaults, name):
+            raise ValueError(f"`--{name}` has no effect with `--task {args.task}`, only with {' or '.join(tasks)}.")
+
+
+def check_writable(path: str, force: bool):
+    """A ValueError when no file can be written under that name, or one is there that must not be replaced."""
+    if Path(path).is_file() and not force:
+        raise ValueError(f"{path} exists; name another file, or give --force to replace it.")
     try:
         if Path(path).is_dir():
             raise IsADirectoryError(0, "it is a folder")
@@ -104,7 +128,8 @@ def check_classes(names: list[str], id2label: dict[int, str]):
 def main(args: Arguments):
     for path in (args.output, args.strip):
         if path is not None:
-            check_writable(path)
+            check_writable(path, args.force)
+    check_effects(args)
     accelerator = Accelerator(dataloader_config=DataLoaderConfiguration(split_batches=True))
     if args.task == "zero-shot-segmentation" and accelerator.num_processes > 1:
         raise ValueError(f"`--task {args.task}` is for one process, not {accelerator.num_processes}.")

@@ -16,7 +16,6 @@ from PIL import Image
 from torch import nn
 from torch.nn import functional as F
 from transformers import (
-    AutoImageProcessor,
     AutoModelForSemanticSegmentation,
     BaseImageProcessor,
     PreTrainedModel,
@@ -25,7 +24,7 @@ from transformers import (
 
 from cbsa_hf import SlidingWindowSegmenter, default_checkpoint
 from cbsa_hf.attention_cbsa import to_pair
-from cbsa_hf.checkpoint import load_config
+from cbsa_hf.checkpoint import load_config, load_processor
 from cbsa_hf.figures import class_strip
 from cbsa_hf.mask_decoder_cbsa import DECODERS
 
@@ -266,17 +265,14 @@ def load_segmenter(args: SegmentationArguments, names: dict[int, str]) -> tuple[
     """The model to fine-tune, and an image processor of its normalisation; a ValueError when that is not possible."""
     source = args.model_name_or_path or default_checkpoint()
     changes = {"decoder_type": args.decoder_type, "drop_path_rate": args.drop_path_rate}
-    try:
-        changes = {name: value for name, value in changes.items() if value is not None}
-        config = load_config(source)
-        if config.decoder_base_num_patches is None:  # a new decoder is for the size of these crops
-            patch_size = to_pair(getattr(config.backbone_config or config, "patch_size", 1))
-            grid = [-(-side // patch) for side, patch in zip(read_size(args.crop_size), patch_size, strict=True)]
-            changes["decoder_base_num_patches"] = grid[0] * grid[1]
-        model = load_for_classes(AutoModelForSemanticSegmentation, source, names, **changes)
-        processor = AutoImageProcessor.from_pretrained(source)
-    except OSError as error:
-        raise ValueError(f"{source} is neither a folder nor a hub id with a model that can be fine-tuned.") from error
+    changes = {name: value for name, value in changes.items() if value is not None}
+    config = load_config(source)
+    if config.decoder_base_num_patches is None:  # a new decoder is for the size of these crops
+        patch_size = to_pair(getattr(config.backbone_config or config, "patch_size", 1))
+        grid = [-(-side // patch) for side, patch in zip(read_size(args.crop_size), patch_size, strict=True)]
+        changes["decoder_base_num_patches"] = grid[0] * grid[1]
+    model = load_for_classes(AutoModelForSemanticSegmentation, source, names, **changes)
+    processor = load_processor(source, model.config)
     crop_size = dict(zip(("height", "width"), read_size(args.crop_size), strict=True))
     size = crop_size if args.image_size is None else dict.fromkeys(("max_height", "max_width"), args.image_size)
     processor = SegformerImageProcessorPil(
