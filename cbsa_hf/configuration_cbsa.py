@@ -225,6 +225,14 @@ class CBSAConfig(BackboneConfigMixin, PreTrainedConfig):
             return [self.attention_type] * self.num_hidden_layers
         return list(self.attention_type)
 
+    def patch_grid(self, height: int, width: int) -> tuple[int, int]:
+        """
+        (height, width) of the grid of patches that the encoder makes of an image of that many pixels: the stem's
+        convolutions round up, other embeddings leave out the pixels that fill no patch.
+        """
+        rest = self.patch_size - 1 if self.patch_embedding_type == "conv_stem" else 0
+        return (height + rest) // self.patch_size, (width + rest) // self.patch_size
+
     def save_pretrained(self, save_directory, **kwargs):
         # A model that is saved enters itself alone; with the others, `AutoModel` opens a saved classifier too.
         self.auto_map = AUTO_MAP | (getattr(self, "auto_map", None) or {})

@@ -58,7 +58,7 @@ def patch_grid(model: PreTrainedModel, pixel_values: torch.Tensor) -> tuple[int,
     backbone = getattr(model.config, "backbone_config", None)
     if backbone is not None:
         raise ValueError(f"This segmenter has a backbone of type {backbone.model_type!r}; only CBSA encoders open up.")
-    return model.base_model.embeddings.patch_embeddings.grid(*pixel_values.shape[2:])
+    return model.config.patch_grid(*pixel_values.shape[2:])
 
 
 def token_index(grid: tuple[int, int], patch: tuple[int, int] | None, num_prefix_tokens: int = 1) -> int:

@@ -19,9 +19,9 @@ from transformers.modeling_outputs import (
     SemanticSegmenterOutput,
 )
 from transformers.processing_utils import Unpack
-from transformers.utils import TransformersKwargs, is_torchdynamo_exporting
+from transformers.utils import TransformersKwargs, is_torchdynamo_compiling, is_torchdynamo_exporting
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
-from transformers.utils.output_capturing import OutputRecorder, capture_outputs
+from transformers.utils.output_capturing import OutputRecorder, capture_outputs, maybe_install_capturing_hooks
 
 from .attention_cbsa import (
     ATTENTIONS,
@@ -85,6 +85,20 @@ class CBSASemanticSegmenterOutput(SemanticSegmenterOutput):
     decoder_attentions: tuple[tuple[torch.FloatTensor, torch.FloatTensor], ...] | None = None
 
 
+class CBSABatchNorm2d(nn.BatchNorm2d):
+    """
+    Batch norm whose running statistics stand still, and normalise in training too, while its `weight` is frozen
+    (`requires_grad` is False): a frozen layer computes the same function before, during and after a training.
+    """
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        if self.weight.requires_grad or not self.training:
+            return super().forward(hidden_states)
+        return F.batch_norm(
+            hidden_states, self.running_mean, self.running_var, self.weight, self.bias, training=False, eps=self.eps
+        )
+
+
 class CBSAConvStem(nn.Module):
     """
     Stride-2 convolutions, each halving the image and doubling the width, with batch norm, and GELU between them.
@@ -101,15 +115,10 @@ class CBSAConvStem(nn.Module):
         for width_in, width_out in zip([config.num_channels, *widths[:-1]], widths, strict=True):
             modules += [
                 nn.Conv2d(width_in, width_out, kernel_size=3, stride=2, padding=1, bias=False),
-                nn.BatchNorm2d(width_out, eps=1e-5),
+                CBSABatchNorm2d(width_out, eps=1e-5),
                 nn.GELU(),
             ]
         self.layers = nn.Sequential(*modules[:-1])
-        self.patch_size = config.patch_size
-
-    def grid(self, height: int, width: int) -> tuple[int, int]:
-        """(height, width) of the feature map of an image of that many pixels."""
-        return -(-height // self.patch_size), -(-width // self.patch_size)
 
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
         return self.layers(pixel_values)
@@ -128,11 +137,6 @@ class CBSALinearEmbedding(nn.Module):
         self.projection = nn.Conv2d(
             config.num_channels, config.hidden_size, kernel_size=config.patch_size, stride=config.patch_size
         )
-        self.patch_size = config.patch_size
-
-    def grid(self, height: int, width: int) -> tuple[int, int]:
-        """(height, width) of the feature map of an image of that many pixels."""
-        return height // self.patch_size, width // self.patch_size
 
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
         return self.projection(pixel_values)
@@ -151,10 +155,6 @@ class CBSAPatchify(nn.Module):
         self.projection = nn.Linear(patch_dim, config.hidden_size)
         self.layernorm_after = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.patch_size = config.patch_size
-
-    def grid(self, height: int, width: int) -> tuple[int, int]:
-        """(height, width) of the feature map of an image of that many pixels."""
-        return height // self.patch_size, width // self.patch_size
 
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
         side = self.patch_size
@@ -180,7 +180,7 @@ class CBSAEmbeddings(nn.Module):
         self.num_channels = config.num_channels
         self.position_interpolation = config.position_interpolation
         self.patch_embeddings = PATCH_EMBEDDINGS[config.patch_embedding_type](config)
-        self.grid = self.patch_embeddings.grid(*self.image_size)
+        self.grid = config.patch_grid(*self.image_size)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, config.hidden_size))
         self.register_tokens = None
         if config.num_register_tokens:
@@ -218,7 +218,7 @@ class CBSAEmbeddings(nn.Module):
         self, pixel_values: torch.Tensor, interpolate_pos_encoding: bool | None = None
     ) -> tuple[torch.Tensor, tuple[int, int]]:
         self.check_size(pixel_values, interpolate_pos_encoding)
-        patches = self.patch_embeddings(pixel_values)  # (batch, hidden_size, *grid)
+        patches = self.patch_embeddings(pixel_values.to(self.cls_token.dtype))  # (batch, hidden_size, *grid)
         grid = tuple(patches.shape[2:])
         cls_token = self.cls_token.expand(patches.shape[0], -1, -1)
         hidden_states = torch.cat([cls_token, patches.flatten(2).transpose(1, 2)], dim=1)
@@ -245,12 +245,14 @@ class CBSAISTA(nn.Module):
         self.weight = nn.Parameter(torch.empty(config.hidden_size, config.hidden_size))
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        if is_torchdynamo_exporting() or hidden_states.numel() > self.weight.numel():
+        weight = self.weight
+        # A graph takes one way for every number of tokens, lest it is made anew for some of them.
+        if is_torchdynamo_compiling() or hidden_states.numel() > weight.numel():
             # One product with D^T - D^T D instead of two; forming that matrix costs as much as d tokens do.
-            gradient = F.linear(hidden_states, self.weight.t() - self.weight.t() @ self.weight)
+            gradient = F.linear(hidden_states, weight.t() - weight.t() @ weight)
         else:
-            residual = hidden_states - F.linear(hidden_states, self.weight)  # x - D x
-            gradient = F.linear(residual, self.weight.t())  # D^T (x - D x)
+            residual = hidden_states - F.linear(hidden_states, weight)  # x - D x
+            gradient = F.linear(residual, weight.t())  # D^T (x - D x)
         return F.relu(torch.add(hidden_states, gradient, alpha=self.step_size) - self.step_size * self.threshold)
 
 
@@ -319,6 +321,8 @@ class CBSALayer(GradientCheckpointingLayer):
         self.attention = build_attention(config, attention_type, base_num_patches)
         self.layernorm_after = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.feed_forward = FEED_FORWARDS[config.feed_forward_type](config)
+        # Known here once and for all: adapters may wrap a block, and a wrapper has none of its attributes.
+        self.has_skip = self.feed_forward.has_skip
 
     def forward(
         self,
@@ -330,7 +334,7 @@ class CBSALayer(GradientCheckpointingLayer):
         update, _, _ = self.attention(self.layernorm_before(hidden_states), grid, output_attentions, output_factor)
         hidden_states = hidden_states + self.drop_path(update)
         update = self.feed_forward(self.layernorm_after(hidden_states))
-        return hidden_states + self.drop_path(update) if self.feed_forward.has_skip else update
+        return hidden_states + self.drop_path(update) if self.has_skip else update
 
 
 class CBSAPreTrainedModel(PreTrainedModel):
@@ -372,10 +376,24 @@ class CBSAPreTrainedModel(PreTrainedModel):
         elif isinstance(module, ClassTokenMaskDecoder):
             init.trunc_normal_(module.class_embeddings, std=self.config.initializer_range)
 
+    def _replicate_for_data_parallel(self):
+        # Replicas share the dictionaries of hooks; each would enter its own for the outputs that are asked for.
+        maybe_install_capturing_hooks(self)
+        return super()._replicate_for_data_parallel()
+
     def is_wanted(self, name: str, kwargs: dict) -> bool:
         """Whether that output is asked for: by the keyword if it was given, else by the configuration."""
         value = kwargs.get(name)
         return getattr(self.config, name) if value is None else value
+
+
+def dtype_of(module: nn.Module) -> torch.dtype:
+    """
+    Of the first weight in a module. `PreTrainedModel.dtype` asks for parameters, of which the replicas that
+    `torch.nn.DataParallel` makes have none: their weights are tensors.
+    """
+    weights = (getattr(part, "weight", None) for part in module.modules())
+    return next(w.dtype for w in weights if isinstance(w, torch.Tensor) and w.is_floating_point())
 
 
 def one_factor_per_layer(forward: Callable) -> Callable:
@@ -388,7 +406,7 @@ def one_factor_per_layer(forward: Callable) -> Callable:
         if outputs.representative_attentions is not None:
             factors = iter(outputs.representative_attentions)
             outputs.representative_attentions = tuple(
-                next(factors) if layer.attention.has_factor else None for layer in self.layers
+                next(factors) if ATTENTIONS[name].has_factor else None for name in self.config.layer_attention_types
             )
         return outputs if return_dict else outputs.to_tuple()
 
@@ -422,7 +440,7 @@ class CBSAModel(CBSAPreTrainedModel):
         """N0 of the attention's size factor; None where the configuration leaves the factor out."""
         if not self.config.size_factor:
             return None
-        height, width = self.embeddings.grid
+        height, width = self.config.patch_grid(*to_pair(self.config.image_size))
         return self.config.base_num_patches or height * width
 
     @merge_with_config_defaults
@@ -447,13 +465,12 @@ class CBSAModel(CBSAPreTrainedModel):
         """
         output_attentions = self.is_wanted("output_attentions", kwargs)
         output_factor = self.is_wanted("output_representative_attentions", kwargs)
-        if output_factor and not any(layer.attention.has_factor for layer in self.layers):
+        if output_factor and not any(ATTENTIONS[name].has_factor for name in self.config.layer_attention_types):
             raise ValueError(
                 f"Attention type {self.config.attention_type!r} has no `representative_attentions`, because its map "
                 "has no factor; `output_attentions=True` gives the map itself."
             )
 
-        pixel_values = pixel_values.to(self.dtype)
         hidden_states, grid = self.embeddings(pixel_values, interpolate_pos_encoding)
         for layer in self.layers:
             hidden_states = layer(hidden_states, grid, output_attentions, output_factor)
@@ -484,7 +501,9 @@ class CBSAForImageClassification(CBSAPreTrainedModel):
             pixel_values, interpolate_pos_encoding, output_*: see [`CBSAModel`].
             labels: (batch,) class indices; with them the output has the cross-entropy as `loss`.
         """
-        outputs = self.cbsa(pixel_values, interpolate_pos_encoding=interpolate_pos_encoding, **kwargs)
+        outputs = self.cbsa(
+            pixel_values, interpolate_pos_encoding=interpolate_pos_encoding, return_dict=True, **kwargs
+        )
         logits = self.classifier(outputs.pooler_output)
         loss = None if labels is None else self.loss_function(labels, logits, self.config, **kwargs)
         return CBSAImageClassifierOutput(
@@ -517,6 +536,9 @@ class CBSAForSemanticSegmentation(CBSAPreTrainedModel):
             base_num_patches = base_num_patches or self.cbsa.base_num_patches
         else:
             self.backbone = AutoBackbone.from_config(config.backbone_config)
+            for module in self.backbone.modules():
+                if type(module) is nn.BatchNorm2d:
+                    module.__class__ = CBSABatchNorm2d  # one rule for what is frozen, whosever the backbone is
             hidden_size = self.backbone.channels[-1]
         # Backbones without patches, such as ResNet, take every size as it is.
         self.patch_size = to_pair(getattr(config.backbone_config or config, "patch_size", 1))
@@ -528,8 +550,8 @@ class CBSAForSemanticSegmentation(CBSAPreTrainedModel):
     def encode(self, pixel_values: torch.Tensor, kwargs: dict) -> tuple[torch.Tensor, tuple[int, int], ModelOutput]:
         """Patch tokens (batch, patches, width), their grid, and all that the encoder returned."""
         if self.config.backbone_config is None:
-            outputs = self.cbsa(pixel_values, interpolate_pos_encoding=True, **kwargs)
-            grid = self.cbsa.embeddings.patch_embeddings.grid(*pixel_values.shape[2:])
+            outputs = self.cbsa(pixel_values, interpolate_pos_encoding=True, return_dict=True, **kwargs)
+            grid = self.config.patch_grid(*pixel_values.shape[2:])
             return outputs.last_hidden_state[:, self.cbsa.num_prefix_tokens :], grid, outputs
         if self.is_wanted("output_representative_attentions", kwargs):
             raise ValueError(
@@ -537,8 +559,9 @@ class CBSAForSemanticSegmentation(CBSAPreTrainedModel):
                 "they are the CBSA encoder's."
             )
         outputs = self.backbone.forward_with_filtered_kwargs(
-            pixel_values.to(self.dtype),
+            pixel_values.to(dtype_of(self.backbone)),
             **{name: self.is_wanted(name, kwargs) for name in ("output_hidden_states", "output_attentions")},
+            return_dict=True,
         )
         feature_map = outputs.feature_maps[-1]
         return feature_map.flatten(2).transpose(1, 2), tuple(feature_map.shape[2:]), outputs
@@ -618,8 +641,8 @@ class CBSABackbone(BackboneMixin, CBSAPreTrainedModel):
         """
         if self.is_wanted("output_representative_attentions", kwargs):
             raise ValueError("A backbone does not return `representative_attentions`; `CBSAModel` does.")
-        outputs = self.cbsa(pixel_values, interpolate_pos_encoding=True, **kwargs)
-        grid = self.cbsa.embeddings.patch_embeddings.grid(*pixel_values.shape[2:])
+        outputs = self.cbsa(pixel_values, interpolate_pos_encoding=True, return_dict=True, **kwargs)
+        grid = self.config.patch_grid(*pixel_values.shape[2:])
         feature_maps = tuple(
             self.cbsa.layernorm(hidden_states)[:, self.cbsa.num_prefix_tokens :].transpose(1, 2).unflatten(2, grid)
             for stage, hidden_states in zip(self.stage_names, outputs.hidden_states, strict=True)

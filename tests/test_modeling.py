@@ -206,6 +206,58 @@ def test_loss_and_gradients(tiny_model):
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in tiny_model.parameters())
 
 
+def statistics(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    return {name: buffer.clone() for name, buffer in model.named_buffers()}
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_frozen_is_frozen(tiny_model, checkpointing):
+    """A frozen encoder computes in training what it computes in evaluation, whenever it was frozen."""
+    features = tiny_model.cbsa(torch.ones(1, 3, 32, 48)).last_hidden_state
+    before = statistics(tiny_model)
+    tiny_model.train()
+    tiny_model.cbsa.requires_grad_(False)  # after `train()`, as PEFT may do
+    if checkpointing:
+        enable_activation_checkpointing(tiny_model)
+    for _ in range(3):
+        pixel_values = 2 + 3 * torch.randn(4, 3, 32, 48)
+        logits = tiny_model(pixel_values).logits
+        logits.sum().backward()
+        torch.testing.assert_close(logits, tiny_model.eval()(pixel_values).logits)
+        tiny_model.train()
+    assert tiny_model.classifier.weight.grad is not None
+    assert all(torch.equal(before[name], buffer) for name, buffer in tiny_model.named_buffers())
+    torch.testing.assert_close(tiny_model.cbsa(torch.ones(1, 3, 32, 48)).last_hidden_state, features)
+
+    norms = [module for module in tiny_model.modules() if isinstance(module, torch.nn.BatchNorm2d)]
+    norms[-1].requires_grad_(True)
+    inputs = []
+    norms[-1].register_forward_pre_hook(lambda module, args: inputs.append(args[0]))
+    mean, variance, count = (before[name] for name in before if ".7." in name)  # of the last norm in the stem
+    tiny_model(pixel_values)
+    torch.testing.assert_close(norms[-1].running_mean, 0.9 * mean + 0.1 * inputs[0].mean((0, 2, 3)))
+    torch.testing.assert_close(norms[-1].running_var, 0.9 * variance + 0.1 * inputs[0].var((0, 2, 3)))
+    assert norms[-1].num_batches_tracked == count + 1
+    assert all(torch.equal(before[n], b) for n, b in tiny_model.named_buffers() if ".7." not in n)
+
+
+def test_frozen_is_frozen_in_every_graph(tiny_model):
+    """Compiled and exported in training mode, too."""
+    tiny_model.cbsa.requires_grad_(False)
+    pixel_values = 2 + 3 * torch.randn(4, 3, 32, 48)
+    expected = tiny_model(pixel_values).logits
+    before = statistics(tiny_model)
+    tiny_model.train()
+    torch.compiler.reset()
+    for graph in (
+        torch.compile(tiny_model, backend="eager", fullgraph=True),
+        torch.export.export(tiny_model, (pixel_values,)).module(),
+    ):
+        torch.testing.assert_close(graph(pixel_values).logits, expected)
+        for name, buffer in graph.named_buffers():
+            assert torch.equal(before[name.removeprefix("_orig_mod.")], buffer)
+
+
 def test_gradient_checkpointing_changes_nothing(tiny_model):
     pixel_values = torch.randn(2, 3, 32, 48)
 

@@ -243,6 +243,20 @@ def test_other_backbones(name, tmp_path):
         model(pixel_values, output_representative_attentions=True)
 
 
+def test_frozen_backbone():
+    """The statistics of a foreign backbone's batch norm stand still, too, while it is frozen."""
+    config = CBSAConfig(num_labels=5, decoder_type="linear", backbone_config=BACKBONES["resnet"][0])
+    model = CBSAForSemanticSegmentation(config).train()
+    before = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    assert any(name.endswith("running_mean") for name in before)
+    model.backbone.requires_grad_(False)
+    model(torch.randn(2, 3, 33, 47)).logits.sum().backward()
+    assert all(torch.equal(before[name], buffer) for name, buffer in model.named_buffers())
+    model.backbone.requires_grad_(True)
+    model(torch.randn(2, 3, 33, 47))
+    assert all(not torch.equal(before[name], buffer) for name, buffer in model.named_buffers())
+
+
 def test_encoder_of_a_classifier(tiny_model, tmp_path):
     tiny_model.save_pretrained(tmp_path / "classifier")
     torch.manual_seed(0)

@@ -238,6 +238,21 @@ def test_lora(tiny_model, tmp_path):
     torch.testing.assert_close(PeftModel.from_pretrained(tiny_model, tmp_path)(pixel_values).logits, adapted)
 
 
+def test_lora_trained_and_reloaded(tiny_model, tmp_path):
+    """An adapter does not save the statistics of batch norm, so they may not move while it is trained."""
+    plain = copy.deepcopy(tiny_model)
+    model = get_peft_model(tiny_model, LoraConfig(r=2, target_modules=["proj"], modules_to_save=["classifier"]))
+    data = [{"pixel_values": 2 + 3 * torch.randn(3, 32, 48), "labels": i % 5} for i in range(16)]
+    arguments = {"learning_rate": 1e-2, "report_to": "none", "use_cpu": True, "disable_tqdm": True}
+    trainer = Trainer(model, TrainingArguments(tmp_path, max_steps=3, **arguments), train_dataset=data)
+    trainer.train()
+    model.save_pretrained(tmp_path / "adapter")
+    pixel_values = torch.randn(2, 3, 32, 48)
+    logits = model.eval()(pixel_values).logits
+    assert not torch.allclose(logits, plain(pixel_values).logits, atol=1e-2)
+    torch.testing.assert_close(PeftModel.from_pretrained(plain, tmp_path / "adapter")(pixel_values).logits, logits)
+
+
 @pytest.mark.parametrize("attention", ATTENTIONS)
 def test_compiles_without_graph_breaks(tiny_config, attention):
     tiny_config.attention_type = attention

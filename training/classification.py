@@ -103,7 +103,7 @@ class Classification(nn.Module):
             own = logits if self.class_head is None else self.class_head(outputs.pooler_output)
             own, target = (values.float().log_softmax(-1) for values in (own, teacher_logits))
             losses["divergence"] = F.kl_div(own, target, reduction="batchmean", log_target=True)
-            grid = self.model.base_model.embeddings.patch_embeddings.grid(*pixel_values.shape[2:])
+            grid = self.model.config.patch_grid(*pixel_values.shape[2:])
             patches = outputs.last_hidden_state[:, self.model.base_model.num_prefix_tokens :]
             patches = patches.transpose(1, 2).unflatten(2, grid)
             cosines = []
