@@ -1,6 +1,6 @@
+import json
 import os
 import runpy
-import signal
 import sys
 
 
@@ -33,9 +33,7 @@ def training(monkeypatch):
 
     monkeypatch.syspath_prepend(str(ROOT / "training"))
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
-    before = signal.getsignal(signal.SIGTERM)
     yield
-    signal.signal(signal.SIGTERM, before)
     AcceleratorState._reset_state(reset_partial_state=True)
 
 
@@ -151,3 +149,26 @@ def labelled():
     ]
     features = Features({"image": ImageFeature(), "label": ClassLabel(names=["a", "b"])})
     return Dataset.from_dict({"image": pictures, "label": [0, 1] * 4}, features=features)
+
+
+@pytest.fixture
+def start(training, labelled, tmp_path):
+    """Starts runs of `pretrain.py` in this process on those pictures, in `tmp_path / "data"`."""
+    import pretrain
+    from accelerate.state import AcceleratorState
+
+    folder = tmp_path / "data"
+    folder.mkdir()
+    for split in ("train", "validation"):
+        labelled.to_parquet(folder / f"{split}-00000-of-00001.parquet")
+    config = {"model_type": "cbsa", "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
+    (folder / "config.json").write_text(json.dumps(config | {"image_size": 32, "patch_size": 8}))
+
+    def start(output_dir: Path, **changes):
+        settings = {"batch_size": 4, "num_epochs": 1, "warmup_epochs": 0.0, "num_workers": 0, "report_to": "none"}
+        settings |= {"dataset_name": str(folder), "config_name": str(folder / "config.json")}
+        settings |= {"patch_embedding_type": "patchify", "output_dir": str(output_dir)}
+        AcceleratorState._reset_state()
+        pretrain.main(pretrain.Arguments(**{**settings, **changes}))
+
+    return start

@@ -168,15 +168,15 @@ def checkpoints_whole(folder: Path) -> bool:
     return bool(found) and all((path / part).stat().st_size for path in found for part in parts)
 
 
-@pytest.mark.parametrize("num_workers", [0, 2])
-def test_terminated_run_writes_a_checkpoint(data, trained, tmp_path, num_workers):
-    """Also where all of its processes are asked to stop, as a cluster does."""
+@pytest.mark.parametrize(("num_workers", "number"), [(0, signal.SIGTERM), (2, signal.SIGTERM), (2, signal.SIGINT)])
+def test_terminated_run_writes_a_checkpoint(data, trained, tmp_path, num_workers, number):
+    """Also where all of its processes are asked to stop, as a cluster and Ctrl-C do."""
     arguments = [f"--num_workers={num_workers}", "--checkpointing_steps=1"]
     process = start(command(data, tmp_path, *arguments), start_new_session=True)
     wait_for(tmp_path, "checkpoint-00000001")
-    os.killpg(process.pid, signal.SIGTERM)
+    os.killpg(process.pid, number)
     printed, _ = process.communicate(timeout=60)
-    assert process.returncode == 143
+    assert process.returncode == 128 + number
     step = checkpoints(tmp_path)[-1]
     assert f"Stopped at step {step};" in printed
     assert 0 < step < NUM_STEPS
@@ -197,7 +197,25 @@ def test_no_orphan_when_the_launcher_is_terminated(data, tmp_path):
     wait_for(tmp_path, "events.out.*")
     launcher.send_signal(signal.SIGTERM)
     launcher.communicate(timeout=60)  # returns when the last process that holds its pipes has ended
+    assert launcher.returncode == -signal.SIGTERM
     assert checkpoints(tmp_path)
+
+
+@pytest.mark.parametrize(("processes", "status"), [(1, -signal.SIGINT), (2, 1)])
+def test_interrupted_launcher(data, tmp_path, processes, status):
+    """Ctrl-C reaches it and the script; it has a status of its own."""
+    arguments = ["--num_epochs=100000", "--checkpointing_steps=1", "--num_workers=1"]
+    launcher = start(
+        command(data, tmp_path, *arguments, processes=processes),
+        start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),  # as in a terminal
+    )
+    wait_for(tmp_path, "checkpoint-00000001")
+    os.killpg(launcher.pid, signal.SIGINT)
+    printed, _ = launcher.communicate(timeout=60)
+    assert launcher.returncode == status
+    assert f"Stopped at step {checkpoints(tmp_path)[-1]};" in printed
+    assert checkpoints_whole(tmp_path)
 
 
 @pytest.mark.parametrize("reading", [[], STREAMING], ids=["memory", "stream"])

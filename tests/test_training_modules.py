@@ -35,7 +35,7 @@ import compare
 from arguments import parse_arguments
 from data import TrainingImages, find_columns, find_mask_columns, load_images
 from distillation import AutoTeacher, EfficientNetLite, TaughtImages, Teacher, write_answers
-from loop import outlive_termination
+from interruption import outlive_interruption
 from metrics import MeanIoU, count_pixels
 from optimization import OPTIMIZERS, build_optimizer, build_scheduler, parameter_groups
 from pretrain import Arguments
@@ -505,7 +505,7 @@ class TestSegmentation:
 @pytest.mark.skipif(not hasattr(signal, "sigwaitinfo"), reason="the sender of a signal is not told here")
 def test_a_worker_ends_for_its_parent_alone():
     others = multiprocessing.active_children()
-    batches = iter(DataLoader(range(100), num_workers=1, worker_init_fn=outlive_termination))
+    batches = iter(DataLoader(range(100), num_workers=1, worker_init_fn=outlive_interruption))
     assert next(batches).item() == 0
     (worker,) = [child for child in multiprocessing.active_children() if child not in others]
     subprocess.run(["kill", str(worker.pid)], check=True)

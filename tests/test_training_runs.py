@@ -5,14 +5,12 @@ import shutil
 import signal
 import sys
 from contextlib import nullcontext
-from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import Mock
 
 import numpy as np
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
 from conftest import ROOT
 from datasets import Dataset
@@ -25,34 +23,15 @@ from transformers.utils.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT
 sys.path.insert(0, str(ROOT / "training"))
 
 import classification
+import interruption
 import loop
-import pretrain
 import score
 from evaluation import evaluate_classifier, evaluate_segmenter
 from finetune import FinetuningArguments, finetune_classifier
 from heads import load_for_classes
-from loop import StopRequest, build_accelerator
+from interruption import StopRequest
+from loop import build_accelerator
 from pretrain import Arguments
-
-
-@pytest.fixture
-def start(training, labelled, tmp_path):
-    """Starts runs of `pretrain.py` in this process on those pictures."""
-    folder = tmp_path / "data"
-    folder.mkdir()
-    for split in ("train", "validation"):
-        labelled.to_parquet(folder / f"{split}-00000-of-00001.parquet")
-    config = {"model_type": "cbsa", "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
-    (folder / "config.json").write_text(json.dumps(config | {"image_size": 32, "patch_size": 8}))
-
-    def start(output_dir: Path, **changes):
-        settings = {"batch_size": 4, "num_epochs": 1, "warmup_epochs": 0.0, "num_workers": 0, "report_to": "none"}
-        settings |= {"dataset_name": str(folder), "config_name": str(folder / "config.json")}
-        settings |= {"patch_embedding_type": "patchify", "output_dir": str(output_dir)}
-        AcceleratorState._reset_state()
-        pretrain.main(Arguments(**{**settings, **changes}))
-
-    return start
 
 
 class TestRuns:
@@ -203,26 +182,33 @@ class TestRuns:
         (tmp_path / "answers" / "answers.json").unlink()
         with pytest.raises(ValueError, match="does not say what its answers are of"):
             start(tmp_path / "new", **settings)
-        assert not list(tmp_path.glob("new/*"))
+        assert [path.name for path in tmp_path.glob("new/*")] == [".lock"]
 
 
-@pytest.mark.parametrize("variable", [None, *loop.LAUNCHED])
+@pytest.mark.parametrize("variable", [None, *interruption.LAUNCHED])
 def test_the_death_of_a_launcher_alone_stops_a_run(monkeypatch, variable):
     """Not that of the shell it was started from."""
-    before = signal.getsignal(signal.SIGTERM)
-    for name in loop.LAUNCHED:
+    for name in interruption.LAUNCHED:
         monkeypatch.delenv(name, raising=False)
     if variable is not None:
         monkeypatch.setenv(variable, "x")
-    try:
-        stop, accelerator = StopRequest(), SimpleNamespace(num_processes=1)
-        assert not stop.is_made(accelerator)
-        monkeypatch.setattr("os.getppid", lambda: 1)
-        assert stop.is_made(accelerator) == (variable is not None)
-        stop.on_signal()
-        assert stop.is_made(accelerator)
-    finally:
-        signal.signal(signal.SIGTERM, before)
+    stop = StopRequest()
+    assert stop.status == 0
+    monkeypatch.setattr("os.getppid", lambda: 1)
+    assert stop.status == (0 if variable is None else 143)
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_signals_ask_for_a_stop(number, status):
+    """For as long as the training lasts; the first one counts."""
+    before = {each: signal.getsignal(each) for each in (signal.SIGTERM, signal.SIGINT)}
+    with StopRequest() as stop:
+        assert stop.status == 0
+        signal.raise_signal(number)
+        assert stop.status == status
+        signal.raise_signal(signal.SIGTERM)
+        assert stop.status == status
+    assert {each: signal.getsignal(each) for each in before} == before
 
 
 class TestHeads:

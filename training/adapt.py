@@ -9,7 +9,6 @@ accuracy of the original and of the model with its attention just replaced are p
 """
 
 import json
-import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -20,7 +19,9 @@ from arguments import parse_arguments
 from classification import Classification, ClassificationArguments, build_validation, train_classifier
 from data import class_names, find_columns
 from heads import load_for_classes
-from loop import build_accelerator, load_splits
+from interruption import one_sentence
+from loop import load_splits, start_run
+from output import write_file
 from torch import nn
 from torch.nn import functional as F
 from transformers import AutoModelForImageClassification, PreTrainedModel
@@ -122,7 +123,12 @@ def build_original(original: CBSAForImageClassification, accelerator: Accelerato
 def main(args: Arguments):
     if args.teacher is not None:
         raise ValueError("`--teacher` is not for adapt.py, whose teacher is the original: `--hidden_states_weight`.")
-    accelerator = build_accelerator(args)
+    with start_run(args) as accelerator:
+        adapt(args, accelerator)
+
+
+def adapt(args: Arguments, accelerator: Accelerator):
+    """Replace the attention, fine-tune, and add to `results.json` what the model was worth before."""
     splits = load_splits(args, find_columns)
     names = class_names(splits[0])
     conversion = convert_checkpoint(args.model_name_or_path, attention_type="softmax")
@@ -152,11 +158,9 @@ def main(args: Arguments):
         teach=build_original(original, accelerator) if distils else None,
     )
     if accelerator.is_main_process:
-        (Path(args.output_dir) / "results.json").write_text(json.dumps({**before, **results}, indent=2) + "\n")
+        write_file(Path(args.output_dir) / "results.json", json.dumps({**before, **results}, indent=2) + "\n")
 
 
 if __name__ == "__main__":
-    try:
+    with one_sentence():
         main(parse_arguments(Arguments))
-    except ValueError as error:
-        sys.exit(f"adapt.py: {error}")

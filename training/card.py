@@ -22,19 +22,20 @@ def describe_hardware(processes: int) -> str:
     return device if processes == 1 else f"{processes} processes, each on: {device}"
 
 
-def write_card(output_dir: Path, model: PreTrainedModel, results: dict, metric: str):
+def write_card(folder: Path, name: str, model: PreTrainedModel, results: dict, metric: str):
     """
     Write README.md: data, command, seed, hardware, time and metrics. What it cannot know, limits and licence of the
     data, is left to be filled in.
 
     Args:
-        output_dir: folder of the trained model.
+        folder: where to write it.
+        name: of the model.
         model: what was trained.
         results: content of `results.json`.
         metric: name of the number that stands for the model.
     """
     arguments, metrics = results["arguments"], results["metrics"]
-    name, task = output_dir.resolve().name, TASK_NAMES[metric]
+    task = TASK_NAMES[metric]
     scores = [
         EvalResult(
             task_type=task,
@@ -56,7 +57,7 @@ def write_card(output_dir: Path, model: PreTrainedModel, results: dict, metric: 
     step = results["best_step" if arguments["keep_best"] else "step"]
     shown = "\n".join(f"| {key} | {value:.4f} |" for key, value in metrics.items())
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    (output_dir / "README.md").write_text(f"""---
+    (folder / "README.md").write_text(f"""---
 {data.to_yaml()}
 ---
 

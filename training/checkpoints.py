@@ -1,17 +1,30 @@
 """State of a run on disk: whole checkpoints or none, the newest and the best kept, and a way back into them."""
 
+import hashlib
 import json
+import logging
+import re
 import shutil
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from accelerate import Accelerator
+from interruption import FAILED, common_status
+from output import remove, sync, write_file
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch.optim.swa_utils import AveragedModel
 
 
 CHECKPOINTS = "checkpoint-" + "[0-9]" * 8  # whole ones: those being written end in `.partial`
+SUMS = "SHA256SUMS"  # as `sha256sum --check` reads it
+PROGRESS, VALIDATION, DATA = "progress.json", "validation.json", "data.json"
+
+logger = logging.getLogger(__name__)
+
+
+class DamagedCheckpoint(ValueError):
+    """A checkpoint that is not as it was written."""
 
 
 @dataclass
@@ -24,6 +37,7 @@ class Progress:
         seconds: time spent, over all sessions of the run.
         waited: seconds of these that the main process waited for data.
         metrics: of the last validation.
+        validated_step: when that was; None before the first validation.
         best: the best value so far of the metric that the run looks at; None before the first validation.
         best_step: when that was.
     """
@@ -32,28 +46,106 @@ class Progress:
     seconds: float = 0.0
     waited: float = 0.0
     metrics: dict[str, float] = field(default_factory=dict)
+    validated_step: int | None = None
     best: float | None = None
     best_step: int | None = None
+
+
+@dataclass
+class DataIdentity:
+    """
+    What a run has to be resumed with, lest it sees some images twice and others never.
+
+    Args:
+        batch_size: images per step.
+        num_images: how many there are.
+        sample: checksums of some of them. Most, not all, have to agree, so that broken images may be mended.
+    """
+
+    batch_size: int
+    num_images: int
+    sample: list[int]
+
+    def check(self, before: "DataIdentity", checkpoint: Path):
+        """A ValueError when the checkpoint was written with another batch size or other images."""
+        for before_and_now, what in (
+            ((before.batch_size, self.batch_size), "`--batch_size {}`, not {}"),
+            ((before.num_images, self.num_images), "{} training images, not {}"),
+        ):
+            if len(set(before_and_now)) > 1:
+                raise ValueError(
+                    f"{checkpoint} was trained with {what.format(*before_and_now)}: resume with what it began with, "
+                    "or start anew in another `--output_dir`."
+                )
+        same = sum(now == then for now, then in zip(self.sample, before.sample, strict=False))
+        if same < len(before.sample) / 2:
+            raise ValueError(
+                f"{checkpoint} was trained on other images: resume with those it began with, or start anew in another "
+                "`--output_dir`."
+            )
 
 
 def checkpoint_path(output_dir: Path, step: int) -> Path:
     return output_dir / f"checkpoint-{step:08d}"
 
 
+def checksum(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write_sums(folder: Path):
+    """The checksums of all its files."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != SUMS)
+    lines = [f"{checksum(path)}  {path.relative_to(folder).as_posix()}\n" for path in files]
+    write_file(folder / SUMS, "".join(lines))
+
+
+def check_sums(checkpoint: Path):
+    """
+    Raises:
+        DamagedCheckpoint: a file is missing or another than was written. (Checkpoints of version 0.1 have no sums.)
+    """
+    if not (checkpoint / SUMS).exists():
+        return
+    try:
+        sums = dict(line.split("  ", 1)[::-1] for line in (checkpoint / SUMS).read_text().splitlines())
+    except (OSError, ValueError) as error:
+        raise DamagedCheckpoint(f"its {SUMS} cannot be read") from error
+    if PROGRESS not in sums:
+        raise DamagedCheckpoint(f"its {SUMS} is not whole")
+    for name, expected in sums.items():
+        path = checkpoint / name
+        if not path.is_file() or checksum(path) != expected:
+            raise DamagedCheckpoint(f"its {name} is not what was written")
+
+
 def read_progress(checkpoint: Path) -> Progress:
-    return Progress(**json.loads((checkpoint / "progress.json").read_text()))
+    """
+    Where a run was when it wrote a checkpoint, with the validation after it if there was one.
+
+    Raises:
+        DamagedCheckpoint: that cannot be read, or is of another step.
+    """
+    path = checkpoint / (VALIDATION if (checkpoint / VALIDATION).exists() else PROGRESS)
+    try:
+        progress = Progress(**json.loads(path.read_text()))
+    except (OSError, RecursionError, TypeError, ValueError) as error:
+        raise DamagedCheckpoint(f"its {path.name} cannot be read") from error
+    step = int(checkpoint.name[-8:]) if re.fullmatch(CHECKPOINTS, checkpoint.name) else progress.step
+    if type(progress.step) is not int or progress.step != step or step < 0:
+        raise DamagedCheckpoint(f"its {path.name} is of step {progress.step}")
+    return progress
 
 
-def find_checkpoint(name: str, output_dir: Path) -> Path:
-    """The checkpoint folder that `--resume_from_checkpoint` means; a ValueError says when there is none."""
-    if name == "last":
-        found = sorted(output_dir.glob(CHECKPOINTS))
-        if not found:
-            raise ValueError(f"There is no checkpoint in {output_dir} to resume from.")
-        return found[-1]
-    if not (Path(name) / "progress.json").is_file():
-        raise ValueError(f"{name} is not a checkpoint of this script.")
-    return Path(name)
+def check_data(checkpoint: Path, data: DataIdentity):
+    """A ValueError when a run on other data wrote the checkpoint. (Those of version 0.1 do not tell.)"""
+    if (checkpoint / DATA).exists():
+        try:
+            before = DataIdentity(**json.loads((checkpoint / DATA).read_text()))
+        except (OSError, RecursionError, TypeError, ValueError) as error:
+            raise DamagedCheckpoint(f"its {DATA} cannot be read") from error
+        data.check(before, checkpoint)
 
 
 def check_folder(output_dir: Path, progress: Progress, keep_best: bool):
@@ -74,11 +166,21 @@ def check_folder(output_dir: Path, progress: Progress, keep_best: bool):
             raise ValueError(f"`--keep_best` needs {best.name}, the best so far: copy it to {output_dir}.")
 
 
+def whole_checkpoint(output_dir: Path) -> str:
+    """For messages: which checkpoint is the newest."""
+    newest = max(output_dir.glob(CHECKPOINTS), default=None)
+    return f"{newest} is the newest whole one" if newest is not None else "there is no older one"
+
+
 def save_checkpoint(
-    accelerator: Accelerator, output_dir: Path, progress: Progress, average: AveragedModel | None, keep: int
+    accelerator: Accelerator,
+    output_dir: Path,
+    progress: Progress,
+    average: AveragedModel | None,
+    data: DataIdentity,
 ):
     """
-    Write the whole state under a temporary name, rename it, and remove all but the newest `keep` and the best.
+    Write the whole state under a temporary name, and rename it when all of it is on the disk.
 
     Raises:
         ValueError: it cannot be written; nothing but whole checkpoints is left.
@@ -88,44 +190,140 @@ def save_checkpoint(
     try:
         if accelerator.is_main_process:
             for leftover in (*output_dir.glob("*.partial"), *output_dir.glob("*.replaced")):
-                shutil.rmtree(leftover)
+                remove(leftover)
         accelerator.wait_for_everyone()
         accelerator.save_state(partial)
         accelerator.wait_for_everyone()  # every process writes its own part
         if accelerator.is_main_process:
             if average is not None:
                 save_file(average.state_dict(), partial / "average.safetensors")
-            (partial / "progress.json").write_text(json.dumps(asdict(progress), indent=2) + "\n")
+            (partial / PROGRESS).write_text(json.dumps(asdict(progress), indent=2) + "\n")
+            (partial / DATA).write_text(json.dumps(asdict(data)) + "\n")
+            for path in (*partial.rglob("*"), partial):
+                sync(path)
+            write_sums(partial)
             if final.exists():
                 final.rename(replaced)
             partial.rename(final)
-            kept = set(sorted(output_dir.glob(CHECKPOINTS))[-keep:])
-            if progress.best_step is not None:
-                kept.add(checkpoint_path(output_dir, progress.best_step))
-            for old in set(output_dir.glob(CHECKPOINTS)) - kept:
-                old.rename(old.with_name(old.name + ".replaced"))  # so that none is half gone under a whole one's name
-            for leftover in output_dir.glob("*.replaced"):
-                shutil.rmtree(leftover)
+            sync(output_dir)
     except (OSError, RuntimeError, SafetensorError) as error:
         shutil.rmtree(partial, ignore_errors=True)
-        whole = sorted(output_dir.glob(CHECKPOINTS))
-        last = f"{whole[-1]} is the newest whole one" if whole else "there is no older one"
-        raise ValueError(f"The checkpoint {final} cannot be written ({error}); {last}.") from error
+        raise ValueError(
+            f"The checkpoint {final} cannot be written ({error}); {whole_checkpoint(output_dir)}."
+        ) from error
     accelerator.wait_for_everyone()
 
 
-def load_state(accelerator: Accelerator, checkpoint: Path, average: AveragedModel | None) -> Progress:
+def record_validation(output_dir: Path, progress: Progress):
     """
-    Bring model, optimiser, scheduler and average back to where they were.
+    Write what a validation found into the checkpoint before it; a run resumed from there does not validate again.
 
     Raises:
-        ValueError: the checkpoint is damaged, or of another model or other settings.
+        ValueError: it cannot be written.
     """
+    checkpoint = checkpoint_path(output_dir, progress.step)
+    try:
+        write_file(checkpoint / VALIDATION, json.dumps(asdict(progress), indent=2) + "\n")
+        if (checkpoint / SUMS).exists():
+            line = f"{checksum(checkpoint / VALIDATION)}  {VALIDATION}\n"
+            write_file(checkpoint / SUMS, (checkpoint / SUMS).read_text() + line)
+    except OSError as error:
+        raise ValueError(f"{checkpoint / VALIDATION} cannot be written: {error.strerror}.") from error
+
+
+def prune_checkpoints(output_dir: Path, progress: Progress, keep: int):
+    """Remove all but the newest `keep` and the best."""
+    kept = set(sorted(output_dir.glob(CHECKPOINTS))[-keep:])
+    if progress.best_step is not None:
+        kept.add(checkpoint_path(output_dir, progress.best_step))
+    for old in set(output_dir.glob(CHECKPOINTS)) - kept:
+        old.rename(old.with_name(old.name + ".replaced"))  # so that none is half gone under a whole one's name
+    for leftover in output_dir.glob("*.replaced"):
+        remove(leftover)
+
+
+def load_state(
+    accelerator: Accelerator, checkpoint: Path, average: AveragedModel | None, data: DataIdentity
+) -> Progress:
+    """
+    Bring model, optimiser, scheduler and average back to where they were. No pickled code runs.
+
+    Raises:
+        DamagedCheckpoint: in every process, when one finds that it is not as it was written.
+        ValueError: it is of another model, other settings or other data.
+    """
+    error = progress = None
+    try:
+        if accelerator.is_main_process:
+            check_sums(checkpoint)
+        progress = read_progress(checkpoint)
+        check_data(checkpoint, data)
+    except ValueError as found:
+        error = found
+    agree(accelerator, error)
     try:
         accelerator.load_state(checkpoint)
         if average is not None:
             average.load_state_dict(load_file(checkpoint / "average.safetensors"))
-        return read_progress(checkpoint)
-    except (OSError, RuntimeError, SafetensorError, ValueError, TypeError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ValueError(f"The checkpoint {checkpoint} is damaged or not of this run: {reason}") from error
+    except Exception as found:  # a damaged file without a checksum may raise anything
+        reason = " ".join(" ".join(str(found).splitlines()[:2]).split())  # PyTorch's second line says what differs
+        error = DamagedCheckpoint(reason or type(found).__name__)
+        if (checkpoint / SUMS).exists() and isinstance(found, (KeyError, OSError, RuntimeError, ValueError)):
+            error = ValueError(f"{checkpoint} is of another model or other settings: {reason}")
+        error.__cause__ = found
+    agree(accelerator, error)
+    return progress
+
+
+def agree(accelerator: Accelerator, error: ValueError | None):
+    """Raise the error that this process has found, or one like that of another process; nothing where none has any."""
+    status = 0 if error is None else FAILED + (not isinstance(error, DamagedCheckpoint))
+    common = common_status(accelerator, status)
+    if common:
+        kind = DamagedCheckpoint if common == FAILED else ValueError
+        raise error if status == common else kind("the checkpoint cannot be read by another process")
+
+
+def resume(
+    accelerator: Accelerator, name: str, output_dir: Path, average: AveragedModel | None, data: DataIdentity
+) -> tuple[Path, Progress]:
+    """
+    Go on from the checkpoint that `--resume_from_checkpoint` means: a folder, or `last` for the newest whole one of
+    `output_dir`. Damaged ones that are newer are named, and renamed so that they are in nobody's way.
+
+    Raises:
+        ValueError: there is none, or see [`load_state`].
+    """
+    if name != "last":
+        checkpoint = Path(name)
+        if not (checkpoint / PROGRESS).is_file():
+            raise ValueError(f"{checkpoint} is not a checkpoint of this script.")
+        try:
+            return checkpoint, load_state(accelerator, checkpoint, average, data)
+        except DamagedCheckpoint as error:
+            raise ValueError(f"The checkpoint {checkpoint} is damaged or not of this run: {error}.") from error
+    damaged = {}
+    for checkpoint in sorted(output_dir.glob(CHECKPOINTS), reverse=True):
+        try:
+            progress = load_state(accelerator, checkpoint, average, data)
+        except DamagedCheckpoint as error:
+            damaged[checkpoint] = error
+            continue
+        if accelerator.is_main_process:
+            set_aside(damaged)
+        accelerator.wait_for_everyone()
+        return checkpoint, progress
+    if not damaged:
+        raise ValueError(f"There is no checkpoint in {output_dir} to resume from.")
+    reasons = "; ".join(f"{checkpoint.name}: {error}" for checkpoint, error in damaged.items())
+    raise ValueError(f"No checkpoint in {output_dir} is whole ({reasons}): start anew in another `--output_dir`.")
+
+
+def set_aside(damaged: dict[Path, DamagedCheckpoint]):
+    """Rename damaged checkpoints, and say so."""
+    for checkpoint, error in damaged.items():
+        aside = checkpoint.with_name(checkpoint.name + ".damaged")
+        if aside.exists():
+            remove(aside)
+        checkpoint.rename(aside)
+        logger.warning("%s is damaged and now called %s: %s.", checkpoint, aside.name, error)

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from accelerate import Accelerator
-from data import TrainingImages, ValidationImages
+from data import TrainingImages, ValidationImages, check_labels
 from datasets import Dataset
 from distillation import TaughtImages, Teacher, build_teaching, check_answers, prepare_teacher, write_answers
 from evaluation import evaluate_classifier
@@ -149,6 +149,8 @@ def train_classifier(
         teach: see [`train`]; of the options' teacher when None.
     """
     train_split, validation_split = splits
+    for dataset, name in zip(splits, (args.train_split, args.validation_split), strict=True):
+        check_labels(dataset, name, warns=accelerator.is_main_process)
     size = processor.size["height"]
     augmentation = {
         "dataset": train_split,

@@ -13,8 +13,8 @@ default, and of `attention`, the attention of CLS alone.
 import dataclasses
 import json
 import statistics
-import sys
 import time
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -26,6 +26,8 @@ from accelerate.state import AcceleratorState
 from arguments import parse_arguments
 from checkpoints import CHECKPOINTS
 from data import find_mask_columns, find_split, load_images
+from interruption import one_sentence
+from output import open_output, write_file
 from segmentation import MaskedImages
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -138,10 +140,16 @@ def write_table(rows: dict[str, dict], path: Path):
             f"{row['inference']:.0f}",
         ]
         lines.append(f"| `{name}` | {' | '.join(cells)} |")
-    path.write_text("\n".join(lines) + "\n")
+    write_file(path, "\n".join(lines) + "\n")
 
 
 def main(args: Arguments):
+    with open_output(args.output_dir) if PartialState().is_main_process else nullcontext():
+        compare(args)
+
+
+def compare(args: Arguments):
+    """Train what is not there yet, measure all, and write the table."""
     folders = {name: [train_member(args, name, seed) for seed in args.seeds] for name in MEMBERS}
     if not PartialState().is_main_process:
         return
@@ -169,13 +177,11 @@ def main(args: Arguments):
             scores = [zero_shot_scores(path, masks) for path in paths]
             rows[name] |= {column: [score[method] for score in scores] for column, method in METHODS.items()}
     output_dir = Path(args.output_dir)
-    (output_dir / "comparison.json").write_text(json.dumps(rows, indent=2) + "\n")
+    write_file(output_dir / "comparison.json", json.dumps(rows, indent=2) + "\n")
     write_table(rows, output_dir / "comparison.md")
     print((output_dir / "comparison.md").read_text())
 
 
 if __name__ == "__main__":
-    try:
+    with one_sentence():
         main(parse_arguments(Arguments))
-    except ValueError as error:
-        sys.exit(f"compare.py: {error}")

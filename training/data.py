@@ -1,20 +1,25 @@
 """Labelled images from the Hub or from local files, as tensors for training and for validation."""
 
 import logging
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 import torch
 from datasets import ClassLabel, Dataset, DatasetDict, Image, IterableDatasetDict, load_dataset
+from datasets.exceptions import DatasetGenerationError
 from PIL import Image as PILImage
 from streaming import StreamedRows
 from transformers import BaseImageProcessor
 
-from cbsa_hf.images import to_rgb
+from cbsa_hf.images import ImageError, open_image
 
 
 MASK_NAMES = ("label", "mask", "annotation", "segmentation_mask")
+
+SAMPLE_SIZE = 16
 
 logger = logging.getLogger(__name__)
 
@@ -52,6 +57,8 @@ def load_images(
             splits = load_dataset("parquet", data_files=name, streaming=streaming)
         else:
             splits = load_dataset(name, config_name, streaming=streaming)
+    except DatasetGenerationError as error:
+        raise ValueError(f"{name} cannot be read: {error.__cause__ or error}") from error
     except (FileNotFoundError, ConnectionError) as error:
         raise ValueError(
             f"{name} is neither a folder or Parquet file with images, nor the id of a data set that can be reached on "
@@ -129,6 +136,49 @@ def to_tensor(image: PILImage.Image, processor: BaseImageProcessor) -> torch.Ten
     return torch.from_numpy(pixels).permute(2, 0, 1)
 
 
+def checksum_image(encoded: dict | None) -> int:
+    """Of an image that is still encoded, or of its file's name where the data set has no more."""
+    encoded = encoded or {}
+    return zlib.crc32(encoded.get("bytes") or Path(encoded.get("path") or "").name.encode())
+
+
+def check_label(label: int | None, num_labels: int, name: str):
+    """A ValueError when it is the number of no class."""
+    if type(label) is not int or not 0 <= label < num_labels:
+        given = "no label" if label is None else f"the label {label!r}"
+        raise ValueError(f"{name} has {given}; the data set names the classes 0 to {num_labels - 1}.")
+
+
+def check_labels(dataset: Dataset | StreamedRows, split: str, warns: bool = True):
+    """
+    Look at all labels of a split of two columns; those of a stream are looked at one by one, when they come.
+
+    Args:
+        warns: whether to name the classes without an image in the log.
+
+    Raises:
+        ValueError: a label that no class has.
+    """
+    if isinstance(dataset, StreamedRows):
+        return
+    column, names = list(dataset.features)[1], class_names(dataset)
+    labels = dataset.select_columns(column)[:][column]
+    wrong = [i for i, label in enumerate(labels) if label is None or not 0 <= label < len(names)]
+    if wrong:
+        more = f" (and {len(wrong) - 1} others)" if len(wrong) > 1 else ""
+        check_label(labels[wrong[0]], len(names), f"Image {wrong[0]} of the split {split!r}{more}")
+    if warns:
+        present = set(labels)
+        warn_of_missing([name for i, name in enumerate(names) if i not in present], f"No image of the split {split!r}")
+
+
+def warn_of_missing(names: list[str], subject: str, reason: str = ""):
+    """A warning that names classes, ten at most."""
+    if names:
+        more = f" and {len(names) - 10} more" if len(names) > 10 else ""
+        logger.warning("%s is of the class %s%s.%s", subject, ", ".join(map(repr, names[:10])), more, reason)
+
+
 class LabelledImages(torch.utils.data.Dataset):
     """
     Rows of a data set whose images may be broken: those are skipped, named in the log, and counted.
@@ -139,8 +189,14 @@ class LabelledImages(torch.utils.data.Dataset):
     """
 
     def __init__(self, dataset: Dataset | StreamedRows, max_corrupt: int):
-        self.dataset = dataset
         self.image_column, self.label_column = dataset.features
+        self.num_labels = getattr(dataset.features[self.label_column], "num_classes", None)
+        self.fingerprint = getattr(dataset, "_fingerprint", None)
+        if not isinstance(dataset, StreamedRows):  # whose rows are encoded
+            for column, feature in dataset.features.items():
+                if isinstance(feature, Image):
+                    dataset = dataset.cast_column(column, Image(decode=False))
+        self.dataset = dataset
         self.max_corrupt = max_corrupt
         self.corrupt = torch.zeros(len(dataset), dtype=torch.bool).share_memory_()  # written by the workers
         self.epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # read by workers that outlive an epoch
@@ -158,27 +214,57 @@ class LabelledImages(torch.utils.data.Dataset):
         if isinstance(self.dataset, StreamedRows):
             self.corrupt.zero_()  # every epoch has an order of its own
 
-    def read(self, index: int) -> tuple[PILImage.Image, int | PILImage.Image] | None:
-        """Image in RGB, and label or mask; None when the row is broken."""
+    def sample(self) -> list[int]:
+        """Checksums of some encoded images at even distances, of a stream of its first: to know the data set again."""
+        if isinstance(self.dataset, StreamedRows):
+            rows = self.dataset.first(SAMPLE_SIZE)
+        else:
+            indices = np.linspace(0, len(self) - 1, min(SAMPLE_SIZE, len(self))).astype(int)
+            rows = self.dataset.select(indices)
+        return [checksum_image(row[self.image_column]) for row in rows]
+
+    def name(self, index: int, row: dict) -> str:
+        """What messages call an image: its file where the data set has that, and its row."""
+        path = (row[self.image_column] or {}).get("path")
+        place = f"{index} of this epoch" if isinstance(self.dataset, StreamedRows) else str(index)
+        return f"Image {place}" + (f" ({path})" if path else "")
+
+    def read(self, index: int) -> tuple[PILImage.Image, int | np.ndarray] | None:
+        """
+        Image in RGB, and label or mask; None when one of them cannot be read.
+
+        Raises:
+            ValueError: a label that no class has.
+        """
+        row = self.dataset[index]
+        name = self.name(index, row)
         try:
-            row = self.dataset[index]
-            return to_rgb(row[self.image_column]), row[self.label_column]
-        except (OSError, SyntaxError, PILImage.DecompressionBombError) as error:  # broken PNG chunks: SyntaxError
+            return self.read_row(row, name)
+        except ImageError as error:
             if not self.corrupt[index]:
                 logger.warning("Skipped image %d, which cannot be read: %s", index, error)
             self.corrupt[index] = True
             return None
+
+    def read_row(self, row: dict, name: str) -> tuple[PILImage.Image, int | np.ndarray]:
+        image = open_image(row[self.image_column], name=name)
+        check_label(row[self.label_column], self.num_labels, name)
+        return image, row[self.label_column]
 
     def readable(self) -> Iterator[tuple[PILImage.Image, int | PILImage.Image]]:
         """What [`read`] says of each row in turn, the broken ones left out."""
         return (found for index in range(len(self)) if (found := self.read(index)) is not None)
 
     def read_next(self, index: int) -> tuple[int, PILImage.Image, int | PILImage.Image]:
-        """That row, or the next that can be read: its index, and what [`read`] says."""
-        while (found := self.read(index)) is None:
+        """That row, or the next that can be read, of a stream in the same batch: its index, and what [`read`] says."""
+        streams = isinstance(self.dataset, StreamedRows)
+        first, count = (self.dataset.indices[0], len(self.dataset.batch)) if streams else (0, len(self))
+        for _ in range(count):
+            if (found := self.read(index)) is not None:
+                return index, *found
             self.check()
-            index = (index + 1) % len(self)
-        return index, *found
+            index = first + (index + 1 - first) % count
+        raise ValueError(f"None of {count} images in turn can be read (the log names them).")
 
     def check(self):
         """A ValueError when too many images were broken."""
@@ -237,7 +323,6 @@ class TrainingImages(LabelledImages):
         seed: int,
     ):
         super().__init__(dataset, max_corrupt)
-        self.num_labels = dataset.features[self.label_column].num_classes
         self.processor = processor
         self.crop_sizes = crop_sizes
         self.num_epochs = num_epochs

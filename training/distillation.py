@@ -233,7 +233,7 @@ def describe_answers(teacher: Teacher, images: LabelledImages, size: int) -> dic
     """What decides the teacher's answers; see [`write_answers`]."""
     return {
         "teacher": teacher.name,
-        "data set": images.dataset._fingerprint,
+        "data set": images.fingerprint,
         "number of images": len(images),
         "image size": size,
         "patch size": teacher.patch_size,

@@ -5,6 +5,7 @@ from collections.abc import Callable
 import numpy as np
 import torch
 from accelerate import Accelerator
+from interruption import read_batches
 from metrics import Accuracy, MeanIoU, count_pixels
 from PIL import Image
 from torch.nn import functional as F
@@ -32,7 +33,8 @@ def evaluate_classifier(
     """
     metric = Accuracy(keep_in_memory=True)
     losses = []
-    for batch in tqdm(dataloader, desc="validation", leave=False, disable=not accelerator.is_main_process):
+    bar = {"desc": "validation", "total": len(dataloader), "leave": False, "disable": not accelerator.is_main_process}
+    for batch in tqdm(read_batches(dataloader), **bar):
         with accelerator.autocast():
             logits = classify(batch["pixel_values"]).float()
         lowest, highest = batch["labels"].where(batch["labels"] != -100, 0).aminmax()
@@ -44,6 +46,8 @@ def evaluate_classifier(
         counted = labels != -100
         metric.add_batch(predictions=predictions[counted].cpu(), references=labels[counted].cpu())
         losses.append(loss[counted].cpu())
+    if not any(len(loss) for loss in losses):
+        raise ValueError("None of the images to score on can be read; the log names them.")
     return {**metric.compute(), "loss": torch.cat(losses).mean().item()}
 
 
@@ -64,7 +68,7 @@ def evaluate_segmenter(
         accelerator: whose processes share the work.
     """
     config = segmenter.model.config
-    metric = MeanIoU(keep_in_memory=True)
+    metric, total = MeanIoU(keep_in_memory=True), 0
     indices = accelerator.prepare(DataLoader(range(num_images), batch_size=accelerator.num_processes))
     for index in tqdm(indices, desc="validation", leave=False, disable=not accelerator.is_main_process):
         counts = np.zeros((3, config.num_labels), dtype=np.int64)
@@ -76,6 +80,9 @@ def evaluate_segmenter(
         counts = accelerator.gather_for_metrics(torch.from_numpy(counts).unsqueeze(0).to(accelerator.device))
         intersection, predicted, labelled = counts.cpu().unbind(1)
         metric.add_batch(intersection=intersection, predicted=predicted, labelled=labelled)
+        total += int(labelled.sum())
+    if not total:
+        raise ValueError("No pixel of the images to score on counts, or none can be read; the log names those.")
     scores = metric.compute()
     by_class = {f"iou/{config.id2label[i]}": iou for i, iou in enumerate(scores.pop("iou")) if not np.isnan(iou)}
     return {**scores, **by_class}

@@ -9,14 +9,14 @@ Fine-tune a model on images with labels or with masks.
 rest.
 """
 
-import sys
 from dataclasses import dataclass, field
 
 from arguments import find_value, parse_arguments
 from classification import ClassificationArguments, train_classifier
 from data import class_names, find_columns
 from heads import load_for_classes
-from loop import build_accelerator, load_splits
+from interruption import one_sentence
+from loop import load_splits, start_run
 from segmentation import SegmentationArguments, train_segmenter
 from transformers import AutoModelForImageClassification
 
@@ -34,25 +34,29 @@ class FinetuningArguments(ClassificationArguments):
 
 def finetune_classifier(args: FinetuningArguments):
     """Fine-tune a classifier, its head made anew where the classes differ."""
-    accelerator = build_accelerator(args)
-    splits = load_splits(args, find_columns)
-    names = dict(enumerate(class_names(splits[0])))
-    source = args.model_name_or_path or default_checkpoint()
-    changes = {} if args.drop_path_rate is None else {"drop_path_rate": args.drop_path_rate}
-    model = load_for_classes(AutoModelForImageClassification, source, names, **changes)
-    processor = load_processor(source, model.config)
-    train_classifier(args, accelerator, model, processor, splits)
+    with start_run(args) as accelerator:
+        splits = load_splits(args, find_columns)
+        names = dict(enumerate(class_names(splits[0])))
+        source = args.model_name_or_path or default_checkpoint()
+        changes = {} if args.drop_path_rate is None else {"drop_path_rate": args.drop_path_rate}
+        model = load_for_classes(AutoModelForImageClassification, source, names, **changes)
+        processor = load_processor(source, model.config)
+        train_classifier(args, accelerator, model, processor, splits)
+
+
+def finetune_segmenter(args: SegmentationArguments):
+    """Fine-tune a segmenter, its decoder made anew where the classes differ."""
+    with start_run(args) as accelerator:
+        train_segmenter(args, accelerator)
 
 
 TASKS = {
     "image-classification": (FinetuningArguments, finetune_classifier),
-    "semantic-segmentation": (SegmentationArguments, train_segmenter),
+    "semantic-segmentation": (SegmentationArguments, finetune_segmenter),
 }
 
 
 if __name__ == "__main__":
-    try:
+    with one_sentence():
         arguments_class, run = TASKS[find_value("task", TASKS)]
         run(parse_arguments(arguments_class))
-    except ValueError as error:
-        sys.exit(f"finetune.py: {error}")

@@ -2,13 +2,10 @@
 
 import json
 import math
-import os
-import signal
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -18,19 +15,27 @@ from accelerate import Accelerator
 from accelerate.utils import DataLoaderConfiguration, DistributedType, broadcast, set_seed
 from card import write_card
 from checkpoints import (
+    CHECKPOINTS,
+    DamagedCheckpoint,
+    DataIdentity,
     Progress,
     check_folder,
+    check_sums,
     checkpoint_path,
-    find_checkpoint,
-    load_state,
+    prune_checkpoints,
     read_progress,
+    record_validation,
+    resume,
     save_checkpoint,
 )
 from data import DataArguments, LabelledImages, find_split, load_images
 from datasets import Dataset
-from optimization import OPTIMIZERS, SCHEDULES, build_optimizer, build_scheduler, parameter_groups
+from interruption import FAILED, StopRequest, common_status, outlive_interruption, read_batches
+from optimization import OPTIMIZERS, SCHEDULES, STATES, build_optimizer, build_scheduler, parameter_groups
+from output import check_room, open_output, write_together
+from safetensors import SafetensorError
 from safetensors.torch import load_file
-from streaming import StreamedRows
+from streaming import StreamedRows, WrongLength
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader
@@ -41,7 +46,6 @@ from cbsa_hf.hub import push_checkpoint
 
 
 LOG_STEPS = 10
-LAUNCHED = ("ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID")  # by `accelerate launch`, by torchrun
 UNSHARDED = ("ema_decay", "keep_best")  # options that do not go with FSDP
 IN_MEMORY = ("class_balanced", "mixup_alpha", "teacher_cache")  # options that do not go with streaming
 
@@ -105,27 +109,6 @@ class TrainingArguments(DataArguments):
     push_to_hub: str | None = field(default=None, metadata={"help": "id to publish the result under, `user/model`"})
 
 
-class StopRequest:
-    """SIGTERM, or the death of the launcher if there is one, as a wish to stop after the step in hand."""
-
-    def __init__(self):
-        self.signalled = False
-        self.launcher = os.getppid() if any(name in os.environ for name in LAUNCHED) else None
-        signal.signal(signal.SIGTERM, self.on_signal)
-
-    def on_signal(self, *_):
-        self.signalled = True
-
-    def is_made(self, accelerator: Accelerator) -> bool:
-        """Whether any process was asked to stop; all of them get the same answer."""
-        wanted = self.signalled or self.launcher not in (None, os.getppid())
-        if accelerator.num_processes == 1:
-            return wanted
-        if wanted:
-            accelerator.set_trigger()
-        return accelerator.check_trigger()
-
-
 def build_accelerator(args: TrainingArguments) -> Accelerator:
     """
     Accelerate as every script uses it; everything random that follows is seeded.
@@ -154,6 +137,19 @@ def build_accelerator(args: TrainingArguments) -> Accelerator:
     return accelerator
 
 
+@contextmanager
+def start_run(args: TrainingArguments) -> Iterator[Accelerator]:
+    """
+    See [`build_accelerator`]; and for as long as the context lasts, the main process has opened the run's folder.
+
+    Raises:
+        ValueError: see [`build_accelerator`] and [`open_output`].
+    """
+    accelerator = build_accelerator(args)
+    with open_output(args.output_dir) if accelerator.is_main_process else nullcontext():
+        yield accelerator
+
+
 def load_splits(
     args: TrainingArguments, find_columns: Callable[[Dataset, str | None, str | None], list[str]]
 ) -> tuple[Dataset | StreamedRows, Dataset]:
@@ -175,23 +171,6 @@ def load_splits(
     return train, validation
 
 
-def outlive_termination(worker: int):
-    """
-    A worker goes on when all processes of a run are asked to stop, as clusters do: the step in hand needs its batch.
-    Its parent can still end it, as at the end of a run. (Nothing is changed where the sender cannot be told: macOS.)
-    """
-    if not hasattr(signal, "sigwaitinfo"):
-        return
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-
-    def wait():
-        while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
-            pass
-        os._exit(0)
-
-    threading.Thread(target=wait, daemon=True).start()
-
-
 def build_loader(dataset: LabelledImages, args: TrainingArguments, train: bool) -> DataLoader:
     """Batches of the global size; shuffled and without the rest when training. A ValueError if there is no batch."""
     if train and len(dataset) < args.batch_size:
@@ -199,7 +178,7 @@ def build_loader(dataset: LabelledImages, args: TrainingArguments, train: bool) 
     stream = dataset.dataset if isinstance(dataset.dataset, StreamedRows) else None
     workers = {}
     if args.num_workers:
-        workers = {"persistent_workers": True, "prefetch_factor": 4, "worker_init_fn": outlive_termination}
+        workers = {"persistent_workers": True, "prefetch_factor": 4, "worker_init_fn": outlive_interruption}
     return DataLoader(
         dataset,
         batch_size=args.batch_size,
@@ -229,14 +208,6 @@ def split_batch(batch: dict[str, torch.Tensor], parts: int) -> list[dict[str, to
     return [{name: chunks[name][i] for name in batch} for i in range(parts)]
 
 
-def next_batch(batches: Iterator[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
-    """The next one; a ValueError in a worker, which comes with a traceback in its message, is its sentence again."""
-    try:
-        return next(batches)
-    except ValueError as error:
-        raise ValueError(str(error).splitlines()[-1].removeprefix("ValueError: ")) from error
-
-
 def take_step(
     args: TrainingArguments,
     accelerator: Accelerator,
@@ -262,6 +233,292 @@ def take_step(
     return totals
 
 
+class TrainingRun:
+    """
+    A run, from its first step or from a checkpoint to its results. See [`train`] for the arguments.
+
+    A run that was stopped and resumed ends with the same weights as one that was not. Whatever stops it, but for a
+    loss that is no number, costs no step that was done: it saves before it validates, and when a batch cannot be read.
+    """
+
+    def __init__(
+        self,
+        args: TrainingArguments,
+        accelerator: Accelerator,
+        task: nn.Module,
+        processor: BaseImageProcessor,
+        train_data: LabelledImages,
+        validate: Callable[[nn.Module], dict[str, float]],
+        metric: str,
+        teach: Callable[[torch.Tensor], dict] | None,
+        draw: Callable[[PreTrainedModel], dict] | None,
+    ):
+        self.args, self.accelerator, self.processor, self.train_data = args, accelerator, processor, train_data
+        self.compute_metrics, self.metric, self.teach, self.draw = validate, metric, teach, draw
+        self.started, self.output_dir = time.time(), Path(args.output_dir)
+        self.data = DataIdentity(args.batch_size, len(train_data), train_data.sample())
+        loader = build_loader(train_data, args, train=True)
+        self.steps_per_epoch, self.num_steps = len(loader), args.num_epochs * len(loader)
+        encoder = getattr(task.model.config, "backbone_config", None) or task.model.config
+        num_layers = getattr(encoder, "num_hidden_layers", task.model.config.num_hidden_layers)
+        groups = parameter_groups(task, num_layers, args.learning_rate, args.weight_decay, args.layer_decay)
+        optimizer = build_optimizer(args.optimizer, groups, args.learning_rate)
+        warmup_steps = args.warmup_epochs * self.steps_per_epoch
+        scheduler = build_scheduler(args.schedule, optimizer, self.num_steps, warmup_steps)
+        self.average = None
+        if args.ema_decay is not None:
+            self.average = AveragedModel(
+                task.to(accelerator.device), multi_avg_fn=get_ema_multi_avg_fn(args.ema_decay), use_buffers=True
+            )
+        self.task, self.optimizer, self.scheduler, self.loader = accelerator.prepare(
+            task, optimizer, scheduler, loader
+        )
+        self.progress, self.saved_step = Progress(), None
+
+    def run(self, stop: StopRequest) -> dict:
+        """Train to the end, or until a stop is asked for -> what is written to `results.json`."""
+        args, accelerator = self.args, self.accelerator
+        if args.resume_from_checkpoint is not None:
+            self.resume()
+        check_folder(self.output_dir, self.progress, args.keep_best)
+        if accelerator.is_main_process:
+            self.check_room()
+        self.seconds_before = self.progress.seconds
+        settings = {k: v if isinstance(v, int | float | str) else str(v) for k, v in asdict(args).items()}
+        accelerator.init_trackers(Path(sys.argv[0]).stem, config=settings)
+        bar = tqdm(
+            total=self.num_steps * args.batch_size,
+            initial=self.progress.step * args.batch_size,
+            unit="img",
+            unit_scale=True,
+            smoothing=0.05,
+            disable=not accelerator.is_main_process,
+        )
+        with bar as self.bar:  # its line is ended before an error is told
+            if self.validation_is_due():  # the run that wrote the checkpoint was stopped before it
+                self.validate(stop)
+            while self.progress.step < self.num_steps:
+                self.train_epoch(stop)
+                if self.validation_is_due():
+                    self.validate(stop)
+                self.draw_pictures()
+        results = self.save_results()
+        accelerator.end_training()
+        return results
+
+    def check_room(self):
+        """A ValueError when two checkpoints do not fit on the disk, less one if there is one."""
+        model = self.accelerator.unwrap_model(self.task)
+        weights = sum(tensor.numel() * tensor.element_size() for tensor in model.state_dict().values())
+        copies = 1 + STATES[self.args.optimizer] + (self.average is not None)
+        missing = 2 - min(1, len(list(self.output_dir.glob(CHECKPOINTS))))
+        check_room(self.output_dir, missing * copies * weights)
+
+    def resume(self):
+        """
+        Go on from a checkpoint.
+
+        Raises:
+            ValueError: there is no such checkpoint of this run, or it is beyond its end.
+        """
+        checkpoint, self.progress = resume(
+            self.accelerator, self.args.resume_from_checkpoint, self.output_dir, self.average, self.data
+        )
+        step = self.progress.step
+        if step > self.num_steps:
+            raise ValueError(
+                f"{checkpoint} is at step {step}, and this run has {self.num_steps}: give a larger `--num_epochs`."
+            )
+        if checkpoint.resolve() == checkpoint_path(self.output_dir, step).resolve():
+            self.saved_step = step
+        self.accelerator.print(f"Resumed from {checkpoint}: {step} of {self.num_steps} steps done.")
+
+    def train_epoch(self, stop: StopRequest):
+        """The steps up to the end of the epoch."""
+        args, accelerator = self.args, self.accelerator
+        epoch, done = divmod(self.progress.step, self.steps_per_epoch)
+        self.task.train()
+        self.loader.set_epoch(epoch)
+        self.train_data.set_epoch(epoch)
+        batches = read_batches(accelerator.skip_first_batches(self.loader, done) if done else self.loader)
+        self.bar.set_description(f"epoch {epoch + 1}/{args.num_epochs}")
+        for _ in range(done, self.steps_per_epoch):
+            batch = self.next_batch(batches, stop)
+            seed_step(args.seed, self.progress.step, accelerator.process_index)
+            losses = take_step(args, accelerator, self.task, self.optimizer, self.scheduler, batch, self.teach)
+            if self.average is not None:
+                self.average.update_parameters(accelerator.unwrap_model(self.task, keep_torch_compile=False))
+            self.progress.step += 1
+            self.progress.seconds = self.seconds_before + time.time() - self.started
+            self.bar.update(args.batch_size)
+            step, every = self.progress.step, args.checkpointing_steps
+            saves = every is not None and step % every == 0
+            if step % LOG_STEPS == 0 or saves or self.validation_is_due():
+                self.log_losses(losses)
+            if saves:
+                self.save()
+
+    def next_batch(self, batches: Iterator[dict[str, torch.Tensor]], stop: StopRequest) -> dict[str, torch.Tensor]:
+        """The next batch; if it cannot be read or a stop was asked for, in any process, the state is saved first."""
+        batch, error, asked = None, None, time.time()
+        try:
+            batch = next(batches)
+        except WrongLength:  # in every process; and no run with the right length could go on from here
+            raise
+        except ValueError as found:
+            error = found
+        self.progress.waited += time.time() - asked
+        self.stop_if_asked(stop, error)
+        return batch
+
+    def stop_if_asked(self, stop: StopRequest, error: ValueError | None = None):
+        """Save the state, and leave, where a signal asks for it or any process has met an error."""
+        accelerator = self.accelerator
+        status = common_status(accelerator, stop.status if error is None else FAILED)
+        if not status:
+            return
+        step = self.progress.step
+        if step or status != FAILED:
+            self.save()
+        self.bar.close()
+        accelerator.end_training()
+        if error is not None:
+            way_on = f" `--resume_from_checkpoint last` goes on from step {step}." if step else ""
+            raise ValueError(f"{error}{way_on}") from error
+        if status != FAILED:
+            accelerator.print(f"Stopped at step {step}; `--resume_from_checkpoint last` goes on from there.")
+        sys.exit(status)
+
+    def log_losses(self, losses: dict[str, torch.Tensor]):
+        """Log the last step's, the means over all processes; a ValueError if they are no numbers."""
+        progress = self.progress
+        values = {name: self.accelerator.gather(loss).mean().item() for name, loss in losses.items()}
+        check_finite("loss", values["loss"], progress.step)  # before a checkpoint is written
+        self.train_data.check()
+        self.bar.set_postfix(loss=f"{values['loss']:.3f}")
+        values |= {"lr": self.scheduler.get_last_lr()[-1], "data_wait": progress.waited / progress.seconds}
+        self.accelerator.log({f"train/{name}": value for name, value in values.items()}, step=progress.step)
+
+    def save(self):
+        """
+        Write a checkpoint, unless that of this step is there.
+
+        Raises:
+            ValueError: a weight is no number, or the checkpoint cannot be written; older checkpoints are kept.
+        """
+        if self.saved_step == self.progress.step:
+            return
+        for name, weight in self.task.named_parameters():
+            share = weight.to_local() if hasattr(weight, "to_local") else weight  # of what is sharded
+            check_finite(f"largest weight of {name}", share.detach().abs().max().item(), self.progress.step)
+        save_checkpoint(self.accelerator, self.output_dir, self.progress, self.average, self.data)
+        self.saved_step = self.progress.step
+        if not self.validation_is_due():  # what it finds decides what can go
+            self.prune()
+
+    def prune(self):
+        """Remove the checkpoints that are neither among the newest nor the best."""
+        if self.accelerator.is_main_process:
+            prune_checkpoints(self.output_dir, self.progress, self.args.keep_checkpoints)
+        self.accelerator.wait_for_everyone()
+
+    def validation_is_due(self) -> bool:
+        epoch, rest = divmod(self.progress.step, self.steps_per_epoch)
+        at_its_time = (epoch > 0 and epoch % self.args.validation_epochs == 0) or self.progress.step == self.num_steps
+        return rest == 0 and at_its_time and self.progress.validated_step != self.progress.step
+
+    @property
+    def network(self) -> nn.Module:
+        """The task, or its average: what is validated."""
+        return self.task if self.average is None else self.average.module
+
+    def validate(self, stop: StopRequest):
+        """
+        Save, validate, and add to the checkpoint what was found.
+
+        Raises:
+            ValueError: a number that is none, or whatever the data are found to lack.
+        """
+        accelerator, progress, network = self.accelerator, self.progress, self.network.eval()
+        self.save()
+        self.stop_if_asked(stop)
+        if accelerator.num_processes > 1:
+            # Batch norm saw another share of the last batch in each process; what is saved is the first one's.
+            broadcast(dict(network.named_buffers()))
+        metrics = self.compute_metrics(network)
+        for name in metrics.keys() & {self.metric, "loss"}:
+            check_finite(name, metrics[name], progress.step)
+        progress.metrics, progress.validated_step = metrics, progress.step
+        if progress.best is None or metrics[self.metric] > progress.best:
+            progress.best, progress.best_step = metrics[self.metric], progress.step
+        progress.seconds = self.seconds_before + time.time() - self.started
+        accelerator.log({f"validation/{k}": v for k, v in metrics.items()}, step=progress.step)
+        shown = ", ".join(f"{name} {value:.4f}" for name, value in metrics.items())
+        accelerator.print(f"\nepoch {progress.step // self.steps_per_epoch}: {shown}")
+        if accelerator.is_main_process:
+            record_validation(self.output_dir, progress)
+        self.prune()
+
+    def draw_pictures(self):
+        """For the log, every `--picture_epochs`."""
+        every, epoch = self.args.picture_epochs, self.progress.step // self.steps_per_epoch
+        if self.draw is not None and every and epoch % every == 0:
+            model = self.accelerator.unwrap_model(self.network.eval(), keep_torch_compile=False).model
+            pictures = self.draw(model)
+            for tracker in self.accelerator.trackers:
+                layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
+                tracker.log_images(pictures, step=self.progress.step, **layout)
+
+    def save_results(self) -> dict:
+        """
+        Write the trained model, its image processor and card, and `results.json`: all of them, or nothing. Publish
+        them where that is wanted.
+
+        Raises:
+            ValueError: they cannot be written, or the best checkpoint is damaged.
+        """
+        args, accelerator = self.args, self.accelerator
+        state = accelerator.get_state_dict(self.task)  # gathers what is sharded, so every process calls it
+        results = {**asdict(self.progress), "processes": accelerator.num_processes, "arguments": asdict(args)}
+        if accelerator.is_main_process:
+            if args.keep_best and self.progress.best_step != self.progress.step:
+                state, results["metrics"] = self.load_best()
+            elif self.average is not None:
+                state = self.average.state_dict()
+            # Wrappers, of torch.compile and of the average, have put their names before the task's own.
+            names = {name: name.replace("_orig_mod.", "").removeprefix("module.") for name in state}
+            state = {new.removeprefix("model."): state[old] for old, new in names.items() if new.startswith("model.")}
+            model = accelerator.unwrap_model(self.task, keep_torch_compile=False).model
+            try:
+                with write_together(self.output_dir, last="results.json") as folder:
+                    model.save_pretrained(folder, state_dict=state)
+                    self.processor.save_pretrained(folder)
+                    write_card(folder, self.output_dir.resolve().name, model, results, self.metric)
+                    (folder / "results.json").write_text(json.dumps(results, indent=2) + "\n")
+            except (OSError, SafetensorError) as error:
+                raise ValueError(
+                    f"The result cannot be written to {self.output_dir} ({error}); make room, and "
+                    "`--resume_from_checkpoint last` writes it."
+                ) from error
+            if args.push_to_hub is not None:
+                accelerator.print(f"Published as {push_checkpoint(args.push_to_hub, args.output_dir)}")
+        accelerator.wait_for_everyone()
+        return results
+
+    def load_best(self) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
+        """Weights and metrics of the best checkpoint; a ValueError when it is damaged."""
+        best = checkpoint_path(self.output_dir, self.progress.best_step)
+        try:
+            check_sums(best)
+            weights = load_file(best / ("model.safetensors" if self.average is None else "average.safetensors"))
+            return weights, read_progress(best).metrics
+        except (OSError, SafetensorError, DamagedCheckpoint) as error:
+            raise ValueError(
+                f"The best checkpoint, {best}, is damaged ({error}); for the weights of the last step: "
+                "`--resume_from_checkpoint last --keep_best false`."
+            ) from error
+
+
 def train(
     args: TrainingArguments,
     accelerator: Accelerator,
@@ -276,8 +533,6 @@ def train(
     """
     Train, and leave in `args.output_dir` a model that `from_pretrained` opens, its image processor and card, and
     `results.json`.
-
-    A run that was stopped and resumed ends with the same weights as one that was not.
 
     Args:
         args: the script's options.
@@ -295,136 +550,8 @@ def train(
         What is written to `results.json`.
 
     Raises:
-        ValueError: a loss that is no number, a checkpoint that cannot be written or read, another run's checkpoints in
-            the folder, too many broken images.
+        ValueError: a loss that is no number, a checkpoint or result that cannot be written or read, another run's
+            checkpoints in the folder, labels or images that cannot be used, too many broken images.
     """
-    started, output_dir = time.time(), Path(args.output_dir)
-    stop = StopRequest()
-    loader = build_loader(train_data, args, train=True)
-    steps_per_epoch, num_steps = len(loader), args.num_epochs * len(loader)
-    encoder = getattr(task.model.config, "backbone_config", None) or task.model.config
-    num_layers = getattr(encoder, "num_hidden_layers", task.model.config.num_hidden_layers)
-    groups = parameter_groups(task, num_layers, args.learning_rate, args.weight_decay, args.layer_decay)
-    optimizer = build_optimizer(args.optimizer, groups, args.learning_rate)
-    scheduler = build_scheduler(args.schedule, optimizer, num_steps, args.warmup_epochs * steps_per_epoch)
-    average = None
-    if args.ema_decay is not None:
-        average = AveragedModel(
-            task.to(accelerator.device), multi_avg_fn=get_ema_multi_avg_fn(args.ema_decay), use_buffers=True
-        )
-    task, optimizer, scheduler, loader = accelerator.prepare(task, optimizer, scheduler, loader)
-
-    progress = Progress()
-    if args.resume_from_checkpoint is not None:
-        checkpoint = find_checkpoint(args.resume_from_checkpoint, output_dir)
-        progress = load_state(accelerator, checkpoint, average)
-        accelerator.print(f"Resumed from {checkpoint}: {progress.step} of {num_steps} steps done.")
-    check_folder(output_dir, progress, args.keep_best)
-    seconds_before = progress.seconds
-    settings = {k: v if isinstance(v, int | float | str) else str(v) for k, v in asdict(args).items()}
-    accelerator.init_trackers(Path(sys.argv[0]).stem, config=settings)
-
-    bar = tqdm(
-        total=num_steps * args.batch_size,
-        initial=progress.step * args.batch_size,
-        unit="img",
-        unit_scale=True,
-        smoothing=0.05,
-        disable=not accelerator.is_main_process,
-    )
-    while progress.step < num_steps:
-        epoch, done = divmod(progress.step, steps_per_epoch)
-        task.train()
-        loader.set_epoch(epoch)
-        train_data.set_epoch(epoch)
-        batches = iter(accelerator.skip_first_batches(loader, done) if done else loader)
-        bar.set_description(f"epoch {epoch + 1}/{args.num_epochs}")
-        for _ in range(done, steps_per_epoch):
-            asked = time.time()
-            batch = next_batch(batches)
-            progress.waited += time.time() - asked
-            seed_step(args.seed, progress.step, accelerator.process_index)
-            losses = take_step(args, accelerator, task, optimizer, scheduler, batch, teach)
-            if average is not None:
-                average.update_parameters(accelerator.unwrap_model(task, keep_torch_compile=False))
-            progress.step += 1
-            progress.seconds = seconds_before + time.time() - started
-            bar.update(args.batch_size)
-            stops = stop.is_made(accelerator)
-            ends = progress.step % steps_per_epoch == 0
-            validates = ends and ((epoch + 1) % args.validation_epochs == 0 or progress.step == num_steps)
-            saves = stops or (args.checkpointing_steps is not None and progress.step % args.checkpointing_steps == 0)
-            if progress.step % LOG_STEPS == 0 or saves or validates:
-                values = {name: accelerator.gather(loss).mean().item() for name, loss in losses.items()}
-                check_finite("loss", values["loss"], progress.step)  # before a checkpoint is written
-                train_data.check()
-                bar.set_postfix(loss=f"{values['loss']:.3f}")
-                values |= {"lr": scheduler.get_last_lr()[-1], "data_wait": progress.waited / progress.seconds}
-                accelerator.log({f"train/{name}": value for name, value in values.items()}, step=progress.step)
-            if saves and not validates:
-                save_checkpoint(accelerator, output_dir, progress, average, args.keep_checkpoints)
-            if stops:
-                break
-        network = (task if average is None else average.module).eval()
-        if validates:
-            if accelerator.num_processes > 1:
-                # Batch norm saw another share of the last batch in each process; what is saved is the first one's.
-                broadcast(dict(network.named_buffers()))
-            progress.metrics = validate(network)
-            for name in progress.metrics.keys() & {metric, "loss"}:
-                check_finite(name, progress.metrics[name], progress.step)
-            if progress.best is None or progress.metrics[metric] > progress.best:
-                progress.best, progress.best_step = progress.metrics[metric], progress.step
-            progress.seconds = seconds_before + time.time() - started
-            accelerator.log({f"validation/{k}": v for k, v in progress.metrics.items()}, step=progress.step)
-            shown = ", ".join(f"{name} {value:.4f}" for name, value in progress.metrics.items())
-            accelerator.print(f"\nepoch {epoch + 1}: {shown}")
-            save_checkpoint(accelerator, output_dir, progress, average, args.keep_checkpoints)
-        if ends and draw is not None and args.picture_epochs and (epoch + 1) % args.picture_epochs == 0:
-            pictures = draw(accelerator.unwrap_model(network, keep_torch_compile=False).model)
-            for tracker in accelerator.trackers:
-                layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
-                tracker.log_images(pictures, step=progress.step, **layout)
-        if stops:
-            bar.close()
-            accelerator.end_training()
-            accelerator.print(f"Stopped at step {progress.step}; `--resume_from_checkpoint last` goes on from there.")
-            sys.exit(128 + signal.SIGTERM)
-    bar.close()
-    results = save_results(args, accelerator, task, processor, average, progress, metric)
-    accelerator.end_training()
-    return results
-
-
-def save_results(
-    args: TrainingArguments,
-    accelerator: Accelerator,
-    task: nn.Module,
-    processor: BaseImageProcessor,
-    average: AveragedModel | None,
-    progress: Progress,
-    metric: str,
-) -> dict:
-    """Write the trained model, its image processor and card, and `results.json`; publish them where that is wanted."""
-    output_dir = Path(args.output_dir)
-    state = accelerator.get_state_dict(task)  # gathers what is sharded, so every process calls it
-    results = {**asdict(progress), "processes": accelerator.num_processes, "arguments": asdict(args)}
-    if accelerator.is_main_process:
-        best = checkpoint_path(output_dir, progress.best_step)
-        if args.keep_best and progress.best_step != progress.step:
-            state = load_file(best / ("model.safetensors" if average is None else "average.safetensors"))
-            results["metrics"] = read_progress(best).metrics
-        elif average is not None:
-            state = average.state_dict()
-        # Wrappers, of torch.compile and of the average, have put their names before the task's own.
-        names = {name: name.replace("_orig_mod.", "").removeprefix("module.") for name in state}
-        state = {new.removeprefix("model."): state[old] for old, new in names.items() if new.startswith("model.")}
-        model = accelerator.unwrap_model(task, keep_torch_compile=False).model
-        model.save_pretrained(output_dir, state_dict=state)
-        processor.save_pretrained(output_dir)
-        (output_dir / "results.json").write_text(json.dumps(results, indent=2) + "\n")
-        write_card(output_dir, model, results, metric)
-        if args.push_to_hub is not None:
-            accelerator.print(f"Published as {push_checkpoint(args.push_to_hub, args.output_dir)}")
-    accelerator.wait_for_everyone()
-    return results
+    with StopRequest() as stop:
+        return TrainingRun(args, accelerator, task, processor, train_data, validate, metric, teach, draw).run(stop)

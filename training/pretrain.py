@@ -6,13 +6,13 @@ Train a CBSA image classifier from scratch, with or without a teacher.
 `--dataset_name` takes a hub id, a local folder or a Parquet file; `--config` a recipe. See `--help` for the rest.
 """
 
-import sys
 from dataclasses import dataclass, field
 
 from arguments import parse_arguments
 from classification import ClassificationArguments, train_classifier
 from data import class_names, find_columns
-from loop import build_accelerator, load_splits
+from interruption import one_sentence
+from loop import load_splits, start_run
 from transformers import (
     AutoConfig,
     AutoModelForImageClassification,
@@ -87,13 +87,11 @@ def build_model(args: Arguments, names: list[str]) -> tuple[PreTrainedModel, ViT
 
 
 def main(args: Arguments):
-    accelerator = build_accelerator(args)
-    splits = load_splits(args, find_columns)
-    train_classifier(args, accelerator, *build_model(args, class_names(splits[0])), splits)
+    with start_run(args) as accelerator:
+        splits = load_splits(args, find_columns)
+        train_classifier(args, accelerator, *build_model(args, class_names(splits[0])), splits)
 
 
 if __name__ == "__main__":
-    try:
+    with one_sentence():
         main(parse_arguments(Arguments))
-    except ValueError as error:
-        sys.exit(f"pretrain.py: {error}")

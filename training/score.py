@@ -8,8 +8,8 @@ having seen a mask.
 """
 
 import json
-import sys
 from dataclasses import dataclass, field
+from io import BytesIO
 from pathlib import Path
 from tempfile import TemporaryFile
 
@@ -19,6 +19,7 @@ from arguments import parse_arguments
 from data import (
     DataArguments,
     ValidationImages,
+    check_labels,
     class_names,
     find_columns,
     find_mask_columns,
@@ -26,6 +27,8 @@ from data import (
     load_images,
 )
 from evaluation import evaluate_classifier, evaluate_segmenter
+from interruption import one_sentence
+from output import write_file
 from segmentation import MaskedImages, draw_predictions, read_names, read_size
 from torch.utils.data import DataLoader
 from zero_shot_evaluation import (
@@ -145,6 +148,7 @@ def main(args: Arguments):
         if args.image_size is not None:
             processor.size = {"height": args.image_size, "width": args.image_size}
         check_classes(class_names(dataset), model.config.id2label)
+        check_labels(dataset, args.split, warns=False)
         images = ValidationImages(dataset, args.max_corrupt, processor)
         model, loader = accelerator.prepare(model, DataLoader(images, batch_size=args.batch_size))
         results = evaluate_classifier(
@@ -166,7 +170,9 @@ def main(args: Arguments):
         )
         results = evaluate_segmenter(segmenter, images.read, len(images), accelerator)
         if args.strip is not None and accelerator.is_main_process:
-            draw_predictions(segmenter, images).save(args.strip, format="PNG")
+            strip = BytesIO()
+            draw_predictions(segmenter, images).save(strip, format="PNG")
+            write_file(Path(args.strip), strip.getvalue())
     else:
         options = {"sharp": args.sharp} | ({} if args.image_size is None else {"long_side": args.image_size})
         images = MaskedImages(dataset, args.max_corrupt, num_labels=256, reduce_labels=False)
@@ -181,11 +187,9 @@ def main(args: Arguments):
         for name, value in results.items():
             print(f"{name:40} {value:.4f}" if isinstance(value, float) else f"{name:40} {value}")
         if args.output is not None:
-            Path(args.output).write_text(json.dumps(results, indent=2) + "\n")
+            write_file(Path(args.output), json.dumps(results, indent=2) + "\n")
 
 
 if __name__ == "__main__":
-    try:
+    with one_sentence():
         main(parse_arguments(Arguments))
-    except ValueError as error:
-        sys.exit(f"score.py: {error}")

@@ -6,13 +6,15 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from data import LabelledImages, find_mask_columns
+from accelerate import Accelerator
+from data import LabelledImages, find_mask_columns, warn_of_missing
 from evaluation import evaluate_segmenter
 from heads import load_for_classes
 from kornia import augmentation
 from kornia.losses import dice_loss
-from loop import TrainingArguments, build_accelerator, load_splits, train
+from loop import TrainingArguments, load_splits, train
 from PIL import Image
+from streaming import StreamedRows
 from torch import nn
 from torch.nn import functional as F
 from transformers import (
@@ -26,10 +28,12 @@ from cbsa_hf import SlidingWindowSegmenter, default_checkpoint
 from cbsa_hf.attention_cbsa import to_pair
 from cbsa_hf.checkpoint import load_config, load_processor
 from cbsa_hf.figures import class_strip
+from cbsa_hf.images import open_image, open_mask
 from cbsa_hf.mask_decoder_cbsa import DECODERS
 
 
 IGNORED = 255
+MASKS_LOOKED_AT = 100  # of each split, before the first step
 
 
 @dataclass(kw_only=True)
@@ -105,22 +109,28 @@ def read_size(sides: list[int]) -> tuple[int, int]:
     return sides[0], sides[-1]
 
 
-def read_mask(mask: Image.Image, num_labels: int, reduce_labels: bool) -> np.ndarray:
+def read_mask(mask: Image.Image, num_labels: int, reduce_labels: bool, name: str = "A mask") -> np.ndarray:
     """
     Class indices (height, width), [`IGNORED`] where a pixel does not count.
 
     Raises:
-        ValueError: an index that no class has.
+        ValueError: an index that no class has, or values that are no indices.
     """
-    labels = np.asarray(mask).astype(np.int64)
+    labels = np.asarray(mask)
+    if labels.ndim != 2 or labels.dtype.kind == "f":
+        raise ValueError(
+            f"{name} has values of shape {labels.shape} and type {labels.dtype}; masks are grey, of whole numbers."
+        )
+    labels = labels.astype(np.int64)
     if reduce_labels:
         labels = np.where(labels == 0, IGNORED, labels - 1)
         labels[labels == IGNORED - 1] = IGNORED
-    largest = labels[labels != IGNORED].max(initial=0)
-    if labels.ndim != 2 or largest >= num_labels:
+    counted = labels[labels != IGNORED]
+    smallest, largest = counted.min(initial=0), counted.max(initial=0)
+    if smallest < 0 or largest >= num_labels:
         raise ValueError(
-            f"A mask of shape {labels.shape} has the label {largest}; masks are grey, with labels below {num_labels} "
-            f"(the classes named) and {IGNORED} for pixels that do not count."
+            f"{name} has the label {smallest if smallest < 0 else largest}; masks are grey, with labels below "
+            f"{num_labels} (the classes named) and {IGNORED} for pixels that do not count."
         )
     return labels
 
@@ -139,15 +149,43 @@ class MaskedImages(LabelledImages):
         self.num_labels = num_labels
         self.reduce_labels = reduce_labels
 
-    def read(self, index: int) -> tuple[Image.Image, np.ndarray] | None:
-        """Image in RGB and class indices (height, width), a ValueError if they differ; None when the row is broken."""
-        found = super().read(index)
-        if found is None:
-            return None
-        image, mask = found
+    def read_row(self, row: dict, name: str) -> tuple[Image.Image, np.ndarray]:
+        """Image in RGB and class indices (height, width); a ValueError if they differ in size."""
+        image = open_image(row[self.image_column], name=name)
+        mask = open_mask(row[self.label_column], name=f"The mask of {name}")
         if image.size != mask.size:
-            raise ValueError(f"Image {index} has {image.size} pixels across and down, its mask {mask.size}.")
-        return image, read_mask(mask, self.num_labels, self.reduce_labels)
+            raise ValueError(f"{name} has {image.size} pixels across and down, its mask {mask.size}.")
+        return image, read_mask(mask, self.num_labels, self.reduce_labels, f"The mask of {name}")
+
+
+def check_masks(images: MaskedImages, split: str, names: dict[int, str], warns: bool = True):
+    """
+    Look at some masks of a split, at even distances, before a run begins; a stream's are looked at when they come.
+    Classes without a pixel are named in the log, if it `warns`.
+
+    Raises:
+        ValueError: a mask of another size than its image, or with values that no class has.
+    """
+    if isinstance(images.dataset, StreamedRows):
+        return
+    counts, num_ignored, num_masks = np.zeros(images.num_labels, dtype=np.int64), 0, 0
+    for index in np.linspace(0, len(images) - 1, min(MASKS_LOOKED_AT, len(images))).astype(int).tolist():
+        if (found := images.read(index)) is not None:
+            _, labels = found
+            counts += np.bincount(labels[labels != IGNORED], minlength=images.num_labels)
+            num_ignored += int((labels == IGNORED).sum())
+            num_masks += 1
+    if not warns or not num_masks:
+        return
+    reason = ""
+    if num_ignored:
+        share = num_ignored / (num_ignored + counts.sum())
+        reason = (
+            f" {share:.0%} of the pixels have the label {IGNORED}, which does not count: if it is meant as a class, "
+            "write that class's number instead."
+        )
+    missing = [names[i] for i in np.flatnonzero(counts == 0)]
+    warn_of_missing(missing, f"No pixel of the {num_masks} masks looked at in the split {split!r}", reason)
 
 
 class TrainingMasks(MaskedImages):
@@ -286,9 +324,8 @@ def load_segmenter(args: SegmentationArguments, names: dict[int, str]) -> tuple[
     return model, processor
 
 
-def train_segmenter(args: SegmentationArguments):
+def train_segmenter(args: SegmentationArguments, accelerator: Accelerator):
     """Train a segmenter as the options say; see [`train`] for what it leaves behind and raises."""
-    accelerator = build_accelerator(args)
     train_split, validation_split = load_splits(args, find_mask_columns)
     names = read_names(args.id2label, args.dataset_name)
     model, processor = load_segmenter(args, names)
@@ -304,6 +341,8 @@ def train_segmenter(args: SegmentationArguments):
         seed=args.seed,
     )
     validation_images = MaskedImages(validation_split, **masks)
+    check_masks(train_images, args.train_split, names, accelerator.is_main_process)
+    check_masks(validation_images, args.validation_split, names, accelerator.is_main_process)
 
     def build_segmenter(model: PreTrainedModel) -> SlidingWindowSegmenter:
         return SlidingWindowSegmenter(model, processor, read_size(args.window or args.crop_size))

@@ -10,6 +10,10 @@ from torch.utils.data import Sampler
 BUFFER_SIZE = 1000
 
 
+class WrongLength(ValueError):
+    """A stream has another number of rows than was told."""
+
+
 class StreamedRows(Sampler):
     """
     Rows of a streamed split, shuffled among [`BUFFER_SIZE`] others by seed and epoch.
@@ -37,7 +41,8 @@ class StreamedRows(Sampler):
             raise ValueError("The data set does not say how many images it has: give `--num_train_images`.")
         self.features = dataset.features
         self.num_rows = num_rows
-        self.rows = dataset.decode(False).shuffle(seed=seed, buffer_size=BUFFER_SIZE)
+        self.encoded = dataset.decode(False)
+        self.rows = self.encoded.shuffle(seed=seed, buffer_size=BUFFER_SIZE)
 
     def __len__(self) -> int:
         return self.num_rows
@@ -45,13 +50,17 @@ class StreamedRows(Sampler):
     def set_epoch(self, epoch: int):
         self.rows.set_epoch(epoch)
 
+    def first(self, count: int) -> list[dict]:
+        """The first rows as the split has them, the image still encoded."""
+        return list(islice(self.encoded, count))
+
     def __iter__(self) -> Iterator[tuple[int, dict]]:
         count = 0
         for row in islice(self.rows, self.num_rows):
             yield count, row
             count += 1
         if count < self.num_rows:
-            raise ValueError(f"The training split has {count} images, not {self.num_rows}: see `--num_train_images`.")
+            raise WrongLength(f"The training split has {count} images, not {self.num_rows}: see `--num_train_images`.")
 
     def hold(self, batch: list[tuple[int, dict]]) -> list[int]:
         """The indices of a batch, whose rows are then at hand."""
@@ -59,5 +68,5 @@ class StreamedRows(Sampler):
         return list(self.indices)
 
     def __getitem__(self, index: int) -> dict:
-        """A row of the batch in hand, decoded; after the last comes the first."""
-        return self.features.decode_example(self.batch[(index - self.indices[0]) % len(self.batch)])
+        """A row of the batch in hand, the image still encoded."""
+        return self.batch[index - self.indices[0]]
