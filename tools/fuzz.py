@@ -1329,7 +1329,11 @@ def main(argv: list[str] | None = None) -> int:
         TOOLS.update(build_models())
         for name in args.kinds:
             indices = list(range(args.count)) if args.only is None else [args.only]
-            found[name] = list(run_cases(KINDS[name], args.seed, indices, args))
+            found[name] = []
+            for outcome in run_cases(KINDS[name], args.seed, indices, args):
+                found[name].append(outcome)
+                if len(found[name]) % 500 == 0:
+                    print(f"{name}: {Counter(case.verdict for case in found[name])}", flush=True)
             print_faults(name, args.seed, found[name])
             if args.only is not None:
                 print(found[name][0].text, found[name][0].verdict, found[name][0].detail)

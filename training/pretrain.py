@@ -22,9 +22,9 @@ from transformers import (
 )
 from transformers.utils.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
-from cbsa_hf import PRESETS, preset_path
+from cbsa_hf import PRESETS, preset_path, weight_files
 from cbsa_hf.modeling_cbsa import to_pair
-from cbsa_hf.weight_files import CheckpointError, one_sentence
+from cbsa_hf.weight_files import CheckpointError
 
 
 @dataclass(kw_only=True)
@@ -54,7 +54,7 @@ def build_config(args: Arguments, names: list[str]) -> PreTrainedConfig:
     changes = {name: getattr(args, name) for name in (*fields, "drop_path_rate")}
     if args.attention_type is not None:
         changes["attention_type"] = args.attention_type if len(args.attention_type) > 1 else args.attention_type[0]
-    with one_sentence("This is no configuration of a model"):
+    with weight_files.one_sentence("This is no configuration of a model"):
         try:
             config = AutoConfig.from_pretrained(
                 preset_path(args.config_name) if args.config_name in PRESETS else args.config_name,
