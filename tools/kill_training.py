@@ -15,6 +15,7 @@ model and the runs are small: a run is some seconds. Needs Linux and the package
 """
 
 import argparse
+import inspect
 import json
 import os
 import random
@@ -110,7 +111,9 @@ class Aim:
 
 AIMS = {
     "random": lambda draw: Aim("time", delay=draw.uniform(0, 3)),
-    "write": lambda draw: Aim("open", ".partial", draw.randrange(8), draw.choice((0, 0.001, 0.003))),
+    "write": lambda draw: Aim(
+        draw.choice(("open", "os.mkdir")), ".partial", draw.randrange(4), draw.choice((0, draw.uniform(0, 0.02)))
+    ),
     "rename": lambda draw: Aim("os.rename", "checkpoint-", draw.randrange(6)),
     "remove": lambda draw: Aim("os.remove", "", draw.randrange(8)),
     "validation": lambda draw: Aim("validation", count=draw.randrange(3), delay=draw.choice((0, 0.01, 0.05))),
@@ -165,12 +168,16 @@ def watch_validation(tell: Callable[[], None]):
 
     train = loop.train
 
-    def watched(*args, validate: Callable, **options):
+    def watched(*args, **options):
+        given = inspect.signature(train).bind(*args, **options)
+        validate = given.arguments["validate"]
+
         def told(network):
             tell()
             return validate(network)
 
-        return train(*args, validate=told, **options)
+        given.arguments["validate"] = told
+        return train(*given.args, **given.kwargs)
 
     for name in ("classification", "segmentation"):
         sys.modules[name].train = watched
@@ -424,7 +431,7 @@ def print_table(counts: dict[str, Counter], args: argparse.Namespace, number: in
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--inside"]:  # in the processes that a launcher has started
         script, aim, *rest = sys.argv[2:]
-        import loop  # noqa: F401, which an aim may need before the script has imported it
+        import finetune  # noqa: F401, with the modules that an aim may need before the script has imported them
 
         aim = json.loads(aim)
         run_script(script, rest, None if aim is None or os.environ.get("RANK") != "0" else Aim(**aim))
