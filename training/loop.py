@@ -46,6 +46,7 @@ from cbsa_hf.hub import push_checkpoint
 
 
 LOG_STEPS = 10
+OVERHEAD = 2**16  # bytes of a checkpoint beside its weights: headers, random states
 UNSHARDED = ("ema_decay", "keep_best")  # options that do not go with FSDP
 IN_MEMORY = ("class_balanced", "mixup_alpha", "teacher_cache")  # options that do not go with streaming
 
@@ -312,7 +313,7 @@ class TrainingRun:
         weights = sum(tensor.numel() * tensor.element_size() for tensor in model.state_dict().values())
         copies = 1 + STATES[self.args.optimizer] + (self.average is not None)
         missing = 2 - min(1, len(list(self.output_dir.glob(CHECKPOINTS))))
-        check_room(self.output_dir, missing * copies * weights)
+        check_room(self.output_dir, missing * (copies * weights + OVERHEAD))
 
     def resume(self):
         """
