@@ -190,6 +190,17 @@ class CBSAConfig(BackboneConfigMixin, PreTrainedConfig):
         names = self.architectures
         if names is not None and not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
             raise ValueError(f"`architectures` is {names!r}; give a list of the names of model classes.")
+        flags = {"output_attentions": others.get("output_attentions")}
+        flags |= {name: getattr(self, name) for name in ("output_hidden_states", "return_dict")}
+        for name, value in flags.items():
+            # Transformers takes the numbers of hidden states, too.
+            numbers = value if name == "output_hidden_states" and isinstance(value, list) else []
+            if (
+                value is not None
+                and not isinstance(value, bool)
+                and not (numbers and all(type(n) is int for n in numbers))
+            ):
+                raise ValueError(f"`{name}` is {value!r}, and has to be true or false.")
         for name in ("quantization_config", "rope_parameters", "rope_scaling"):
             value = others.get(name)
             if value is not None and not isinstance(value, dict) and not hasattr(value, "to_dict"):

@@ -82,6 +82,8 @@ def test_no_settings(folder, name, content, message):
         ({"backbone_config": {"model_type": "dinov2", "num_hidden_layers": 10**9}}, "`num_hidden_layers` is 1000000"),
         ({"backbone_config": {"model_type": "swin", "depths": [10**9]}}, "`depths` is \\[1000000000\\]"),
         ({"backbone_config": {"model_type": "dinov2", "hidden_size": "x"}}, "is no configuration of a 'dinov2' model"),
+        ({"output_hidden_states": 1.5}, "`output_hidden_states` is 1.5, and has to be true or false"),
+        ({"output_attentions": {"a": 1}}, "`output_attentions` is {'a': 1}, and has to be"),
         ({"architectures": 1.5}, "`architectures` is 1.5; give a list"),
         ({"model_type": "bert"}, "holds a model of type bert"),
         ({"model_type": [1]}, "holds a model of type \\[1\\]"),
