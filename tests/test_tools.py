@@ -76,20 +76,20 @@ def test_planted_faults_are_found():
 
 def test_fuzzing():
     """Some cases of each kind; the same cases each time."""
-    done = run(str(ROOT / "tools" / "fuzz.py"), "images", "checkpoints", "datasets", "commands", "--count=25")
+    done = run(str(ROOT / "tools" / "fuzz.py"), "images", "checkpoints", "datasets", "commands", "--count=15")
     assert done.returncode == 0, done.stdout + done.stderr
     table = read_table(done.stdout)
     assert list(table) == ["images", "checkpoints", "datasets", "commands"]
     for row in table.values():
-        assert int(row["results"]) + int(row["sentences"]) == int(row["cases"]) == 25
+        assert int(row["results"]) + int(row["sentences"]) == int(row["cases"]) == 15
         assert int(row["results"])
         assert int(row["sentences"])
 
 
 def test_killing():
     done = run(
-        str(ROOT / "tools" / "kill_training.py"), "--kills=3", "--variants", "average", "--moments", "write", "results"
+        str(ROOT / "tools" / "kill_training.py"), "--kills=2", "--variants", "average", "--moments", "write", "results"
     )
     assert done.returncode == 0, done.stdout + done.stderr
     kills = re.search(r"(\d+) runs, (\d+) kills; 0 faults", done.stdout)
-    assert int(kills[2]) >= 3
+    assert int(kills[2]) >= 2
