@@ -281,8 +281,8 @@ def for_each_image(
     use: Callable[[Image.Image | np.ndarray], T], sources: Sequence[ImageSource], num_channels: int = 3
 ) -> "list[T | ImageError]":
     """
-    What `use` makes of each image of [`to_image`]. One that cannot be read or used does not discard the others: its place holds the
-    [`ImageError`], and a warning says so.
+    What `use` makes of each image of [`to_image`]. One that cannot be read or used does not discard the others: its
+    place holds the [`ImageError`], and a warning says so.
     """
     results = []
     for index, source in enumerate(sources):
