@@ -75,7 +75,7 @@ def draw_steps(photo: Image.Image, found, contraction: np.ndarray) -> Image.Imag
         values[0, HEAD, index, -GRID[0] * GRID[1] :].unflatten(0, GRID).numpy()
         for values in (found.factor, found.writes)
     )
-    figure = Figure(figsize=(10, 2.85), dpi=120)
+    figure = Figure(figsize=(10, 2.72), dpi=120)
     axes = figure.subplots(1, 4)
     show(axes[0], photo, "1. start: the mean of a tile")
     frame_tile(axes[0], photo, row, column)
