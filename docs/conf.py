@@ -17,7 +17,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-import cbsa_hf
+import cbsa_hf  # noqa: E402
 
 
 project = "cbsa-hf"
@@ -30,6 +30,7 @@ suppress_warnings = ["config.cache"]
 
 html_theme = "furo"
 html_title = "cbsa-hf"
+html_show_copyright = False
 # The address of the repository, once there is one, stands in `[project.urls]` of pyproject.toml and nowhere else.
 urls = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"].get("urls", {})
 if "Source" in urls:
@@ -40,6 +41,7 @@ myst_heading_anchors = 3
 nb_execution_mode = "force"
 nb_execution_timeout = 300
 nb_execution_raise_on_error = True
+nb_output_stderr = "remove"  # progress bars
 
 autodoc_member_order = "bysource"
 autodoc_typehints = "none"  # the docstrings say types where shapes do not
@@ -50,7 +52,9 @@ default_role = "literal"  # docstrings mark code with single backticks
 def to_restructured_text(app, what, name, obj, options, lines: list[str]):
     """Docstrings are written for Transformers' reader: names are [`Name`], and examples are fenced."""
     text = "\n".join(lines)
-    text = re.sub(r"\[`(\w+)`\]", lambda m: f":py:obj:`cbsa_hf.{m[1]}`" if m[1] in cbsa_hf.__all__ else f"``{m[1]}``", text)
+    public = "|".join(cbsa_hf.__all__)
+    text = re.sub(rf"\[`({public})`\]", r":py:obj:`cbsa_hf.\1`", text)
+    text = re.sub(r"\[(`\w+`)\]", r"\1", text)
     text = re.sub(r"```python\n(.*?)```", lambda m: m[1], text, flags=re.DOTALL)
     lines[:] = text.split("\n")
 
