@@ -75,8 +75,10 @@ def draw_steps(photo: Image.Image, found, contraction: np.ndarray) -> Image.Imag
         values[0, HEAD, index, -GRID[0] * GRID[1] :].unflatten(0, GRID).numpy()
         for values in (found.factor, found.writes)
     )
-    figure = Figure(figsize=(10, 2.85), dpi=120)
-    axes = figure.subplots(1, 4)
+    figure = Figure(figsize=(10, 2.75), dpi=120)
+    axes = figure.subplots(
+        1, 4, gridspec_kw={"wspace": 0.04, "left": 0.005, "right": 0.995, "top": 0.9, "bottom": 0.01}
+    )
     show(axes[0], photo, "1. start: the mean of a tile")
     frame_tile(axes[0], photo, row, column)
     show(axes[1], overlay_heat(photo, reads), "2. extract: a row of $A$")
@@ -84,7 +86,6 @@ def draw_steps(photo: Image.Image, found, contraction: np.ndarray) -> Image.Imag
     show(axes[2], attended, "3. contract: a row of $S$", cmap="inferno")
     axes[2].add_patch(Rectangle((column - 0.5, row - 0.5), 1, 1, fill=False, edgecolor="white", linewidth=1.5))
     show(axes[3], overlay_signed(photo, writes), r"4. broadcast: a row of $\kappa S^\top A$")
-    figure.tight_layout(pad=0.4)
     return render(figure)
 
 

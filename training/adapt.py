@@ -19,7 +19,7 @@ from arguments import parse_arguments
 from classification import Classification, ClassificationArguments, build_validation, train_classifier
 from data import class_names, find_columns
 from heads import load_for_classes
-from interruption import one_sentence
+from interruption import exit_with_a_sentence
 from loop import load_splits, start_run
 from output import write_file
 from torch import nn
@@ -162,5 +162,5 @@ def adapt(args: Arguments, accelerator: Accelerator):
 
 
 if __name__ == "__main__":
-    with one_sentence():
+    with exit_with_a_sentence():
         main(parse_arguments(Arguments))

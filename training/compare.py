@@ -26,7 +26,7 @@ from accelerate.state import AcceleratorState
 from arguments import parse_arguments
 from checkpoints import CHECKPOINTS
 from data import find_mask_columns, find_split, load_images
-from interruption import one_sentence
+from interruption import exit_with_a_sentence
 from output import open_output, write_file
 from segmentation import MaskedImages
 from torch.nn import functional as F
@@ -183,5 +183,5 @@ def compare(args: Arguments):
 
 
 if __name__ == "__main__":
-    with one_sentence():
+    with exit_with_a_sentence():
         main(parse_arguments(Arguments))

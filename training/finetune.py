@@ -15,7 +15,7 @@ from arguments import find_value, parse_arguments
 from classification import ClassificationArguments, train_classifier
 from data import class_names, find_columns
 from heads import load_for_classes
-from interruption import one_sentence
+from interruption import exit_with_a_sentence
 from loop import load_splits, start_run
 from segmentation import SegmentationArguments, train_segmenter
 from transformers import AutoModelForImageClassification
@@ -57,6 +57,6 @@ TASKS = {
 
 
 if __name__ == "__main__":
-    with one_sentence():
+    with exit_with_a_sentence():
         arguments_class, run = TASKS[find_value("task", TASKS)]
         run(parse_arguments(arguments_class))

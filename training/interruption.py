@@ -21,7 +21,7 @@ WRITING_ERRORS = (errno.EDQUOT, errno.EFBIG, errno.EIO, errno.ENOSPC, errno.EROF
 
 
 @contextmanager
-def one_sentence():
+def exit_with_a_sentence():
     """
     For the whole of a script: a ValueError, or a disk that takes no more, ends it with one sentence and status 1;
     Ctrl-C outside of the training with one line and status 130.

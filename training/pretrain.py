@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from arguments import parse_arguments
 from classification import ClassificationArguments, train_classifier
 from data import class_names, find_columns
-from interruption import one_sentence
+from interruption import exit_with_a_sentence
 from loop import load_splits, start_run
 from transformers import (
     AutoConfig,
@@ -22,8 +22,9 @@ from transformers import (
 )
 from transformers.utils.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
-from cbsa_hf import PRESETS, preset_path, weight_files
+from cbsa_hf import PRESETS, preset_path
 from cbsa_hf.modeling_cbsa import to_pair
+from cbsa_hf.weight_files import CheckpointError, one_sentence
 
 
 @dataclass(kw_only=True)
@@ -53,7 +54,7 @@ def build_config(args: Arguments, names: list[str]) -> PreTrainedConfig:
     changes = {name: getattr(args, name) for name in (*fields, "drop_path_rate")}
     if args.attention_type is not None:
         changes["attention_type"] = args.attention_type if len(args.attention_type) > 1 else args.attention_type[0]
-    with weight_files.one_sentence("This is no configuration of a model"):
+    with one_sentence("This is no configuration of a model"):
         try:
             config = AutoConfig.from_pretrained(
                 preset_path(args.config_name) if args.config_name in PRESETS else args.config_name,
@@ -63,7 +64,7 @@ def build_config(args: Arguments, names: list[str]) -> PreTrainedConfig:
                 **{name: value for name, value in changes.items() if value is not None},
             )
         except OSError as error:
-            raise weight_files.CheckpointError(
+            raise CheckpointError(
                 f"`--config_name {args.config_name}` is neither one of {', '.join(PRESETS)}, nor a configuration that "
                 "can be reached by that path or hub id."
             ) from error
@@ -92,5 +93,5 @@ def main(args: Arguments):
 
 
 if __name__ == "__main__":
-    with one_sentence():
+    with exit_with_a_sentence():
         main(parse_arguments(Arguments))

@@ -27,7 +27,7 @@ from data import (
     load_images,
 )
 from evaluation import evaluate_classifier, evaluate_segmenter
-from interruption import one_sentence
+from interruption import exit_with_a_sentence
 from output import write_file
 from segmentation import MaskedImages, draw_predictions, read_names, read_size
 from torch.utils.data import DataLoader
@@ -191,5 +191,5 @@ def main(args: Arguments):
 
 
 if __name__ == "__main__":
-    with one_sentence():
+    with exit_with_a_sentence():
         main(parse_arguments(Arguments))
