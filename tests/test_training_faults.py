@@ -34,7 +34,7 @@ import interruption
 import loop
 import output
 from checkpoints import DamagedCheckpoint, DataIdentity, check_sums, write_sums
-from interruption import one_sentence
+from interruption import exit_with_a_sentence
 from segmentation import MaskedImages, check_masks
 
 
@@ -535,12 +535,12 @@ class TestScripts:
     )
     def test_one_sentence(self, monkeypatch, error, ending):
         monkeypatch.setattr(sys, "argv", ["/somewhere/script.py"])
-        with pytest.raises(SystemExit) as ended, one_sentence():
+        with pytest.raises(SystemExit) as ended, exit_with_a_sentence():
             raise error
         assert ended.value.code == ending
 
     def test_what_is_no_mistake_of_users(self):
-        with pytest.raises(PermissionError), one_sentence():
+        with pytest.raises(PermissionError), exit_with_a_sentence():
             raise PermissionError(errno.EACCES, "Permission denied", "/log")
 
 

@@ -393,7 +393,7 @@ class TrainingImages(LabelledImages):
         weights[:, rows, columns] = 0
         return weights
 
-    def sample(self, index: int, size: int) -> dict[str, torch.Tensor]:
+    def item(self, index: int, size: int) -> dict[str, torch.Tensor]:
         """The item of that image with a crop of that side."""
         random = np.random.default_rng((self.seed, int(self.epoch), index))
         crop = self.random_crop(index, random)
@@ -414,12 +414,12 @@ class TrainingImages(LabelledImages):
         return {**mixed, "labels": labels}
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        return self.sample(index, self.crop_size(index))
+        return self.item(index, self.crop_size(index))
 
     def __getitems__(self, batch: list) -> list[dict[str, torch.Tensor]]:
         indices = self.indices(batch)
         size = self.crop_size(indices[0])
-        return [self.sample(index, size) for index in indices]
+        return [self.item(index, size) for index in indices]
 
 
 class ValidationImages(LabelledImages):
