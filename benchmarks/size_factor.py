@@ -37,13 +37,14 @@ class Arguments:
     sizes: list[int] = field(
         default_factory=lambda: [96, 128, 160, 192, 224, 256], metadata={"help": "sides of the images in pixels"}
     )
+    every: int = field(default=1, metadata={"help": "take every n-th image, to be done sooner"})
     output: str = field(default="docs/size-factor.png", metadata={"help": "picture to write"})
 
 
 def main(args: Arguments):
     model, processor = load_checkpoint(args.checkpoint, "image-classification")
     dataset = find_split(load_images(args.dataset_name), args.split)
-    dataset = dataset.select_columns(find_columns(dataset))
+    dataset = dataset.select_columns(find_columns(dataset)).select(range(0, len(dataset), args.every))
     accelerator = Accelerator()
     accuracies = {}
     for factor, title in TITLES.items():

@@ -37,6 +37,10 @@ ORIENTATIONS = {
 }
 
 
+# Pillow says on standard error what it cannot read of EXIF; what it can read of the orientation counts, and no more.
+warnings.filterwarnings("ignore", message="Corrupt EXIF data", category=UserWarning)
+
+
 class ImageError(ValueError):
     """An image cannot be read or used; the message is one sentence for people, with the image's name."""
 

@@ -113,6 +113,26 @@ class TestValidation:
         start(tmp_path / "run", **settings, resume_from_checkpoint="last")
         assert_same_results(tmp_path / "run", whole)
 
+    def test_killed_before_older_ones_are_removed(self, start, tmp_path, monkeypatch):
+        """The resumed run, which has no step to do, removes them."""
+        settings = {**SETTINGS, "keep_checkpoints": 1}
+        start(tmp_path / "whole", **settings)
+        prune = loop.prune_checkpoints
+
+        def kill(folder, progress, keep):
+            if progress.validated_step == 6:
+                raise SystemExit(137)
+            prune(folder, progress, keep)
+
+        with monkeypatch.context() as patches:
+            patches.setattr(loop, "prune_checkpoints", kill)
+            with pytest.raises(SystemExit):
+                start(tmp_path / "run", **settings)
+        assert names(tmp_path / "run") != names(tmp_path / "whole")
+        start(tmp_path / "run", **settings, resume_from_checkpoint="last")
+        assert names(tmp_path / "run") == names(tmp_path / "whole")
+        assert_same_results(tmp_path / "run", tmp_path / "whole")
+
     def test_killed_while_its_result_is_written(self, whole):
         """Between the file and its checksum the checkpoint is whole; a checksum that does not fit is damage."""
         checkpoint = whole / "checkpoint-00000006"

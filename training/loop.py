@@ -298,6 +298,8 @@ class TrainingRun:
         with bar as self.bar:  # its line is ended before an error is told
             if self.validation_is_due():  # the run that wrote the checkpoint was stopped before it
                 self.validate(stop)
+            elif args.resume_from_checkpoint is not None:  # or before it removed what the checkpoint replaces
+                self.prune()
             while self.progress.step < self.num_steps:
                 self.train_epoch(stop)
                 if self.validation_is_due():
