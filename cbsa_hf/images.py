@@ -7,6 +7,7 @@ import os
 import stat
 import warnings
 from collections.abc import Callable, Sequence
+from io import BytesIO
 from typing import BinaryIO, TypeVar
 
 import numpy as np
@@ -53,13 +54,20 @@ def failure(name: str, error: Exception) -> ImageError:
 
 def read_bytes(source: str | os.PathLike | bytes | BinaryIO, name: str, max_bytes: int) -> bytes:
     """All of a file, if it is a regular one and not too large."""
+    too_large = ImageError(
+        f"{name} has more than {max_bytes:,} bytes, {BYTES_PER_PIXEL} for each pixel that an image may have; raise "
+        "`max_pixels` (`--max-pixels`) if it is meant to be read."
+    )
     if isinstance(source, (bytes, bytearray, memoryview)):
-        return bytes(source)
+        source = BytesIO(source)
     try:
         if isinstance(source, (str, os.PathLike)):
             with open(source, "rb", opener=open_without_waiting) as file:
-                if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+                status = os.fstat(file.fileno())
+                if not stat.S_ISREG(status.st_mode):
                     raise ImageError(f"{name} is not a regular file; give an image file.")
+                if status.st_size > max_bytes:
+                    raise too_large
                 data = file.read(max_bytes + 1)
         else:
             if source.seekable():
@@ -71,15 +79,12 @@ def read_bytes(source: str | os.PathLike | bytes | BinaryIO, name: str, max_byte
         raise ImageError(f"There is no file {name}.") from error
     except IsADirectoryError as error:
         raise ImageError(f"{name} is a folder; give an image file.") from error
-    except (OSError, ValueError) as error:  # ValueError: a null character in the path, or a closed file
+    except Exception as error:  # a null character in the path, a closed file, or what a file of others raises
         raise failure(name, error) from error
     if not isinstance(data, bytes):
         raise ImageError(f"{name} is not open in binary mode.")
     if len(data) > max_bytes:
-        raise ImageError(
-            f"{name} has more than {max_bytes:,} bytes, {BYTES_PER_PIXEL} for each pixel that an image may have; "
-            "raise `max_pixels` (`--max-pixels`) if it is meant to be read."
-        )
+        raise too_large
     return data
 
 
@@ -250,8 +255,8 @@ def to_image(source: "ImageSource", *, name: str | None = None, num_channels: in
     Anything that holds one image, as models take it.
 
     - Files, see [`open_image`], and PIL images of any mode: upright, in RGB.
-    - Arrays and tensors (height, width), (height, width, channels) or (channels, height, width) with 1, 3 or 4
-      channels; where a shape fits both, channels are last.
+    - Arrays and tensors (height, width), (height, width, 1, 3 or 4) or (3, height, width); where a shape fits two of
+      these, channels are last.
     - Values: uint8, 0 to 255; uint16, 0 to 65535; bool; floats from 0 to 1. Pillow's modes `I;16` and `I` are 16 bits,
       `F` is floats from 0 to 1. Refused are other types, floats beyond that range, NaN, 16 bits without a value above
       4095 and floats without one above 1/255, which are those of another range and would be all but black.
@@ -275,7 +280,7 @@ def to_image(source: "ImageSource", *, name: str | None = None, num_channels: in
         source = (source.float() if source.dtype == torch.bfloat16 else source).numpy()
     if not isinstance(source, np.ndarray):
         raise ImageError(f"{name} is a {type(source).__name__}; give an array or a tensor of {num_channels} channels.")
-    values = to_eight_bits(channels_last(source, (1, 3, 4) if num_channels == 3 else (num_channels,), name), name)
+    values = to_eight_bits(channels_last(source, num_channels, name), name)
     if num_channels != 3:
         return values
     return to_rgb(Image.fromarray(values[..., 0] if values.shape[2] == 1 else values), name)
@@ -298,19 +303,19 @@ def for_each_image(
     return results
 
 
-def channels_last(values: np.ndarray, channels: tuple[int, ...], name: str) -> np.ndarray:
-    """(height, width, channels) of (height, width), (height, width, channels) or (channels, height, width)."""
+def channels_last(values: np.ndarray, num_channels: int, name: str) -> np.ndarray:
+    """(height, width, channels) of any of the shapes of [`to_image`]."""
+    allowed = (1, 3, 4) if num_channels == 3 else (num_channels,)
     if values.size > 0:
-        if values.ndim == 2 and 1 in channels:
+        if values.ndim == 2 and 1 in allowed:
             return values[..., None]
-        if values.ndim == 3 and values.shape[2] in channels:
+        if values.ndim == 3 and values.shape[2] in allowed:
             return values
-        if values.ndim == 3 and values.shape[0] in channels:
+        if values.ndim == 3 and values.shape[0] == num_channels:
             return np.ascontiguousarray(values.transpose(1, 2, 0))
-    counts = " or ".join(map(str, channels))
     raise ImageError(
-        f"{name} is an array of shape {values.shape}; give (height, width, channels) or (channels, height, width) "
-        f"with {counts} channels."
+        f"{name} is an array of shape {values.shape}; give (height, width, {' or '.join(map(str, allowed))}) or "
+        f"({num_channels}, height, width){', or (height, width)' if 1 in allowed else ''}."
     )
 
 

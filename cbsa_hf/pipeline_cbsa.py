@@ -1,15 +1,30 @@
 """Zero-shot segmentation as a pipeline of Transformers: `pipeline("cbsa-zero-shot-segmentation")`."""
 
+import httpx
 from PIL import Image
 from transformers import AutoModelForImageClassification, Pipeline
-from transformers.image_utils import load_image
 from transformers.pipelines import PIPELINE_REGISTRY
 
-from .images import to_image
+from .images import BYTES_PER_PIXEL, MAX_PIXELS, ImageError, to_image
 from .zero_shot import ZeroShotSegmentation, ZeroShotSegmenter
 
 
 TASK = "cbsa-zero-shot-segmentation"
+
+
+def fetch(address: str) -> bytes:
+    """The first bytes of an address, one more than [`open_image`] takes."""
+    data = bytearray()
+    try:
+        with httpx.stream("GET", address, follow_redirects=True, timeout=60) as response:
+            response.raise_for_status()
+            for part in response.iter_bytes():
+                data += part
+                if len(data) > BYTES_PER_PIXEL * MAX_PIXELS:
+                    break
+    except (httpx.HTTPError, httpx.InvalidURL) as error:
+        raise ImageError(f"{address} cannot be fetched: {' '.join(str(error).split())}.") from error
+    return bytes(data)
 
 
 class ZeroShotSegmentationPipeline(Pipeline):
@@ -39,7 +54,10 @@ class ZeroShotSegmentationPipeline(Pipeline):
 
     def preprocess(self, image) -> dict[str, Image.Image]:
         is_address = isinstance(image, str) and image.startswith(("http://", "https://"))
-        return {"image": load_image(image) if is_address else to_image(image)}
+        num_channels = self.model.config.num_channels
+        if is_address:
+            return {"image": to_image(fetch(image), name=image, num_channels=num_channels)}
+        return {"image": to_image(image, num_channels=num_channels)}
 
     def _forward(self, inputs: dict[str, Image.Image], **options) -> dict[str, ZeroShotSegmentation]:
         return {"found": ZeroShotSegmenter(self.model, self.image_processor, **options)(inputs["image"])}

@@ -315,7 +315,7 @@ def test_arguments_are_checked(shipped, values, message):
     "source", [7, np.zeros((4, 4, 2), np.uint8), np.zeros((4, 4), int), np.zeros((0, 4), np.uint8)]
 )
 def test_what_is_no_image(shipped, source):
-    with pytest.raises(ValueError, match="An image is a"):
+    with pytest.raises(ValueError, match=r"An image (is an? (int|array)|has values of type int64)"):
         ZeroShotSegmenter(*shipped)(source)
 
 
