@@ -39,7 +39,7 @@ ORIENTATIONS = {
 
 
 # Pillow says on standard error what it cannot read of EXIF; what it can read of the orientation counts, and no more.
-warnings.filterwarnings("ignore", message="Corrupt EXIF data", category=UserWarning)
+warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.TiffImagePlugin")
 
 
 class ImageError(ValueError):
