@@ -169,7 +169,9 @@ def open_mask(
     errors are those of [`open_image`].
     """
     image, name = decode(source, name, max_pixels, max_ratio)
-    return without_metadata(turn_upright(image))
+    image = turn_upright(image).copy()
+    image.info = {}
+    return image
 
 
 def turn_upright(image: Image.Image) -> Image.Image:
@@ -181,13 +183,6 @@ def turn_upright(image: Image.Image) -> Image.Image:
         orientation = None
     method = ORIENTATIONS.get(orientation) if isinstance(orientation, int) else None
     return image if method is None else image.transpose(method)
-
-
-def without_metadata(image: Image.Image) -> Image.Image:
-    """A copy of pixels and palette alone: nothing that a second reader could apply."""
-    image = image.copy()
-    image.info = {}
-    return image
 
 
 def to_rgb(image: Image.Image, name: str = "An image") -> Image.Image:
@@ -207,7 +202,9 @@ def to_rgb(image: Image.Image, name: str = "An image") -> Image.Image:
         if image.has_transparency_data:
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-        return without_metadata(image.convert("RGB"))
+        image = image.convert("RGB")  # a copy, in any case
+        image.info = {}
+        return image
     except ImageError:
         raise
     except Exception as error:

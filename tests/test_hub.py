@@ -113,6 +113,7 @@ def test_push_at_the_end_of_a_run(hub, training, tmp_path):
 def test_nothing_is_pushed_without_a_complete_card(hub, shipped, tmp_path, capsys):
     shipped[0].save_pretrained(tmp_path)
     shipped[1].save_pretrained(tmp_path)
+    capsys.readouterr()  # the progress of saving
     for card, message in [(None, "has no model card"), ("---\nlicense: mit\n---\n", "library_name, pipeline_tag")]:
         if card is not None:
             (tmp_path / "README.md").write_text(card)

@@ -154,7 +154,7 @@ def wrap(model: CBSAForImageClassification, name: str) -> nn.Module:
         targets = {"target_modules": ["proj", "out_proj"], "modules_to_save": ["classifier"]}
         model = get_peft_model(model, LoraConfig(r=2, init_lora_weights=False, **targets))
     elif name == "parameters":
-        targets = ["feed_forward.weight", "attention.step_x", "embeddings.position_embeddings"]
+        targets = ["feed_forward.weight", "attention.step_x"]
         model = get_peft_model(model, LoraConfig(r=2, init_lora_weights=False, target_parameters=targets))
     if name in ("compiled", "all"):
         model = torch.compile(model, backend="eager")
