@@ -367,9 +367,8 @@ import os, sys, time
 sys.path.insert(0, {str(ROOT / "training")!r})
 from output import open_output
 with open_output({str(tmp_path)!r}):
-    if not (child := os.fork()):
-        time.sleep(600)
-    print(child, flush=True)
+    if not os.fork():
+        print(os.getpid(), flush=True)  # by the child: once it runs, it has let go of the lock
     time.sleep(600)
 """
         process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
