@@ -23,9 +23,9 @@ from cbsa_hf import (
     default_checkpoint,
 )
 from cbsa_hf.cli import main
-from cbsa_hf.images import to_pixel_values
-from cbsa_hf.interpretability import exact_maps
-from cbsa_hf.report import Report
+from cbsa_hf.interpretability.attention_maps import exact_maps
+from cbsa_hf.interpretability.report import Report
+from cbsa_hf.segmentation.images import to_pixel_values
 
 
 @pytest.fixture
