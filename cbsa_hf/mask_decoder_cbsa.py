@@ -83,11 +83,13 @@ class MaskDecoderLayer(GradientCheckpointingLayer):
     ):
         super().__init__()
         attention = ATTENTIONS[attention_type]
-        options = {"folded": config.folded}
+        options = {
+            "base_num_patches": base_num_patches,
+            "num_other_tokens": config.num_labels,
+            "folded": config.folded,
+        }
         if attention.uses_representatives:
             options["representatives"] = PooledRepresentatives(config.decoder_representatives_size, first_token=0)
-        if attention.scales_with_size:
-            options |= {"base_num_patches": base_num_patches, "num_other_tokens": config.num_labels}
         self.layernorm_before = block_norm(config, hidden_size)
         self.attention = attention(hidden_size, config.decoder_num_heads, head_dim, **options)
         if has_mlp:
