@@ -10,8 +10,9 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 from torch.nn import functional as F
-from transformers import PreTrainedConfig
 from transformers.utils import is_torchdynamo_compiling
+
+from .configuration_cbsa import CBSAConfig
 
 
 def to_pair(size: int | Iterable[int]) -> tuple[int, int]:
@@ -20,7 +21,7 @@ def to_pair(size: int | Iterable[int]) -> tuple[int, int]:
     return height, width
 
 
-def block_norm(config: PreTrainedConfig, width: int) -> nn.LayerNorm:
+def block_norm(config: CBSAConfig, width: int) -> nn.LayerNorm:
     """The norm before a block; its affine part is in the block's first layer where the model is folded."""
     return nn.LayerNorm(width, eps=config.layer_norm_eps, elementwise_affine=not config.folded)
 
