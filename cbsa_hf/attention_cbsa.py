@@ -268,7 +268,7 @@ class ContractAndBroadcastSelfAttention(SharedProjectionSelfAttention):
         initial_representatives = self.representatives(tokens, grid)
         attention = self.attend(initial_representatives, tokens)
         representatives = initial_representatives + self.step_rep * (attention @ tokens)
-        # Not `scaled_dot_product_attention`: for so few representatives it makes a training step on CPU a quarter slower.
+        # `scaled_dot_product_attention` is slower for so few representatives, by a quarter of a training step on CPU.
         similarity = self.attend(representatives, representatives)
         contracted = similarity @ representatives
 

@@ -408,7 +408,7 @@ def dtype_of(module: nn.Module) -> torch.dtype:
     return next(w.dtype for w in weights if isinstance(w, torch.Tensor) and w.is_floating_point())
 
 
-def one_factor_per_layer(forward: Callable) -> Callable:
+def representative_attentions_per_layer(forward: Callable) -> Callable:
     """Transformers leaves out what a layer does not return; this puts None there in `representative_attentions`."""
 
     @wraps(forward)
@@ -416,9 +416,9 @@ def one_factor_per_layer(forward: Callable) -> Callable:
         return_dict = kwargs.pop("return_dict", self.config.return_dict)
         outputs = forward(self, *args, return_dict=True, **kwargs)
         if outputs.representative_attentions is not None:
-            factors = iter(outputs.representative_attentions)
+            found = iter(outputs.representative_attentions)
             outputs.representative_attentions = tuple(
-                next(factors) if ATTENTIONS[name].has_representative_attentions else None
+                next(found) if ATTENTIONS[name].has_representative_attentions else None
                 for name in self.config.layer_attention_types
             )
         return outputs if return_dict else outputs.to_tuple()
@@ -457,7 +457,7 @@ class CBSAModel(CBSAPreTrainedModel):
         return self.config.base_num_patches or height * width
 
     @merge_with_config_defaults
-    @one_factor_per_layer
+    @representative_attentions_per_layer
     @capture_outputs(tie_last_hidden_states=False)
     def forward(
         self,
