@@ -21,7 +21,7 @@ sys.path.append(str(Path(__file__).resolve().parents[1] / "training"))
 from workbench import table
 
 from cbsa_hf import CBSAForImageClassification, load_checkpoint
-from cbsa_hf.charts import line_panels
+from cbsa_hf.interpretability.plots import line_panels
 from data.classification import ValidationImages
 from data.loading import find_columns, find_split, load_images
 from evaluation.scores import evaluate_classifier

@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from transformers import AutoModelForImageClassification, PreTrainedModel
 
 from arguments import ClassificationArguments, parse_arguments
-from cbsa_hf.convert_checkpoints import convert_checkpoint
+from cbsa_hf.conversion.convert import convert_checkpoint
 from cbsa_hf.modeling_cbsa import CBSAForImageClassification
 from data.loading import class_names, find_columns
 from engine.interruption import exit_with_a_sentence

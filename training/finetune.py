@@ -15,7 +15,7 @@ from transformers import AutoModelForImageClassification
 
 from arguments import ClassificationArguments, SegmentationArguments, find_value, parse_arguments
 from cbsa_hf import default_checkpoint
-from cbsa_hf.checkpoint import load_processor
+from cbsa_hf.checkpoints import load_processor
 from data.loading import class_names, find_columns
 from engine.interruption import exit_with_a_sentence
 from engine.loop import load_splits, start_run

@@ -19,8 +19,8 @@ from transformers.utils.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT
 
 from arguments import ClassificationArguments, parse_arguments
 from cbsa_hf import PRESETS, preset_path
+from cbsa_hf.checkpoints.weight_files import CheckpointError, one_sentence
 from cbsa_hf.modeling_cbsa import to_pair
-from cbsa_hf.weight_files import CheckpointError, one_sentence
 from data.loading import class_names, find_columns
 from engine.interruption import exit_with_a_sentence
 from engine.loop import load_splits, start_run

@@ -11,7 +11,7 @@ from datasets import Dataset, Image
 from PIL import Image as PILImage
 from transformers import BaseImageProcessor
 
-from cbsa_hf.images import ImageError, open_image
+from cbsa_hf.segmentation.images import ImageError, open_image
 from data.loading import class_names
 from data.streaming import StreamedRows
 

@@ -9,7 +9,7 @@ from kornia import augmentation
 from PIL import Image
 from transformers import BaseImageProcessor
 
-from cbsa_hf.images import open_image, open_mask
+from cbsa_hf.segmentation.images import open_image, open_mask
 from data.labelled_images import LabelledImages, warn_of_missing
 from data.streaming import StreamedRows
 

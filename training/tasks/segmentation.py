@@ -17,8 +17,8 @@ from transformers import (
 from arguments import SegmentationArguments
 from cbsa_hf import SlidingWindowSegmenter, default_checkpoint
 from cbsa_hf.attention_cbsa import to_pair
-from cbsa_hf.checkpoint import load_config, load_processor
-from cbsa_hf.figures import class_strip
+from cbsa_hf.checkpoints import load_config, load_processor
+from cbsa_hf.overlays import class_strip
 from data.loading import find_mask_columns
 from data.segmentation import IGNORED, MaskedImages, TrainingMasks, check_masks, class_weights, read_names, read_size
 from engine.loop import load_splits, train

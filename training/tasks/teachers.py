@@ -14,8 +14,7 @@ from torch.nn import functional as F
 from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassification
 from transformers.utils import ModelOutput
 
-from cbsa_hf.configuration_cbsa import check_counts
-from cbsa_hf.weight_files import (
+from cbsa_hf.checkpoints.weight_files import (
     CheckpointError,
     build_on_meta,
     check_finite,
@@ -25,6 +24,7 @@ from cbsa_hf.weight_files import (
     read_header,
     read_json,
 )
+from cbsa_hf.configuration_cbsa import check_counts
 
 
 PROBE_SIZE = 224  # pixels, which the usual strides divide
