@@ -13,7 +13,7 @@ from transformers import BaseImageProcessor, PreTrainedModel
 
 from arguments import ClassificationArguments
 from cbsa_hf.interpretability import attention_maps
-from cbsa_hf.overlays import attention_grid
+from cbsa_hf.interpretability.plots import attention_grid
 from data.classification import TrainingImages, ValidationImages
 from data.distillation import TaughtImages, check_answers, write_answers
 from data.labelled_images import check_labels
