@@ -97,8 +97,9 @@ def test_frozen_folded_and_by_default_the_predicted_class():
 
 
 def test_leaves_no_gradients():
-    model = build("cbsa").train()
-    class_attention_maps(model, torch.randn(1, 3, 12, 12, dtype=torch.float64))
+    model = build(["mssa", "cbsa"], num_hidden_layers=2).train()
+    maps = class_attention_maps(model, torch.randn(1, 3, 12, 12, dtype=torch.float64))
+    assert maps.shape == (2, 1, 2, 3, 3)
     assert model.training
     assert all(parameter.grad is None for parameter in model.parameters())
 

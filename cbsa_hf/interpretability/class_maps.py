@@ -41,17 +41,18 @@ def class_attention_maps(
     for name, operator in zip(unwrap(model).config.layer_attention_types, operators, strict=True):
         if not (operator.has_representative_attentions or operator.map_is_exact):
             raise ValueError(
-                f"Attention type {name!r} makes its update without a map, so no logit has a gradient to it."
+                f"Attention type {name!r} makes its update without a map, so the logits have no gradient with respect "
+                "to one."
             )
     with evaluating(unwrap(model)) as copy, torch.enable_grad():
         if not hasattr(copy, "classifier"):
             raise ValueError(f"A {type(copy).__name__} has no logits of an image; give a classifier.")
-        has_factor = [operator.has_representative_attentions for operator in operators]
+        is_representative = [operator.has_representative_attentions for operator in operators]
         outputs = copy(
             pixel_values.detach().to(copy.device).requires_grad_(),  # a graph also where all parameters are frozen
             interpolate_pos_encoding=True,
-            output_representative_attentions=any(has_factor),
-            output_attentions=not all(has_factor),
+            output_representative_attentions=any(is_representative),
+            output_attentions=not all(is_representative),
         )
         labels = outputs.logits.argmax(-1) if labels is None else labels.to(outputs.logits.device)
         num_images, num_labels = outputs.logits.shape
@@ -62,7 +63,7 @@ def class_attention_maps(
             )
         attentions = [
             (outputs.representative_attentions if found else outputs.attentions)[index]
-            for index, found in enumerate(has_factor)
+            for index, found in enumerate(is_representative)
         ]
         gradients = torch.autograd.grad(outputs.logits.gather(1, labels.unsqueeze(1)).sum(), attentions)
     maps = [(a.detach() * g).clamp_min(0).sum(2) for a, g in zip(attentions, gradients, strict=True)]
