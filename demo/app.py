@@ -14,8 +14,8 @@ import skimage.data
 from PIL import Image
 
 from cbsa_hf import ZeroShotSegmenter, attention_maps, load_checkpoint
-from cbsa_hf.figures import overlay_heat, overlay_mask
-from cbsa_hf.images import open_image, to_pixel_values
+from cbsa_hf.overlays import overlay_heat, overlay_mask
+from cbsa_hf.segmentation.images import open_image, to_pixel_values
 
 
 EXAMPLES = ("chelsea", "astronaut", "rocket", "coffee")
