@@ -15,7 +15,7 @@ from datasets import ClassLabel, Features, Value
 from datasets import Image as ImageFeature
 from PIL import Image
 
-from cbsa_hf.images import open_mask
+from cbsa_hf.segmentation.images import open_mask
 
 from . import ROOT, SCRATCH
 from .cases import Case, Folders, Random

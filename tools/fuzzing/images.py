@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 from cbsa_hf import cli
-from cbsa_hf.images import open_image, to_image
+from cbsa_hf.segmentation.images import open_image, to_image
 
 from . import SCRATCH
 from .cases import Case, Folders, Random
