@@ -195,7 +195,7 @@ def arm(aim: Aim, folder: str):
 
 def watch_validation(tell: Callable[[], None]):
     """Call that whenever the loop starts to validate."""
-    import loop
+    from engine import loop
 
     train = loop.train
 
@@ -210,7 +210,7 @@ def watch_validation(tell: Callable[[], None]):
         given.arguments["validate"] = told
         return train(*given.args, **given.kwargs)
 
-    for name in ("classification", "segmentation"):
+    for name in ("tasks.classification", "tasks.segmentation"):
         sys.modules[name].train = watched
 
 
