@@ -11,15 +11,8 @@ import torch
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from ..attention_cbsa import (
-    ATTENTIONS,
-    ContractAndBroadcastSelfAttention,
-    PooledRepresentatives,
-    SelfAttention,
-    TokenStatisticsSelfAttention,
-    adaptive_bins,
-)
-from ..segmentation.inference import Encoding, check_encoder, encode, in_single_precision, layer_operators, unwrap
+from ..attention_cbsa import PooledRepresentatives, adaptive_bins
+from ..segmentation.inference import Encoding, encode, in_single_precision, layer_operators, unwrap
 
 
 def attention_maps(
@@ -47,23 +40,17 @@ def attention_maps(
     return encode(model, pixel_values, output_attentions=True).attention_maps(patch)
 
 
-def attention_types(model: PreTrainedModel) -> list[type[SelfAttention]]:
-    """The operator class of every layer, by the names in the configuration."""
-    return [ATTENTIONS[name] for name in unwrap(model).config.layer_attention_types]
-
-
 def map_is_exact(model: PreTrainedModel) -> bool:
     """
     Whether the model's `attentions` times the values are its attention updates before the output layer, in every
     layer: not for `cbsa`, where the map leaves out the contraction, nor for `tssa`, whose update uses no map.
     """
-    inexact = (ContractAndBroadcastSelfAttention, TokenStatisticsSelfAttention)
-    return not any(issubclass(operator, inexact) for operator in attention_types(model))
+    return all(operator.map_is_exact for operator in layer_operators(model))
 
 
 def map_formula(model: PreTrainedModel) -> str:
     """What the token-to-token map is, for titles; of every attention type once, where layers differ."""
-    return " or ".join(dict.fromkeys(operator.map_formula for operator in attention_types(model)))
+    return " or ".join(dict.fromkeys(operator.map_formula for operator in layer_operators(model)))
 
 
 @dataclass
@@ -149,9 +136,8 @@ def exact_maps(model: PreTrainedModel, pixel_values: torch.Tensor) -> list[Exact
     Raises:
         ValueError: no layer's attention type is `cbsa`, or the model has another library's backbone.
     """
-    check_encoder(model)
-    operators = attention_types(model)
-    if not any(issubclass(operator, ContractAndBroadcastSelfAttention) for operator in operators):
+    operators = layer_operators(model)
+    if not any(hasattr(operator, "steps") for operator in operators):
         hint = "`attention_maps` is exact there" if map_is_exact(model) else "its update uses no token-to-token map"
         raise ValueError(
             f"`exact_maps` is for attention type 'cbsa'; this is {unwrap(model).config.attention_type!r}: {hint}."

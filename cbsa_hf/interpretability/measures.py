@@ -134,7 +134,7 @@ def measure(encoding: Encoding, eps: float = EPS) -> dict[str, torch.Tensor]:
         for name, tokens in {"before": layer.layernorm_after(after), "after": code}.items():
             found[f"zeros_{name}"][index] = (tokens == 0).double().mean((1, 2))
             found[f"sparsity_{name}"][index] = hoyer_sparsity(tokens.double())
-        if operator.has_factor:
+        if operator.has_representative_attentions:
             singular_values = torch.linalg.svdvals(encoding.representative_attentions[index].double())
             found["factor_rank"][index] = effective_count(singular_values)
         if operator.map_is_gram:  # its singular values are the squares of those of its factor

@@ -270,6 +270,8 @@ def encode(
     """
     grid = patch_grid(model, pixel_values)
     operators = layer_operators(model)
+    needs_maps = not all(operator.map_is_gram for operator in operators)
+    has_representatives = any(operator.has_representative_attentions for operator in operators)
     with ExitStack() as stack:
         encoder = stack.enter_context(eval_encoder(model))
         recorded = stack.enter_context(recording_steps(encoder, steps_of))
@@ -278,8 +280,8 @@ def encode(
             pixel_values.to(encoder.device),
             interpolate_pos_encoding=True,
             output_hidden_states=output_hidden_states,
-            output_attentions=output_attentions and not all(operator.map_is_gram for operator in operators),
-            output_representative_attentions=output_attentions and any(operator.has_factor for operator in operators),
+            output_attentions=output_attentions and needs_maps,
+            output_representative_attentions=output_attentions and has_representatives,
         )
     check_outputs(outputs.last_hidden_state)
     absent = [None] * len(operators)
