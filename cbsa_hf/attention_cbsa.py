@@ -68,7 +68,8 @@ class PooledRepresentatives(nn.Module):
         """(batch, heads, tokens, p) -> (batch, heads, m, p)."""
         patches = tokens[:, :, self.first_token : self.first_token + grid[0] * grid[1]]
         patches = patches.transpose(2, 3).flatten(1, 2).unflatten(2, grid)  # (batch, heads * p, height, width)
-        if is_torchdynamo_compiling():  # torch's own pool is faster, but ties the graph to one size
+        # torch's own pool is faster, but ties a compiled graph to one size; the old ONNX exporter knows few cases.
+        if is_torchdynamo_compiling() or torch.jit.is_tracing():
             rows, columns = (adaptive_bins(n, m, patches) for n, m in zip(grid, self.size, strict=True))
             bins = rows @ patches @ columns.T
         else:
