@@ -82,7 +82,7 @@ def read_mask(mask: Image.Image, num_labels: int, reduce_labels: bool, name: str
     return labels
 
 
-class MaskedImages(LabelledImages):
+class SegmentationDataset(LabelledImages):
     """
     Images with masks, as they are.
 
@@ -105,7 +105,7 @@ class MaskedImages(LabelledImages):
         return image, read_mask(mask, self.num_labels, self.reduce_labels, f"The mask of {name}")
 
 
-def check_masks(images: MaskedImages, split: str, names: dict[int, str], warns: bool = True):
+def check_masks(images: SegmentationDataset, split: str, names: dict[int, str], warns: bool = True):
     """
     Look at some masks of a split, at even distances, before a run begins; a stream's are looked at when they come.
     Classes without a pixel are named in the log, if it `warns`.
@@ -135,13 +135,13 @@ def check_masks(images: MaskedImages, split: str, names: dict[int, str], warns: 
     warn_of_missing(missing, f"No pixel of the {num_masks} masks looked at in the split {split!r}", reason)
 
 
-class TrainingMasks(MaskedImages):
+class TrainingMasks(SegmentationDataset):
     """
     Random resizing, crops, flips and distorted colours, of image and mask together; what is drawn depends on seed,
     epoch and index alone. Outside the image, pixels do not count.
 
     Args:
-        dataset, max_corrupt, num_labels, reduce_labels: see [`MaskedImages`].
+        dataset, max_corrupt, num_labels, reduce_labels: see [`SegmentationDataset`].
         processor: says how pixels are normalised.
         crop_size: (height, width) of the crops in pixels.
         image_size: long side that images are resized to first; their own when None.
@@ -195,7 +195,7 @@ class TrainingMasks(MaskedImages):
         return {"pixel_values": self.normalise(pixels)[0], "labels": labels.where(labels >= 0, IGNORED)}
 
 
-def class_weights(images: MaskedImages) -> torch.Tensor:
+def class_weights(images: SegmentationDataset) -> torch.Tensor:
     """
     For each class `1 / ln(1.02 + its share of the pixels)` (ENet, arXiv 1606.02147): rare classes weigh more, at most
     about 70 times as much. Median frequency over frequency, which has no bound, cost the large classes of CamVid more

@@ -12,13 +12,14 @@ from scipy.cluster.vq import kmeans2
 from tqdm.auto import tqdm
 from transformers import BaseImageProcessor, PreTrainedModel
 
+from arguments import MIN_FOREGROUND
 from cbsa_hf import ZeroShotSegmenter
 
 
 IGNORED = 255  # no label is known there
 NUM_SEGMENTS = 6
 MIN_SHARE = 0.01  # of an image, for a class to be counted
-MIN_FOREGROUND = 0.02  # of an image, for it to be counted
+
 MethodResults = Iterator[tuple[str, np.ndarray | None, np.ndarray | None]]
 
 

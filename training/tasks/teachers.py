@@ -2,7 +2,6 @@
 
 import inspect
 import math
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -213,14 +212,3 @@ def prepare_teacher(teacher: Teacher, accelerator: Accelerator) -> Teacher:
     teacher = teacher.to(accelerator.device, memory_format=torch.channels_last)
     plugin = accelerator.state.dynamo_plugin
     return torch.compile(teacher, **plugin.to_kwargs()) if plugin.backend != DynamoBackend.NO else teacher
-
-
-def build_teaching(teacher: Teacher, accelerator: Accelerator) -> Callable[[torch.Tensor], dict]:
-    """Pixels -> `teacher_logits` and `teacher_map_0`, ..., in the accelerator's precision."""
-
-    def teach(pixel_values: torch.Tensor) -> dict:
-        with accelerator.autocast():
-            logits, maps = teacher(pixel_values)
-        return {"teacher_logits": logits, **{f"teacher_map_{i}": features for i, features in enumerate(maps)}}
-
-    return teach
