@@ -15,7 +15,6 @@ from ..attention_cbsa import (
     ContractAndBroadcastSelfAttention,
     PooledRepresentatives,
     SelfAttention,
-    TokenStatisticsSelfAttention,
     adaptive_bins,
 )
 from ..segmentation.inference import (
@@ -33,8 +32,7 @@ def map_is_exact(model: PreTrainedModel) -> bool:
     Whether the model's `attentions` times the values are its attention updates before the output layer, in every
     layer: not for `cbsa`, where the map leaves out the contraction, nor for `tssa`, whose update uses no map.
     """
-    inexact = (ContractAndBroadcastSelfAttention, TokenStatisticsSelfAttention)
-    return not any(issubclass(operator, inexact) for operator in operator_types(model))
+    return all(operator.map_is_exact for operator in operator_types(model))
 
 
 def map_formula(model: PreTrainedModel) -> str:
@@ -94,7 +92,7 @@ def exact_map(
     attention: ContractAndBroadcastSelfAttention, hidden_states: torch.Tensor, grid: tuple[int, int]
 ) -> ExactMap:
     """What the operator does to (batch, N, d), already normalised, as the product of writing and reading."""
-    _, _, factor = attention.forward(hidden_states, grid, output_factor=True)
+    _, _, factor = attention.forward(hidden_states, grid, output_representative_attentions=True)
     values = attention.split_heads(attention.proj(hidden_states))
     initial = attention.representatives(values, grid)
     representatives = initial + attention.step_rep * (factor @ values)

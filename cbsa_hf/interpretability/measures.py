@@ -116,7 +116,7 @@ def measure_batch(encoder: PreTrainedModel, pixel_values: torch.Tensor, eps: flo
         interpolate_pos_encoding=True,
         output_hidden_states=True,
         output_attentions=not all(operator.map_is_gram for operator in operators),
-        output_representative_attentions=any(operator.has_factor for operator in operators),
+        output_representative_attentions=any(operator.has_representative_attentions for operator in operators),
     )
     bases = [
         next(module for module in layer.attention.modules() if isinstance(module, SelfAttention))
@@ -139,7 +139,7 @@ def measure_batch(encoder: PreTrainedModel, pixel_values: torch.Tensor, eps: flo
         for name, tokens in {"before": layer.layernorm_after(after), "after": code}.items():
             found[f"zeros_{name}"][index] = (tokens == 0).double().mean((1, 2))
             found[f"sparsity_{name}"][index] = hoyer_sparsity(tokens.double())
-        if operators[index].has_factor:
+        if operators[index].has_representative_attentions:
             singular_values = torch.linalg.svdvals(outputs.representative_attentions[index].double())
             found["factor_rank"][index] = effective_count(singular_values)
         if operators[index].map_is_gram:  # the map's singular values are those of the factor, squared

@@ -251,7 +251,7 @@ def contraction(model: PreTrainedModel, pixel_values: torch.Tensor, options: Opt
     def look(operator: nn.Module, hidden_states: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor | None:
         if not hasattr(operator, "steps"):
             return None
-        _, _, factor = operator.forward(hidden_states, grid, output_factor=True)
+        _, _, factor = operator.forward(hidden_states, grid, output_representative_attentions=True)
         values = operator.split_heads(operator.proj(hidden_states))
         representatives = operator.representatives(values, grid) + operator.step_rep * (factor @ values)
         return operator.attend(representatives, representatives)[0].double().cpu()
