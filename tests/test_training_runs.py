@@ -20,7 +20,7 @@ from transformers import AutoModelForImageClassification, AutoModelForSemanticSe
 from transformers.utils.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 from arguments import FinetuningArguments, PretrainingArguments, ScoringArguments, parse_arguments
-from engine import interruption, loop
+from engine import interruption, setup
 from engine.interruption import StopRequest
 from engine.setup import build_accelerator
 from evaluation.scores import evaluate_classifier, evaluate_segmenter
@@ -89,8 +89,8 @@ class TestRuns:
     @pytest.mark.parametrize(("name", "value"), [("ema_decay", 0.5), ("keep_best", True)])
     def test_not_for_sharded_weights(self, monkeypatch, name, value):
         sharded = SimpleNamespace(num_processes=1, distributed_type=DistributedType.FSDP)
-        monkeypatch.setattr(loop, "Accelerator", lambda **_: sharded)
-        with pytest.raises(ValueError, match=f"`--{name}` is not for weights that FSDP shards"):
+        monkeypatch.setattr(setup, "Accelerator", lambda **_: sharded)
+        with pytest.raises(ValueError, match=f"`--{name}` does not work with weights that FSDP shards"):
             build_accelerator(PretrainingArguments(dataset_name="", output_dir="", **{name: value}))
 
     @pytest.mark.parametrize("cached", [True, False])
