@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from transformers import BaseImageProcessor, PreTrainedModel
 
 from arguments import ClassificationArguments
-from cbsa_hf.interpretability import attention_maps
+from cbsa_hf.interpretability.attention_maps import attention_maps
 from cbsa_hf.interpretability.plots import attention_grid
 from data.classification import TrainingImages, ValidationImages
 from data.labelled_images import check_labels
