@@ -1,4 +1,4 @@
-"""Segmentation without labels, by the tokens and the attention of a classifier that never saw a mask."""
+"""Segment photos with the tokens and the attention of a classifier that was never trained with masks."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -27,11 +27,13 @@ from .patch_grouping import METHODS, Grouping, Options
 @dataclass
 class Segment:
     """
+    One segment of an image.
+
     Args:
         mask: (height, width) of the image, bool.
-        score: how much it is foreground, the mean of its pixels' scores.
-        name: the class that its patches show; None where none is known well enough.
-        probability: of the likeliest class, named or not; None where the model has no classifier.
+        score: how much it is foreground: the mean of the scores of its pixels.
+        name: the most probable class of its patches; None if its probability is below `min_probability`.
+        probability: of the most probable class; None if the model has no classifier.
     """
 
     mask: np.ndarray
@@ -43,12 +45,15 @@ class Segment:
 @dataclass
 class ZeroShotSegmentation:
     """
+    The segmentation of one image.
+
     Args:
-        mask: (height, width) of the image, bool; True is foreground, a score above 0.
-        scores: (height, width), how much each pixel is foreground. Method `attention`: the attention of CLS, divided
-            by the least in the foreground, less 1. Others: how much more rarely than on average a random walk from
-            there visits the surroundings, how central it is and how much CLS attends to it, in standard deviations.
-        segments: a partition of the image, the most foreground first.
+        mask: (height, width) of the image, bool; True for the foreground, where the score is above 0.
+        scores: (height, width), how much each pixel is foreground. For the method `attention` it is the attention of
+            CLS divided by its smallest value in the foreground, minus 1. For the other methods it combines three
+            scores, in standard deviations: how rarely random walks from the pixel visit the border of the image, how
+            near it is to the centre, and how much CLS attends to it.
+        segments: a partition of the image, in descending order of the score.
     """
 
     mask: np.ndarray
@@ -57,7 +62,7 @@ class ZeroShotSegmentation:
 
     @property
     def labels(self) -> np.ndarray:
-        """(height, width), the index of each pixel's segment."""
+        """(height, width), the index in `segments` of the segment of each pixel."""
         labels = np.zeros(self.mask.shape, dtype=np.intp)
         for index, segment in enumerate(self.segments):
             labels[segment.mask] = index
@@ -66,24 +71,25 @@ class ZeroShotSegmentation:
 
 class ZeroShotSegmenter:
     """
-    Segments of a photo, which of them are foreground, and what they show. Methods:
+    Divides a photo into segments, decides which are foreground, and names them by the classes of the model. Methods:
 
-    - `ncut`: the normalised cut of the patches' affinity, in time linear in their number.
-    - `representatives`: the representatives of a layer are merged; each patch goes with those that attend to it.
-    - `attention`: foreground and background by the attention of CLS alone.
+    - `ncut`: the normalised cut of an affinity between the patches, in time linear in their number.
+    - `representatives`: groups the representatives of a layer; a patch joins the group that attends to it most.
+    - `attention`: foreground and background from the attention of CLS.
 
     Args:
-        model: a CBSA model, any attention type. The segments of classifiers have names.
+        model: a CBSA model with any attention type. Only classifiers name the segments.
         processor: its image processor.
-        method: see above.
-        sharp: move the edges to those of the image; needs kornia.
-        long_side: pixels that the image's longer side is resized to; positions are interpolated.
-        min_probability: what a class needs for a segment to be named after it.
-        max_memory: bytes that one image may take, by an estimate that is made before.
-        **options: of the method; see [`Options`].
+        method: one of the above.
+        sharp: move the edges of segments to the edges of the image; needs kornia.
+        long_side: the longer side of the image is resized to that many pixels; positions are interpolated.
+        min_probability: probability that a class needs to become the name of a segment.
+        max_memory: bytes that one image may take, as estimated before it is processed.
+        **options: options of the method: `num_segments`, `layer`, `head`, `mass`, `attention_weight`; see `Options`
+            in `cbsa_hf.segmentation.patch_grouping`.
 
     Raises:
-        ValueError: no such method, or an option outside its range or without effect on it.
+        ValueError: there is no such method, or an option is outside its range or has no effect on the method.
 
     Example:
 
@@ -128,7 +134,7 @@ class ZeroShotSegmenter:
             raise ValueError("`layer` and `head` have no effect on the method 'ncut' without an `attention_weight`.")
 
     def name(self, grouping: Grouping) -> list[tuple[str | None, float | None]]:
-        """Class and probability of each group: the classifier on the mean of its tokens."""
+        """Name and probability of each group, from the classifier applied to the mean of its tokens."""
         members = F.one_hot(grouping.members.argmax(0).flatten(), len(grouping.members)).float().T
         tokens = members @ grouping.tokens.flatten(0, 1) / members.sum(1, keepdim=True).clamp_min(1)
         found = classify(self.model, tokens)
@@ -142,10 +148,10 @@ class ZeroShotSegmenter:
         ]
 
     def check_memory(self, size: tuple[int, int]):
-        """A ValueError for an image of that (height, width) which would take more than `max_memory`."""
+        """Raises ValueError if an image of that (height, width) would take more than `max_memory`."""
         seen = fit_to_patches(size, self.long_side, unwrap(self.model).config.patch_size)
         check_input(self.model, seen, self.max_memory)
-        # A mask for each segment, and the numbers that segments are found by, a map at a time.
+        # A mask for each segment, and the maps that it is computed from, one at a time.
         num_segments = self.options.num_segments
         memory = size[0] * size[1] * (num_segments + 20 + (80 if self.sharp else 0))
         what = f"An image of {size[1]} x {size[0]} pixels in {num_segments} segments"
@@ -155,8 +161,15 @@ class ZeroShotSegmenter:
         self, maps: torch.Tensor, image: Image.Image | np.ndarray, size: tuple[int, int]
     ) -> tuple[np.ndarray, np.ndarray]:
         """
-        The index of the largest of the maps but the last in each pixel, and the last; maps are (k + 1, height, width)
-        of the patches. One at a time is made as large as the image.
+        Bring maps over the patches to the size of the image, one at a time.
+
+        Args:
+            maps: (k + 1, grid height, grid width).
+            image: guides the edges if `sharp`.
+            size: (height, width) of the image.
+
+        Returns:
+            (height, width), the index of the largest of the first k maps in each pixel; and the last map.
         """
 
         def enlarge(values: torch.Tensor) -> torch.Tensor:
@@ -216,13 +229,18 @@ class ZeroShotSegmenter:
         self, images: ImageSource | Sequence[ImageSource]
     ) -> ZeroShotSegmentation | list[ZeroShotSegmentation | ImageError]:
         """
-        Segment one image or several, of any size and mode: whatever [`to_image`] takes.
+        Segment one image or several, of any size and mode.
 
-        Of several, one that cannot be read does not discard the others: the list holds its `ImageError` in that place.
+        Args:
+            images: a file, PIL image, array or tensor, or a list of them; see `cbsa_hf.segmentation.images.to_image`.
+
+        Returns:
+            The segmentation, or a list of them. In the list an image that cannot be read has its `ImageError` in its
+            place, and a warning says so.
 
         Raises:
-            ValueError: a single image cannot be read, or takes too much memory; the message is one sentence for
-                people.
+            ValueError: a single image cannot be read, or takes too much memory. The message is one sentence for
+            people.
         """
         num_channels = unwrap(self.model).config.num_channels
         if isinstance(images, (list, tuple)):
