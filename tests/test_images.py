@@ -14,7 +14,7 @@ import torch
 from PIL import Image, ImageFile, ImageFilter, ImageOps
 from transformers import ViTImageProcessorPil, pipeline
 
-from cbsa_hf import SlidingWindowSegmenter, ZeroShotSegmenter
+from cbsa_hf import CBSAForImageClassification, SlidingWindowSegmenter, ZeroShotSegmenter
 from cbsa_hf.interpretability.report import inspect_photo
 from cbsa_hf.overlays import MASK_COLOUR, dilate, overlay_mask
 from cbsa_hf.segmentation.images import (

@@ -58,8 +58,16 @@ def is_operator(module: nn.Module) -> bool:
     return hasattr(type(module), "map_is_gram")
 
 
+def check_encoder(model: nn.Module):
+    """Raises ValueError if the model's encoder is a backbone of another library, whose layers are unknown here."""
+    backbone = getattr(unwrap(model).config, "backbone_config", None)
+    if backbone is not None:
+        raise ValueError(f"This segmenter has a backbone of type {backbone.model_type!r}; only CBSA encoders open up.")
+
+
 def operator_types(model: nn.Module) -> list[type[nn.Module]]:
     """The class of the operator of every layer of the encoder, whatever adapters are wrapped around it."""
+    check_encoder(model)
     layers = unwrap(model).base_model.layers
     return [next(type(module) for module in layer.modules() if is_operator(module)) for layer in layers]
 
@@ -88,12 +96,9 @@ def in_single_precision(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def patch_grid(model: nn.Module, pixel_values: torch.Tensor) -> tuple[int, int]:
-    """(height, width) of the patches of that input; a ValueError when the encoder is not one of this library."""
-    config = unwrap(model).config
-    backbone = getattr(config, "backbone_config", None)
-    if backbone is not None:
-        raise ValueError(f"This segmenter has a backbone of type {backbone.model_type!r}; only CBSA encoders open up.")
-    return config.patch_grid(*pixel_values.shape[2:])
+    """(height, width) of the patches of that input. Raises ValueError as [`check_encoder`] does."""
+    check_encoder(model)
+    return unwrap(model).config.patch_grid(*pixel_values.shape[2:])
 
 
 def token_index(grid: tuple[int, int], patch: tuple[int, int] | None, num_prefix_tokens: int = 1) -> int:
