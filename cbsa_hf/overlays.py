@@ -27,8 +27,9 @@ def dilate(mask: np.ndarray, radius: int) -> np.ndarray:
 def draw_mask(image: Image.Image, mask: np.ndarray):
     """Tint and outline the mask on the photo itself, and darken the rest; `mask` is (height, width) of the image."""
     radius = max(1, round(max(image.size) / 400))
-    tinted = [int(0.65 * value + 0.35 * np.float32(channel)) for channel in MASK_COLOUR for value in range(256)]
-    darkened = [int(np.float32(0.55) * value) for value in range(256)] * 3
+    levels = np.arange(256, dtype=np.float32)
+    tinted = np.concatenate([0.65 * levels + 0.35 * np.float32(channel) for channel in MASK_COLOUR])
+    tinted, darkened = tinted.astype(int).tolist(), (0.55 * levels).astype(int).tolist() * 3
     for rows in bands(image.height, image.width):
         band, above = crop_rows(image, rows), min(radius, rows.start)
         inside = mask[rows]

@@ -222,7 +222,10 @@ def convert_to_rgb(image: Image.Image, name: str) -> Image.Image:
         has_levels = image.mode.startswith(("I", "F"))
         if has_levels:
             parts = (np.asarray(crop_rows(image, rows)) for rows in bands(image.height, image.width))
-            check_values(*value_range(parts), name)
+            dtype, low, high = value_range(parts)
+            if dtype == np.int32 and low >= 0 and high <= 65535:  # 16 bits, which Pillow reads into 32
+                dtype = np.dtype(np.uint16)
+            check_values(dtype, low, high, name)
         result = Image.new("RGB", image.size)
         for rows in bands(image.height, image.width):
             band = crop_rows(image, rows)
@@ -246,12 +249,10 @@ def lay_over_white(image: Image.Image) -> Image.Image:
 
 
 def value_range(parts: Iterable[np.ndarray]) -> tuple[np.dtype, float, float]:
-    """Type, least and largest value of parts of an image. What Pillow reads into 32 bits is of 16 where it fits."""
+    """Type, least and largest value of parts of an image."""
     ranges = [(part.dtype, part.min(), part.max()) for part in parts]
     dtype = ranges[0][0].newbyteorder("=")
     low, high = np.min([r[1] for r in ranges]), np.max([r[2] for r in ranges])
-    if dtype.kind == "i" and low >= 0 and high <= 65535:
-        dtype = np.dtype(np.uint16)
     return dtype, low, high
 
 
