@@ -7,13 +7,14 @@ photo.
 import os
 import stat
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from io import BytesIO
 from typing import BinaryIO, TypeVar
 
 import numpy as np
 import torch
 from PIL import ExifTags, Image, UnidentifiedImageError
+from torch.nn import functional as F
 from transformers import BaseImageProcessor
 
 from .image_files import open_bytes
@@ -23,9 +24,10 @@ ImageSource = Image.Image | np.ndarray | torch.Tensor | str | os.PathLike | byte
 
 T = TypeVar("T")
 
-MAX_PIXELS = 2**26  # largest number of pixels of a file: 8192 x 8192
+MAX_PIXELS = 27_000_000  # largest number of pixels of a file: 6000 x 4500
 MAX_RATIO = 200  # largest ratio of the longer side of a file's image to the shorter side
 ROUNDING = 1e-3  # how far floats may lie below 0 or above 1
+PIXELS_AT_A_TIME = 2**18  # pixels of a band of rows that is processed at once; results do not depend on it
 BYTES_PER_PIXEL = 8  # largest number of bytes that a file may have for each pixel: 16-bit RGBA, not compressed
 
 ORIENTATIONS = {
@@ -118,7 +120,8 @@ def check_size(size: tuple[int, int], name: str, max_pixels: int, max_ratio: flo
 
 def decode(source: "ImageSource", name: str | None, max_pixels: int, max_ratio: float) -> tuple[Image.Image, str]:
     """
-    The image in a file as its decoder returns it, and its name for messages. Arguments and errors: [`open_image`].
+    The image in a file as its decoder returns it, turned upright, and its name for messages. Arguments and errors are
+    those of [`open_image`].
     """
     if isinstance(source, dict):
         source, path = source.get("bytes"), source.get("path")
@@ -132,7 +135,7 @@ def decode(source: "ImageSource", name: str | None, max_pixels: int, max_ratio: 
     try:
         image = open_bytes(data)
         check_size(image.size, name, max_pixels, max_ratio)
-        image.load()
+        image = turn_upright(image)
     except ImageError:
         raise
     except UnidentifiedImageError as error:
@@ -164,7 +167,7 @@ def open_image(
             refuses.
     """
     image, name = decode(source, name, max_pixels, max_ratio)
-    return to_rgb(image, name)
+    return convert_to_rgb(image, name)
 
 
 def open_mask(
@@ -178,8 +181,8 @@ def open_mask(
     Read a file of labels to the end. It is turned upright as its photo is; values and mode stay as they are stored.
     Arguments and errors are those of [`open_image`].
     """
-    image, name = decode(source, name, max_pixels, max_ratio)
-    image = turn_upright(image).copy()
+    image, _ = decode(source, name, max_pixels, max_ratio)
+    image = image.copy()
     image.info = {}
     return image
 
@@ -195,56 +198,95 @@ def turn_upright(image: Image.Image) -> Image.Image:
     return image if method is None else image.transpose(method)
 
 
+def bands(height: int, width: int, pixels: int = PIXELS_AT_A_TIME) -> Iterator[slice]:
+    """Divides the rows of an image into bands of about `pixels` pixels, so that memory holds one band at a time."""
+    step = max(1, pixels // width)
+    for first in range(0, height, step):
+        yield slice(first, min(first + step, height))
+
+
+def crop_rows(image: Image.Image, rows: slice) -> Image.Image:
+    """The rows of an image that the slice names, as an image."""
+    return image.crop((0, rows.start, image.width, rows.stop))
+
+
 def to_rgb(image: Image.Image, name: str = "An image") -> Image.Image:
     """
-    A PIL image of any mode as an upright copy in RGB, without metadata. Transparent parts are laid over white, and
-    values are scaled as [`to_image`] says.
+    A PIL image of any mode as an upright RGB image without metadata. Transparent parts are laid over white, and values
+    are scaled as [`to_image`] says. An image that already is all this is returned itself.
 
     Raises:
         ImageError: the image cannot be decoded, or its values are out of range.
     """
+    if type(image) is Image.Image and image.mode == "RGB" and not image.info:
+        return image
     try:
         image = turn_upright(image)
-        if image.mode.startswith(("I", "F")):
-            values = np.asarray(image)
-            image = Image.fromarray(to_eight_bits(values.astype(np.uint16) if fits_16_bits(values) else values, name))
-        if image.mode == "La":
-            image = image.convert("LA")
-        if image.has_transparency_data:
-            image = image.convert("RGBA")
-            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-        image = image.convert("RGB")  # a copy, in any case
-        image.info = {}
-        return image
+    except Exception as error:
+        raise failure(name, error) from error
+    return convert_to_rgb(image, name)
+
+
+def convert_to_rgb(image: Image.Image, name: str) -> Image.Image:
+    """[`to_rgb`] for an image that is upright already. The result is a new image, made band by band."""
+    try:
+        has_levels = image.mode.startswith(("I", "F"))
+        if has_levels:
+            parts = (np.asarray(crop_rows(image, rows)) for rows in bands(image.height, image.width))
+            dtype, low, high = value_range(parts)
+            if dtype == np.int32 and low >= 0 and high <= 65535:  # 16 bits that Pillow stores in 32
+                dtype = np.dtype(np.uint16)
+            check_values(dtype, low, high, name)
+        result = Image.new("RGB", image.size)
+        for rows in bands(image.height, image.width):
+            band = crop_rows(image, rows)
+            band = Image.fromarray(scale_values(np.asarray(band))) if has_levels else lay_over_white(band)
+            result.paste(band.convert("RGB"), (0, rows.start))
+        return result
     except ImageError:
         raise
     except Exception as error:
         raise failure(name, error) from error
 
 
-def fits_16_bits(values: np.ndarray) -> bool:
-    """Whether all values fit 16 bits: Pillow reads 16-bit images into 32 bits in some modes."""
-    return values.dtype.kind == "i" and values.min() >= 0 and values.max() <= 65535
+def lay_over_white(image: Image.Image) -> Image.Image:
+    """The image with transparent parts over white; the image itself if it has no transparency."""
+    if image.mode == "La":
+        image = image.convert("LA")
+    if not image.has_transparency_data:
+        return image
+    image = image.convert("RGBA")
+    return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
 
 
-def to_eight_bits(values: np.ndarray, name: str) -> np.ndarray:
+def value_range(parts: Iterable[np.ndarray]) -> tuple[np.dtype, float, float]:
+    """Type, smallest and largest value of an image that is given in parts."""
+    ranges = [(part.dtype, part.min(), part.max()) for part in parts]
+    dtype = ranges[0][0].newbyteorder("=")
+    low, high = np.min([r[1] for r in ranges]), np.max([r[2] for r in ranges])
+    return dtype, low, high
+
+
+def check_values(dtype: np.dtype, low: float, high: float, name: str):
     """
-    The values of an image as uint8, scaled as [`to_image`] says.
+    Check that values can be scaled to 8 bits as [`to_image`] says.
+
+    Args:
+        dtype: type of the values.
+        low, high: their smallest and largest value.
+        name: name of the image in messages.
 
     Raises:
-        ImageError: the type is another one, or values are out of range.
+        ImageError: the type or the range is another one.
     """
-    if values.dtype == np.uint8:
-        return values
-    if values.dtype == bool:
-        return values * np.uint8(255)
-    is_float = values.dtype.kind == "f"
-    if not is_float and values.dtype != np.uint16:
+    if dtype in (np.uint8, bool):
+        return
+    is_float = dtype.kind == "f"
+    if not is_float and dtype != np.uint16:
         raise ImageError(
-            f"{name} has values of type {values.dtype}; give uint8 (0 to 255), uint16 (0 to 65535), bool, or floats "
-            "from 0 to 1."
+            f"{name} has values of type {dtype}; give uint8 (0 to 255), uint16 (0 to 65535), bool, or floats from 0 "
+            "to 1."
         )
-    low, high = values.min(), values.max()
     if is_float and not (low >= -ROUNDING and high <= 1 + ROUNDING):  # false for NaN
         raise ImageError(f"{name} has floats from {low:g} to {high:g}; scale them to the range from 0 to 1.")
     if 0 < high <= (1 / 255 if is_float else 4095):
@@ -253,7 +295,15 @@ def to_eight_bits(values: np.ndarray, name: str) -> np.ndarray:
             f"{name} has no value above {high:g}, where {white} is white, and would be all but black; scale its "
             f"values to the range from 0 to {white}."
         )
-    if is_float:
+
+
+def scale_values(values: np.ndarray) -> np.ndarray:
+    """Values that [`check_values`] let through, as uint8."""
+    if values.dtype == np.uint8:
+        return values
+    if values.dtype == bool:
+        return values * np.uint8(255)
+    if values.dtype.kind == "f":
         return (values.astype(np.float32, copy=False).clip(0, 1) * 255).round().astype(np.uint8)
     return (values // 257).astype(np.uint8)
 
@@ -274,26 +324,43 @@ def to_image(source: "ImageSource", *, name: str | None = None, num_channels: in
     Args:
         source: the image.
         name: name of the image in messages.
-        num_channels: number of channels that the model takes. If it is not 3, `source` has to be an array or a tensor
-            with that many channels, and the result is a uint8 array (height, width, channels).
+        num_channels: number of channels that the model takes. If it is not 3, the result is a uint8 array (height,
+            width, channels), and transparency is not laid over white. `source` needs that many channels or bands, such
+            as RGBA for 4; for 1 channel any file or PIL image is accepted and converted to grey.
 
     Raises:
         ImageError: `source` is none of these, or cannot be read.
     """
-    if num_channels == 3 and isinstance(source, Image.Image):
-        return to_rgb(source, name or "An image")
-    if num_channels == 3 and not isinstance(source, (np.ndarray, torch.Tensor)):
-        return open_image(source, name=name)
-    name = name or "An image"
+    if isinstance(source, (np.ndarray, torch.Tensor)):
+        return array_to_image(source, name or "An image", num_channels)
+    if num_channels in (1, 3):
+        image = (
+            to_rgb(source, name or "An image") if isinstance(source, Image.Image) else open_image(source, name=name)
+        )
+        return image if num_channels == 3 else np.asarray(image.convert("L"))[..., None]
+    if isinstance(source, Image.Image):
+        image, name = turn_upright(source), name or "An image"
+    else:
+        image, name = decode(source, name, MAX_PIXELS, MAX_RATIO)
+    if len(image.getbands()) != num_channels:
+        raise ImageError(
+            f"{name} has the channels {', '.join(image.getbands())}, and the model takes {num_channels}; give an "
+            f"array (height, width, {num_channels})."
+        )
+    return np.array(image)
+
+
+def array_to_image(source: np.ndarray | torch.Tensor, name: str, num_channels: int) -> Image.Image | np.ndarray:
+    """[`to_image`] for an array or a tensor."""
     if isinstance(source, torch.Tensor):
         source = source.detach().cpu()
         source = (source.float() if source.dtype == torch.bfloat16 else source).numpy()
-    if not isinstance(source, np.ndarray):
-        raise ImageError(f"{name} is a {type(source).__name__}; give an array or a tensor of {num_channels} channels.")
-    values = to_eight_bits(channels_last(source, num_channels, name), name)
+    values = channels_last(source, num_channels, name)
+    check_values(*value_range([values]), name)
+    values = scale_values(values)
     if num_channels != 3:
         return values
-    return to_rgb(Image.fromarray(values[..., 0] if values.shape[2] == 1 else values), name)
+    return convert_to_rgb(Image.fromarray(values[..., 0] if values.shape[2] == 1 else values), name)
 
 
 def for_each_image(
@@ -392,10 +459,34 @@ def to_pixel_values(
         long_side, patch_size: see [`fit_to_patches`].
     """
     height, width = fit_to_patches(height_and_width(image), long_side, patch_size)
-    if isinstance(image, np.ndarray):  # processors resize only images of 1, 3 or 4 channels
-        return normalise([resize(image, (width, height), processor.resample)], processor)
-    size = {"height": height, "width": width}
-    return processor(image, size=size, do_resize=True, do_center_crop=False, return_tensors="pt")["pixel_values"]
+    # The processor would copy a photo twice before it resizes it, and does not resize every number of channels.
+    return normalise([resize(image, (width, height), processor.resample)], processor)
+
+
+def resize_rows(
+    take: Callable[[int, int], torch.Tensor], height: int, rows: slice, size: tuple[int, int]
+) -> torch.Tensor:
+    """
+    Some rows of `F.interpolate(maps, size, mode="bilinear")`, computed without the other rows.
+
+    Args:
+        take: takes the first row and the one after the last, and returns those rows of the maps, (k, rows, width).
+        height: number of rows of the maps.
+        rows: the rows of the result.
+        size: (height, width) of the whole result.
+
+    Returns:
+        (k, rows, width).
+    """
+    position = ((torch.arange(rows.start, rows.stop) + 0.5) * (height / size[0]) - 0.5).clamp(min=0)
+    above = position.long()
+    below = (above + 1).clamp(max=height - 1)
+    first = int(above[0])
+    maps = take(first, int(below[-1]) + 1)
+    weight = (position - above).unsqueeze(1).to(maps.device)
+    maps = torch.lerp(maps[:, above - first], maps[:, below - first], weight)
+    # Only the width changes here.
+    return F.interpolate(maps.unsqueeze(0), size=(rows.stop - rows.start, size[1]), mode="bilinear")[0]
 
 
 def follow_edges(maps: torch.Tensor, image: Image.Image | np.ndarray, radius: int) -> torch.Tensor:
