@@ -68,11 +68,12 @@ def class_legend(labels: np.ndarray, names: dict[int, str]) -> list[tuple[int, s
 
 def draw_legend(picture_size: tuple[int, int], labels: np.ndarray, names: dict[int, str]) -> Image.Image:
     """
-    White, above the colours and names of the classes in some labels, an array of any shape.
+    A white picture with a legend below it: colours and names of the classes in some labels.
 
     Args:
-        picture_size: (width, height) of what is left white for a picture.
-        labels, names: class indices, and the names of all classes.
+        picture_size: (width, height) of the white part, in pixels, for the caller to fill.
+        labels: class indices, an array of any shape.
+        names: names of all classes.
     """
     colours, (picture_width, picture_height) = class_colours(len(names)), picture_size
     size = max(12, round(max(picture_size) / 40))  # of the text and of the coloured squares, in pixels
@@ -146,8 +147,8 @@ def class_strip(
 
 
 def colour_values(values: np.ndarray, scale: str) -> Image.Image:
-    """Values from 0 to 1 as colours of that scale of Matplotlib."""
-    from matplotlib import colormaps  # a tenth of what `cbsa segment` takes to start, which draws without it
+    """Values from 0 to 1 in the colours of a colour map of Matplotlib, as a picture."""
+    from matplotlib import colormaps  # imported here, since it takes long and `cbsa segment` does not need it
 
     return Image.fromarray(colormaps[scale](values, bytes=True)[..., :3])
 
