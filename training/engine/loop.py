@@ -29,6 +29,7 @@ from data.loading import find_split, load_images
 from data.streaming import StreamedRows, WrongLength
 from engine.card import write_card
 from engine.interruption import FAILED, StopRequest, common_status, outlive_interruption, read_batches
+from engine.memory import keep_freed_memory
 from engine.optimization import STATES, build_optimizer, build_scheduler, parameter_groups
 from engine.output import check_room, open_output, write_together
 from engine.run_state import (
@@ -63,6 +64,7 @@ def build_accelerator(args: TrainingArguments) -> Accelerator:
     Raises:
         ValueError: the batch cannot be divided among processes and parts; or an option is not for sharded weights.
     """
+    keep_freed_memory()
     accelerator = Accelerator(
         log_with=None if args.report_to == "none" else args.report_to,
         project_dir=args.output_dir,
