@@ -230,7 +230,7 @@ def test_inspect_that_fails_leaves_nothing(photo_file, tmp_path, monkeypatch, ca
 
     monkeypatch.setattr(Image.Image, "save", save)
     report = Report({}, {"attention.png": Image.new("RGB", (8, 8))})
-    monkeypatch.setattr("cbsa_hf.cli.inspect_photo", lambda *args: report)
+    monkeypatch.setattr("cbsa_hf.interpretability.report.inspect_photo", lambda *args: report)
     check_refusal(["inspect", str(photo_file), "-o", str(tmp_path / "report")], "is full", tmp_path, capsys)
 
 
