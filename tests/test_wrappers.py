@@ -262,9 +262,14 @@ def test_tokens_of_a_backbone():
         torch.testing.assert_close(hidden_states[:, 1:].mT.unflatten(2, (5, 6)), feature_map)
 
 
-@pytest.mark.parametrize("size", [(32, 32), (48, 32), (33, 47)])
-def test_heads_on_tokens(size):
-    """What DPT and DepthAnything make of the tokens has the size that they make of those of Dinov2."""
+@pytest.mark.parametrize(
+    ("size", "patch_embedding"), [((32, 32), "conv_stem"), ((48, 32), "conv_stem"), ((33, 47), "linear")]
+)
+def test_heads_on_tokens(size, patch_embedding):
+    """
+    What DPT and DepthAnything make of the tokens has the size that they make of those of Dinov2. They count the whole
+    patches of an image, as embeddings do that leave out the rest.
+    """
     torch.manual_seed(0)
     values = {"num_hidden_layers": 4, "out_indices": [1, 2, 3, 4], "image_size": 32, "reshape_hidden_states": False}
     values = {"hidden_size": 24, "num_attention_heads": 2, "patch_size": 8, **values}
@@ -272,7 +277,10 @@ def test_heads_on_tokens(size):
     depth_anything = {"reassemble_hidden_size": 24, "head_hidden_size": 8, "patch_size": 8}
     pixel_values = torch.randn(2, 3, *size)
     shapes, depths = [], []
-    for backbone in (Dinov2Config(**values), CBSAConfig(**values, representatives_size=2)):
+    for backbone in (
+        Dinov2Config(**values),
+        CBSAConfig(**values, patch_embedding_type=patch_embedding, representatives_size=2),
+    ):
         dpt = DPTForDepthEstimation(DPTConfig(backbone_config=backbone, **neck)).eval()
         config = DepthAnythingConfig(backbone_config=backbone, **neck, **depth_anything)
         # DPT's neck takes the tokens of a square when nothing else is said, so it runs on squares alone.
