@@ -276,13 +276,13 @@ class CBSAISTA(nn.Module):
         if self.bias is not None:
             return F.relu(F.linear(hidden_states, self.weight, self.bias))
         weight = self.weight
-        # Mixed precision adds the step to `hidden_states` in their own precision; a compiler fuses the addition.
-        in_steps = is_torchdynamo_compiling() or torch.is_autocast_enabled(hidden_states.device.type)
-        has_many_tokens = hidden_states.numel() > weight.numel()
-        if has_many_tokens and not in_steps:
-            return F.relu(F.linear(hidden_states, *ista_product(weight, self.step_size, self.threshold)))
         # A graph takes one way for every number of tokens, so that it is not made again for some of them.
-        if has_many_tokens or is_torchdynamo_compiling():
+        in_graph = is_torchdynamo_compiling()
+        in_one_product = in_graph or hidden_states.numel() > weight.numel()
+        # Mixed precision adds the step to `hidden_states` in their own precision; a compiler fuses the addition.
+        if in_one_product and not (in_graph or torch.is_autocast_enabled(hidden_states.device.type)):
+            return F.relu(F.linear(hidden_states, *ista_product(weight, self.step_size, self.threshold)))
+        if in_one_product:
             # One product with D^T - D^T D instead of two; to form that matrix costs as much as d tokens do.
             gradient = F.linear(hidden_states, weight.t() - weight.t() @ weight)
         else:
