@@ -1,0 +1,243 @@
+"""What a model finds in a photo: all of it computed by `cbsa_hf`, each part once, and kept for a while."""
+
+import math
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass
+from typing import TypeVar
+
+import numpy as np
+import torch
+from transformers import BaseImageProcessor
+
+from cbsa_hf import (
+    CBSAPreTrainedModel,
+    SlidingWindowSegmenter,
+    ZeroShotSegmenter,
+    attention_maps,
+    exact_maps,
+    load_checkpoint,
+    measure_layers,
+)
+from cbsa_hf.attention_cbsa import to_pair
+from cbsa_hf.images import to_pixel_values
+from cbsa_hf.interpretability import ExactMap, map_formula, patch_grid, token_index
+from cbsa_hf.report import predictions
+from cbsa_hf.representatives import RepresentativeTrace, trace_representatives
+
+from .photos import Photo, PhotoError, open_photo
+
+
+T = TypeVar("T")
+
+MAX_LOOKS = 8  # that are kept, about 20 MB each
+MAX_SEGMENTATIONS = 4  # of each
+LONG_SIDE = 192  # pixels of the longer side that the model sees
+METHODS = ("ncut", "representatives", "attention")
+MAX_SEGMENTS = 8
+
+
+class Kept:
+    """Results by key, the last used ones; two who ask for one at the same time wait for the same computation."""
+
+    def __init__(self, size: int):
+        self.size = size
+        self.lock = threading.Lock()
+        self.results = OrderedDict()
+
+    def get(self, key: Hashable, compute: Callable[[], T]) -> T:
+        """The result of that key, computed where it is not kept."""
+        with self.lock:
+            result, lock = self.results.setdefault(key, ([], threading.Lock()))
+            self.results.move_to_end(key)
+            while len(self.results) > self.size:
+                self.results.popitem(last=False)
+        with lock:
+            if not result:
+                try:
+                    result.append(compute())
+                except Exception:
+                    with self.lock:
+                        self.results.pop(key, None)  # what cannot be computed takes no place
+                    raise
+            return result[0]
+
+
+@dataclass(frozen=True)
+class Segmented:
+    """
+    A segmentation, as small as it can be kept.
+
+    Args:
+        labels: (height, width) of the photo, uint8, the index of each pixel's segment.
+        mask: (height, width), bool, the foreground.
+        segments: of each, the most foreground first: `name` (None where no class is likely), `probability`, `score`,
+            `share` of the pixels, `foreground` whether its score is above 0.
+    """
+
+    labels: np.ndarray
+    mask: np.ndarray
+    segments: list[dict]
+
+
+class Look:
+    """
+    What a model finds in a photo.
+
+    Args:
+        photo: the photo.
+        model, processor: who looks.
+    """
+
+    def __init__(self, photo: Photo, model: CBSAPreTrainedModel, processor: BaseImageProcessor):
+        self.photo = photo
+        self.model = model
+        self.processor = processor
+        self.pixel_values = to_pixel_values(photo.image, processor, LONG_SIDE, model.config.patch_size)
+        self.grid = patch_grid(model, self.pixel_values)
+        self.parts = Kept(8)
+        self.segmentations = Kept(MAX_SEGMENTATIONS)
+
+    def check_patch(self, patch: tuple[int, int]):
+        """A PhotoError where the photo has no such patch."""
+        rows, columns = self.grid
+        if not (0 <= patch[0] < rows and 0 <= patch[1] < columns):
+            raise PhotoError(f"There is no patch ({patch[0]}, {patch[1]}); this photo has {rows} x {columns}.")
+
+    def segment(self, method: str, num_segments: int, sharp: bool) -> Segmented:
+        """Segments of the photo without any label."""
+        return self.segmentations.get(
+            (method, num_segments, sharp), lambda: self.compute_segments(method, num_segments, sharp)
+        )
+
+    def compute_segments(self, method: str, num_segments: int, sharp: bool) -> Segmented:
+        segmenter = ZeroShotSegmenter(
+            self.model, self.processor, method, sharp, long_side=LONG_SIDE, num_segments=num_segments
+        )
+        found = segmenter(self.photo.image)
+        segments = [
+            {
+                "name": segment.name,
+                "probability": segment.probability,
+                "score": segment.score,
+                "share": float(segment.mask.mean()),
+                "foreground": segment.score > 0,
+            }
+            for segment in found.segments
+        ]
+        return Segmented(found.labels.astype(np.uint8), found.mask, segments)
+
+    def maps(self, patch: tuple[int, int] | None, exact: bool) -> np.ndarray:
+        """
+        What every layer and head ties the patch to, CLS where it is None: (layers, heads, grid height, grid width).
+        Exact maps have both signs, and NaN where the layer's attention type has none.
+        """
+        if not exact:
+            return attention_maps(self.model, self.pixel_values, patch)[:, 0].numpy()
+        maps = self.exact_maps()
+        first = next(found for found in maps if found is not None)
+        num_prefix_tokens = first.factor.shape[-1] - self.grid[0] * self.grid[1]
+        token = token_index(self.grid, patch, num_prefix_tokens)
+        shape = (self.model.config.num_attention_heads, *self.grid)
+        rows = [
+            torch.full(shape, torch.nan)
+            if found is None
+            else found.row(token)[0, :, num_prefix_tokens:].unflatten(1, self.grid)
+            for found in maps
+        ]
+        return torch.stack(rows).numpy()
+
+    @property
+    def has_exact_maps(self) -> bool:
+        return "cbsa" in self.model.config.layer_attention_types
+
+    @property
+    def map_formula(self) -> str:
+        """What the token-to-token map is, as HTML."""
+        return map_formula(self.model).replace("$", "").replace("^T", "<sup>T</sup>")
+
+    @property
+    def representatives_size(self) -> tuple[int, int]:
+        """Rows and columns of the representatives, m together."""
+        return to_pair(self.model.config.representatives_size)
+
+    @property
+    def num_representatives(self) -> int:
+        """m, 0 where no layer has any that contract."""
+        return math.prod(self.representatives_size) if self.has_exact_maps else 0
+
+    @property
+    def pools(self) -> bool:
+        """Whether representatives have a place on the photo."""
+        return self.model.config.representatives_type == "pool"
+
+    def traces(self) -> list[RepresentativeTrace | None]:
+        """What the representatives of every layer do; None for a layer without."""
+        return self.parts.get("traces", lambda: trace_representatives(self.model, self.pixel_values))
+
+    def arrays(self, patch: tuple[int, int]) -> dict[str, np.ndarray]:
+        """All maps of the photo, by what they are."""
+        arrays = {"map_of_patch": self.maps(patch, exact=False), "map_of_cls": self.maps(None, exact=False)}
+        if self.has_exact_maps:
+            arrays |= {"exact_map_of_patch": self.maps(patch, exact=True)}
+        for layer, trace in enumerate(self.traces()):
+            if trace is not None:
+                arrays |= {f"layer_{layer}_{name}": value.numpy() for name, value in vars(trace).items()}
+        return arrays
+
+    def exact_maps(self) -> list[ExactMap | None]:
+        return self.parts.get("exact maps", lambda: exact_maps(self.model, self.pixel_values))
+
+    def measures(self) -> dict[str, list | None]:
+        """The means of `LayerMeasures`, by name, over the layers and, where it says so, heads."""
+        return self.parts.get("measures", self.compute_measures)
+
+    def compute_measures(self) -> dict[str, list | None]:
+        summary = measure_layers(self.model, [self.pixel_values]).summary()
+        return {name: found and found["mean"] for name, found in summary.items()}
+
+    def street(self, segmenter: tuple[CBSAPreTrainedModel, BaseImageProcessor], flip: bool, sharp: bool) -> np.ndarray:
+        """The class of every pixel by a model for street scenes, (height, width)."""
+        return self.segmentations.get(
+            ("street", flip, sharp),
+            lambda: SlidingWindowSegmenter(*segmenter, flip=flip, sharp=sharp)(self.photo.image),
+        )
+
+    def predictions(self) -> list[dict]:
+        """The most probable classes; none where the model has no classifier."""
+        return self.parts.get("predictions", lambda: predictions(self.model, self.pixel_values))
+
+
+class Explorer:
+    """
+    The models of the page, and what they found in the photos of late.
+
+    Args:
+        checkpoints: folders or hub ids by the names that visitors see; None is the one that ships with the package.
+            Visitors choose among these only.
+    """
+
+    def __init__(self, checkpoints: dict[str, str | None]):
+        self.checkpoints = checkpoints
+        self.models = Kept(len(checkpoints) + 1)
+        self.looks = Kept(MAX_LOOKS)
+
+    @property
+    def default(self) -> str:
+        return next(iter(self.checkpoints))
+
+    def model(self, name: object) -> tuple[CBSAPreTrainedModel, BaseImageProcessor]:
+        """A model of the page and its processor; a PhotoError for another."""
+        if not isinstance(name, str) or name not in self.checkpoints:
+            raise PhotoError(f"There is no such model; choose one of {', '.join(self.checkpoints)}.")
+        return self.models.get(name, lambda: load_checkpoint(self.checkpoints[name]))
+
+    def segmenter(self) -> tuple[CBSAPreTrainedModel, BaseImageProcessor]:
+        """The model for street scenes that ships with the package, and its processor."""
+        return self.models.get(None, lambda: load_checkpoint(task="semantic-segmentation"))
+
+    def look(self, source: object, name: object) -> Look:
+        """What that model finds in that photo; a PhotoError where there is no such photo or model."""
+        model, processor = self.model(name)
+        return self.looks.get((str(source), name), lambda: Look(open_photo(source), model, processor))
