@@ -12,8 +12,8 @@ from transformers import PreTrainedModel
 from workbench import FAILS, FAMILY, HOLDS, NOT_RUN, OPEN, Finding, Workbench, not_run, sign_verdict, spread, table
 
 from cbsa_hf import default_checkpoint, load_checkpoint
-from cbsa_hf.charts import line_panels
-from cbsa_hf.measures import accuracy_under_noise, measure_layers, noisy_projections
+from cbsa_hf.interpretability.measures import accuracy_under_noise, measure_layers, noisy_projections
+from cbsa_hf.interpretability.plots import line_panels
 
 
 ROOT = Path(__file__).resolve().parents[1]

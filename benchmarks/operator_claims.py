@@ -10,10 +10,14 @@ from torch.utils.flop_counter import FlopCounterMode
 from workbench import FAILS, HOLDS, OPEN, Finding, Workbench, spread, table
 
 from cbsa_hf.attention_cbsa import ATTENTIONS, PooledRepresentatives, SelfAttention
-from cbsa_hf.charts import line_panels
-from cbsa_hf.figures import render
-from cbsa_hf.measures import coding_rate
-from cbsa_hf.synthetic import distance_to_subspaces, draw_union_of_subspaces, iterate_operator, operator_of_bases
+from cbsa_hf.interpretability.measures import coding_rate
+from cbsa_hf.interpretability.plots import line_panels, render
+from cbsa_hf.interpretability.synthetic import (
+    distance_to_subspaces,
+    draw_union_of_subspaces,
+    iterate_operator,
+    operator_of_bases,
+)
 
 
 def linear_cost(bench: Workbench) -> Finding:

@@ -23,7 +23,7 @@ from evaluation import evaluate_classifier
 from workbench import table
 
 from cbsa_hf import CBSAForImageClassification, load_checkpoint
-from cbsa_hf.charts import line_panels
+from cbsa_hf.interpretability.plots import line_panels
 
 
 TITLES = {True: "with N / N0", False: "without, as the reference implementation"}

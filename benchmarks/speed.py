@@ -34,7 +34,7 @@ from zero_shot_cost import measure
 
 from cbsa_hf import CBSAConfig, CBSAForImageClassification, fold, preset_path
 from cbsa_hf.attention_cbsa import ContractAndBroadcastSelfAttention
-from cbsa_hf.charts import line_panels
+from cbsa_hf.interpretability.plots import line_panels
 from cbsa_hf.modeling_cbsa import CBSAISTA
 
 

@@ -11,12 +11,11 @@ from transformers import (
 )
 
 from .attention_cbsa import ContractAndBroadcastSelfAttention
-from .checkpoint import default_checkpoint, load_checkpoint
+from .checkpoints import default_checkpoint, load_checkpoint
 from .configuration_cbsa import CBSAConfig
 from .folding import fold
-from .images import ImageError
-from .interpretability import attention_maps, exact_maps
-from .measures import accuracy_under_noise, coding_rate, measure_layers
+from .interpretability.attention_maps import exact_maps
+from .interpretability.measures import accuracy_under_noise, coding_rate, measure_layers
 from .modeling_cbsa import (
     CBSABackbone,
     CBSAForImageClassification,
@@ -27,10 +26,12 @@ from .modeling_cbsa import (
     CBSAPreTrainedModel,
     CBSASemanticSegmenterOutput,
 )
-from .pipeline_cbsa import ZeroShotSegmentationPipeline, register_pipeline
 from .presets import PRESETS, preset_path
-from .sliding_window import SlidingWindowSegmenter
-from .zero_shot import Segment, ZeroShotSegmentation, ZeroShotSegmenter
+from .segmentation.images import ImageError
+from .segmentation.inference import attention_maps
+from .segmentation.pipeline_cbsa import ZeroShotSegmentationPipeline, register_pipeline
+from .segmentation.sliding_window import SlidingWindowSegmenter
+from .segmentation.zero_shot import Segment, ZeroShotSegmentation, ZeroShotSegmenter
 
 
 __version__ = "0.1.0"

@@ -5,12 +5,14 @@ One class an operator, one table by name at the end; to add one, write a class a
 """
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 
 import torch
 from torch import nn
 from torch.nn import functional as F
-from transformers import PreTrainedConfig
 from transformers.utils import is_torchdynamo_compiling
+
+from .configuration_cbsa import CBSAConfig
 
 
 def to_pair(size: int | Iterable[int]) -> tuple[int, int]:
@@ -19,7 +21,7 @@ def to_pair(size: int | Iterable[int]) -> tuple[int, int]:
     return height, width
 
 
-def block_norm(config: PreTrainedConfig, width: int) -> nn.LayerNorm:
+def block_norm(config: CBSAConfig, width: int) -> nn.LayerNorm:
     """The norm before a block; its affine part is in the block's first layer where the model is folded."""
     return nn.LayerNorm(width, eps=config.layer_norm_eps, elementwise_affine=not config.folded)
 
@@ -77,25 +79,28 @@ class SelfAttention(nn.Module):
     What all operators share. Below, d is the width of the tokens, h the number of heads, p the dimension of one head,
     N the number of tokens and m that of representatives.
 
+    Every operator is built with the same arguments, and leaves alone those that it has no use for.
+
     Args:
         hidden_size: d.
         num_heads: h.
         head_dim: p; h * p need not be d.
         representatives: makes the initial representatives, for the operators that have any.
+        base_num_patches: N0 of [`ContractAndBroadcastSelfAttention`], in patches; None leaves its factor out.
+        num_other_tokens: tokens that every image has beside its patches and that count in both N and N0: the class
+            tokens of a mask decoder.
         folded: whether the weights are those of a folded model, see [`fold`].
 
     Attributes:
         uses_representatives: whether the operator has representatives.
         has_factor: whether `forward` can return a factor A.
         map_is_gram: whether the token-to-token map is `A^T A`.
-        scales_with_size: whether the constructor takes `base_num_patches` and `num_other_tokens`.
         map_formula: what that map is, for titles.
     """
 
     uses_representatives = False
     has_factor = False
     map_is_gram = False
-    scales_with_size = False
     map_formula: str
 
     def __init__(
@@ -104,14 +109,23 @@ class SelfAttention(nn.Module):
         num_heads: int,
         head_dim: int,
         representatives: nn.Module | None = None,
+        base_num_patches: int | None = None,
+        num_other_tokens: int = 0,
         folded: bool = False,
     ):
         super().__init__()
         self.folded = folded
         self.num_heads = num_heads
         self.scaling = head_dim**-0.5
+        self.base_num_patches = base_num_patches
+        self.num_other_tokens = num_other_tokens
         self.representatives = representatives
         self.out_proj = nn.Linear(num_heads * head_dim, hidden_size)
+        self.add_weights(hidden_size, num_heads * head_dim)
+
+    def add_weights(self, hidden_size: int, inner_size: int):
+        """Creates the operator's own weights; d and h * p are given."""
+        raise NotImplementedError(f"{type(self).__name__} does not say which weights it has.")
 
     def split_heads(self, projected: torch.Tensor) -> torch.Tensor:
         """(batch, N, h * p) -> (batch, h, N, p)."""
@@ -153,16 +167,30 @@ class SharedProjectionSelfAttention(SelfAttention):
     folded model, which takes over the shift of the norm before it.
     """
 
-    def __init__(
-        self,
-        hidden_size: int,
-        num_heads: int,
-        head_dim: int,
-        representatives: nn.Module | None = None,
-        folded: bool = False,
-    ):
-        super().__init__(hidden_size, num_heads, head_dim, representatives, folded)
-        self.proj = nn.Linear(hidden_size, num_heads * head_dim, bias=folded)
+    def add_weights(self, hidden_size, inner_size):
+        self.proj = nn.Linear(hidden_size, inner_size, bias=self.folded)
+
+
+@dataclass
+class ContractionSteps:
+    """
+    What [`ContractAndBroadcastSelfAttention`] computes on its way to the update, for every image and head.
+
+    Args:
+        tokens: (batch, h, N, p), W: the projected tokens.
+        initial_representatives: (batch, h, m, p), Q0: pooled from W, or learned.
+        attention: (batch, h, m, N), A: how each representative spreads its attention over the tokens; rows sum to 1.
+        representatives: (batch, h, m, p), Q: moved towards the tokens that they attend to.
+        similarity: (batch, h, m, m), S: how the representatives attend to one another; rows sum to 1.
+        contracted: (batch, h, m, p), C: each representative replaced by the mean of those that it attends to.
+    """
+
+    tokens: torch.Tensor
+    initial_representatives: torch.Tensor
+    attention: torch.Tensor
+    representatives: torch.Tensor
+    similarity: torch.Tensor
+    contracted: torch.Tensor
 
 
 class ContractAndBroadcastSelfAttention(SharedProjectionSelfAttention):
@@ -173,36 +201,19 @@ class ContractAndBroadcastSelfAttention(SharedProjectionSelfAttention):
     what they learned back through the very weights they read with. Linear in N. The map is `A^T A`.
 
     Each row of A sums to 1 over the N tokens, so `A^T C` shrinks as 1/N when an image grows. `size_factor` makes up
-    for that: it multiplies the contracted representatives by N / N0, 1 at the size that the weights are made for.
-
-    Args:
-        hidden_size, num_heads, head_dim, representatives, folded: see [`SelfAttention`].
-        base_num_patches: N0, in patches; None leaves the factor out, as the reference implementation does.
-        num_other_tokens: tokens that every image has beside its patches and that count in both N and N0: the class
-            tokens of a mask decoder.
+    for that: it multiplies the contracted representatives by N / N0, 1 at the size that the weights are made for;
+    without `base_num_patches` it is 1 always, as in the reference implementation.
     """
 
     uses_representatives = True
     has_factor = True
     map_is_gram = True
-    scales_with_size = True
     map_formula = "$A^T A$"
 
-    def __init__(
-        self,
-        hidden_size: int,
-        num_heads: int,
-        head_dim: int,
-        representatives: nn.Module,
-        base_num_patches: int | None = None,
-        num_other_tokens: int = 0,
-        folded: bool = False,
-    ):
-        super().__init__(hidden_size, num_heads, head_dim, representatives, folded)
-        self.base_num_patches = base_num_patches
-        self.num_other_tokens = num_other_tokens
-        self.step_rep = nn.Parameter(torch.ones(num_heads, 1, 1))
-        self.step_x = nn.Parameter(torch.ones(num_heads, 1, 1))
+    def add_weights(self, hidden_size, inner_size):
+        super().add_weights(hidden_size, inner_size)
+        self.step_rep = nn.Parameter(torch.ones(self.num_heads, 1, 1))
+        self.step_x = nn.Parameter(torch.ones(self.num_heads, 1, 1))
 
     def size_factor(self, grid: tuple[int, int]) -> float | torch.Tensor:
         """N / N0 for that grid of patches; 1 where no N0 is known."""
@@ -213,19 +224,31 @@ class ContractAndBroadcastSelfAttention(SharedProjectionSelfAttention):
             num_patches = self.step_x.new_ones(grid, dtype=torch.float32).sum()
         return (num_patches + self.num_other_tokens) / (self.base_num_patches + self.num_other_tokens)
 
-    def forward(self, hidden_states, grid, output_attentions=False, output_factor=False):
+    def steps(self, hidden_states: torch.Tensor, grid: tuple[int, int]) -> ContractionSteps:
+        """
+        The steps up to the broadcast, which is `step_x * size_factor * A^T C`.
+
+        Args:
+            hidden_states: (batch, N, d), already normalised.
+            grid: (height, width) of the patches among the tokens.
+        """
         tokens = self.split_heads(self.proj(hidden_states))
 
-        representatives = self.representatives(tokens, grid)
-        attention = self.attend(representatives, tokens)
-        representatives = representatives + self.step_rep * (attention @ tokens)
+        initial_representatives = self.representatives(tokens, grid)
+        attention = self.attend(initial_representatives, tokens)
+        representatives = initial_representatives + self.step_rep * (attention @ tokens)
         # Written out: for so few representatives the fused kernel is slower, by a quarter of the training step on CPU.
-        contracted = self.attend(representatives, representatives) @ representatives
-        step_x = 1.0 if self.folded else self.step_x  # folding moves it into the output layer
-        update = attention.transpose(2, 3) @ (step_x * self.size_factor(grid) * contracted)
+        similarity = self.attend(representatives, representatives)
+        contracted = similarity @ representatives
 
-        token_map = attention.transpose(2, 3) @ attention if output_attentions else None
-        return self.merge_heads(update), token_map, attention
+        return ContractionSteps(tokens, initial_representatives, attention, representatives, similarity, contracted)
+
+    def forward(self, hidden_states, grid, output_attentions=False, output_factor=False):
+        steps = self.steps(hidden_states, grid)
+        step_x = 1.0 if self.folded else self.step_x  # folding moves it into the output layer
+        update = steps.attention.transpose(2, 3) @ (step_x * self.size_factor(grid) * steps.contracted)
+        token_map = steps.attention.transpose(2, 3) @ steps.attention if output_attentions else None
+        return self.merge_heads(update), token_map, steps.attention
 
 
 class MultiHeadSubspaceSelfAttention(SharedProjectionSelfAttention):
@@ -255,16 +278,9 @@ class TokenStatisticsSelfAttention(SharedProjectionSelfAttention):
 
     map_formula = "softmax over heads of $W W^T$"
 
-    def __init__(
-        self,
-        hidden_size: int,
-        num_heads: int,
-        head_dim: int,
-        representatives: nn.Module | None = None,
-        folded: bool = False,
-    ):
-        super().__init__(hidden_size, num_heads, head_dim, representatives, folded)
-        self.temp = nn.Parameter(torch.ones(num_heads, 1))
+    def add_weights(self, hidden_size, inner_size):
+        super().add_weights(hidden_size, inner_size)
+        self.temp = nn.Parameter(torch.ones(self.num_heads, 1))
 
     def forward(self, hidden_states, grid, output_attentions=False, output_factor=False):
         tokens = self.split_heads(self.proj(hidden_states))
@@ -305,18 +321,10 @@ class SoftmaxSelfAttention(SelfAttention):
 
     map_formula = "softmax of scaled $Q K^T$"
 
-    def __init__(
-        self,
-        hidden_size: int,
-        num_heads: int,
-        head_dim: int,
-        representatives: nn.Module | None = None,
-        folded: bool = False,
-    ):
-        super().__init__(hidden_size, num_heads, head_dim, representatives, folded)
-        self.q_proj = nn.Linear(hidden_size, num_heads * head_dim)
-        self.k_proj = nn.Linear(hidden_size, num_heads * head_dim)
-        self.v_proj = nn.Linear(hidden_size, num_heads * head_dim)
+    def add_weights(self, hidden_size, inner_size):
+        self.q_proj = nn.Linear(hidden_size, inner_size)
+        self.k_proj = nn.Linear(hidden_size, inner_size)
+        self.v_proj = nn.Linear(hidden_size, inner_size)
 
     def project(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Queries, keys and values, each (batch, h, N, p)."""
@@ -368,6 +376,7 @@ __all__ = [
     "ATTENTIONS",
     "AgentSelfAttention",
     "ContractAndBroadcastSelfAttention",
+    "ContractionSteps",
     "LearnedRepresentatives",
     "LinearSelfAttention",
     "MultiHeadSubspaceSelfAttention",

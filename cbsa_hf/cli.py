@@ -11,18 +11,20 @@ import transformers
 from PIL import Image
 from tqdm import tqdm
 
-from .checkpoint import load_checkpoint
-from .convert_checkpoints import ORIGINS, compare_outputs, convert_checkpoint, model_card, save_conversion
-from .figures import attention_grid, class_colours, class_legend, overlay_classes, overlay_mask
+from .checkpoints import load_checkpoint
+from .conversion.convert import ORIGINS, compare_outputs, convert_checkpoint, model_card, save_conversion
 from .hub import push_checkpoint
-from .images import MAX_PIXELS, MAX_RATIO, fit_to_patches, open_image, to_pixel_values
-from .interpretability import attention_maps, map_formula
-from .memory import MAX_MEMORY, check_input
+from .interpretability.attention_maps import map_formula
+from .interpretability.plots import attention_grid
+from .interpretability.report import inspect_photo, save_report
+from .overlays import class_colours, class_legend, overlay_classes, overlay_mask
 from .photo_jobs import STANDARD_INPUT, Job, check_job, find_photos, plan_folder, save_pngs
-from .report import inspect_photo, save_report
-from .sliding_window import SlidingWindowSegmenter
-from .token_groups import METHODS
-from .zero_shot import Segment, ZeroShotSegmentation, ZeroShotSegmenter
+from .segmentation.images import MAX_PIXELS, MAX_RATIO, fit_to_patches, open_image, to_pixel_values
+from .segmentation.inference import attention_maps
+from .segmentation.memory import MAX_MEMORY, check_input
+from .segmentation.patch_grouping import METHODS
+from .segmentation.sliding_window import SlidingWindowSegmenter
+from .segmentation.zero_shot import Segment, ZeroShotSegmentation, ZeroShotSegmenter
 
 
 Finder = Callable[[Image.Image], tuple[Image.Image, Image.Image, str]]
@@ -169,7 +171,7 @@ def attention(args: argparse.Namespace):
     image = read_photo(args.photo, args)
     model, processor = load_checkpoint(args.checkpoint)
     size = fit_to_patches((image.height, image.width), args.long_side, model.config.patch_size)
-    check_input(model.config, size, args.max_memory)
+    check_input(model, size, args.max_memory)
     pixel_values = to_pixel_values(image, processor, args.long_side, model.config.patch_size)
     maps = attention_maps(model, pixel_values)[:, 0]
     title = f"attention of CLS to the patches: its row of {map_formula(model)}, per layer and head"

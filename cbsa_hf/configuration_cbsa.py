@@ -1,22 +1,27 @@
-"""Configuration of the CBSA models."""
+"""Configuration of the CBSA models. It builds on no other module of this library, and all others build on it."""
 
 import inspect
 import sys
+from dataclasses import fields
+from typing import Any, Literal, get_args, get_origin
 
 import torch
 from huggingface_hub.dataclasses import strict
+from huggingface_hub.errors import StrictDataclassFieldValidationError
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 from transformers.backbone_utils import BackboneConfigMixin
 
-from .attention_cbsa import ATTENTIONS
-from .mask_decoder_cbsa import DECODERS
 
+# The names that a configuration may use. Each table of classes, such as `ATTENTIONS`, has the names of one type.
+RepresentativeAttentionType = Literal["cbsa", "agent"]
+AttentionType = Literal[RepresentativeAttentionType, "mssa", "tssa", "linear", "softmax"]
+FeedForwardType = Literal["ista", "mlp"]
+PatchEmbeddingType = Literal["conv_stem", "patchify", "linear"]
+RepresentativesType = Literal["pool", "learned"]
+PooledTokens = Literal["patches", "all_but_last"]
+PositionInterpolation = Literal["bicubic", "bilinear"]
+DecoderType = Literal["cbsa", "mssa", "softmax", "linear"]
 
-FEED_FORWARD_TYPES = ("ista", "mlp")
-PATCH_EMBEDDING_TYPES = ("conv_stem", "patchify", "linear")
-REPRESENTATIVES_TYPES = ("pool", "learned")
-POOLED_TOKENS = ("patches", "all_but_last")
-POSITION_INTERPOLATIONS = ("bicubic", "bilinear")
 DTYPES = ("float32", "float16", "bfloat16", "float64")
 MAX_LAYERS = 10_000
 MAX_LABELS = 1_000_000
@@ -45,6 +50,38 @@ def check_counts(values: dict):
                 raise ValueError(f"`{name}` is {value}, and has to be at most {most}.")
 
 
+def allowed_names(annotation: Any) -> tuple[str, ...]:
+    """The names of the `Literal` in the type of a field, alone or in a union or a list; none where it has none."""
+    if get_origin(annotation) is Literal:
+        return get_args(annotation)
+    return next((names for names in map(allowed_names, get_args(annotation)) if names), ())
+
+
+def names_in_errors(cls: type) -> type:
+    """
+    Decorates a `@strict` class: where that refuses a name for a field of `Literal` type, the error says which name was
+    given and which ones there are, in one sentence.
+    """
+    choices = {field.name: names for field in fields(cls) if (names := allowed_names(field.type))}
+    set_strictly = cls.__setattr__
+
+    def __setattr__(self, name, value):
+        try:
+            set_strictly(self, name, value)
+        except StrictDataclassFieldValidationError:
+            if name not in choices:
+                raise
+            values = value if isinstance(value, (list, tuple)) else [value]
+            wrong = next((item for item in values if item not in choices[name]), value)
+            sentence = f"`{name}` is {wrong!r}; choose one of {', '.join(map(repr, choices[name]))}."
+            cause = ValueError(sentence)
+            raise StrictDataclassFieldValidationError(field=name, cause=cause) from cause
+
+    cls.__setattr__ = __setattr__
+    return cls
+
+
+@names_in_errors
 @strict
 class CBSAConfig(BackboneConfigMixin, PreTrainedConfig):
     r"""
@@ -138,13 +175,13 @@ class CBSAConfig(BackboneConfigMixin, PreTrainedConfig):
     num_hidden_layers: int = 12
     num_attention_heads: int = 3
     head_dim: int | None = None
-    attention_type: str | list[str] | tuple[str, ...] = "cbsa"
-    feed_forward_type: str = "ista"
+    attention_type: AttentionType | list[AttentionType] | tuple[AttentionType, ...] = "cbsa"
+    feed_forward_type: FeedForwardType = "ista"
     intermediate_size: int | None = None
-    patch_embedding_type: str = "conv_stem"
-    representatives_type: str = "pool"
+    patch_embedding_type: PatchEmbeddingType = "conv_stem"
+    representatives_type: RepresentativesType = "pool"
     representatives_size: int | list[int] | tuple[int, int] = 8
-    pooled_tokens: str = "patches"
+    pooled_tokens: PooledTokens = "patches"
     size_factor: bool = True
     base_num_patches: int | None = None
     num_register_tokens: int = 0
@@ -154,11 +191,11 @@ class CBSAConfig(BackboneConfigMixin, PreTrainedConfig):
     drop_path_rate: float | int = 0.0
     image_size: int | list[int] | tuple[int, int] = 224
     patch_size: int = 16
-    position_interpolation: str = "bicubic"
+    position_interpolation: PositionInterpolation = "bicubic"
     num_channels: int = 3
     layer_norm_eps: float = 1e-5
     initializer_range: float = 0.02
-    decoder_type: str = "cbsa"
+    decoder_type: DecoderType = "cbsa"
     decoder_num_layers: int = 3
     decoder_num_heads: int = 3
     decoder_head_dim: int | None = None
@@ -290,36 +327,23 @@ class CBSAConfig(BackboneConfigMixin, PreTrainedConfig):
             raise ValueError(f"`num_register_tokens` is {self.num_register_tokens}, and must not be negative.")
 
     def validate_types(self):
-        """Every name is in its table, and a list of attention types has one for each layer."""
+        """A list of attention types has one for each layer."""
         if len(self.layer_attention_types) != self.num_hidden_layers:
             raise ValueError(
                 f"`attention_type` lists {len(self.attention_type)} types for {self.num_hidden_layers} layers; give "
                 "one for each layer, or one name for all."
             )
-        for value in set(self.layer_attention_types):
-            if value not in ATTENTIONS:
-                raise ValueError(f"`attention_type` is {value!r}; choose one of {', '.join(map(repr, ATTENTIONS))}.")
-        for name, allowed in (
-            ("feed_forward_type", FEED_FORWARD_TYPES),
-            ("patch_embedding_type", PATCH_EMBEDDING_TYPES),
-            ("representatives_type", REPRESENTATIVES_TYPES),
-            ("pooled_tokens", POOLED_TOKENS),
-            ("position_interpolation", POSITION_INTERPOLATIONS),
-            ("decoder_type", DECODERS),
-        ):
-            value = getattr(self, name)
-            if value not in allowed:
-                raise ValueError(f"`{name}` is {value!r}; choose one of {', '.join(map(repr, allowed))}.")
 
     def validate_representatives(self):
         """What says how representatives are made has no meaning where there are none."""
-        known = [ATTENTIONS[name] for name in self.layer_attention_types if name in ATTENTIONS]
-        if known and not any(attention.uses_representatives for attention in known):
+        names = get_args(RepresentativeAttentionType)
+        if not set(self.layer_attention_types) & set(names):
             for name, default in (("representatives_type", "pool"), ("pooled_tokens", "patches")):
                 if getattr(self, name) != default:
                     raise ValueError(
                         f"`{name}={getattr(self, name)!r}` has no meaning for attention type {self.attention_type!r}, "
-                        f"which has no representatives; leave it at {default!r}, or choose 'cbsa' or 'agent'."
+                        f"which has no representatives; leave it at {default!r}, or choose "
+                        f"{' or '.join(map(repr, names))}."
                     )
         if self.representatives_type == "learned" and self.pooled_tokens != "patches":
             raise ValueError(

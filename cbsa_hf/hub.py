@@ -6,7 +6,7 @@ from tempfile import TemporaryDirectory
 from huggingface_hub import HfApi, ModelCard
 from huggingface_hub.errors import HFValidationError, HTTPError  # of whichever HTTP client the Hub's library uses
 
-from .checkpoint import default_checkpoint, load_checkpoint
+from .checkpoints import default_checkpoint, load_checkpoint
 
 
 REQUIRED_METADATA = ("library_name", "pipeline_tag", "license")

@@ -9,10 +9,10 @@ from collections import OrderedDict
 import torch
 from torch import nn
 from torch.nn import functional as F
-from transformers import PreTrainedConfig
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from .attention_cbsa import ATTENTIONS, PooledRepresentatives, block_norm
+from .configuration_cbsa import CBSAConfig
 
 
 class MaskDecoder(nn.Module):
@@ -20,7 +20,7 @@ class MaskDecoder(nn.Module):
     What all decoders share. Below, d is the width of the tokens, K the number of classes.
 
     Args:
-        config: a `CBSAConfig`, of which the fields `decoder_*`, `num_labels` and `layer_norm_eps` count.
+        config: of which the fields `decoder_*`, `num_labels` and `layer_norm_eps` count.
         hidden_size: d.
         base_num_patches: N0 of [`ContractAndBroadcastSelfAttention`]; None leaves its factor out.
 
@@ -30,7 +30,7 @@ class MaskDecoder(nn.Module):
 
     has_class_tokens = False
 
-    def __init__(self, config: PreTrainedConfig, hidden_size: int, base_num_patches: int | None = None):
+    def __init__(self, config: CBSAConfig, hidden_size: int, base_num_patches: int | None = None):
         super().__init__()
         self.num_labels = config.num_labels
 
@@ -53,7 +53,7 @@ class MaskDecoder(nn.Module):
 class LinearMaskDecoder(MaskDecoder):
     """One linear layer on every patch token: what decoders are compared with."""
 
-    def __init__(self, config: PreTrainedConfig, hidden_size: int, base_num_patches: int | None = None):
+    def __init__(self, config: CBSAConfig, hidden_size: int, base_num_patches: int | None = None):
         super().__init__(config, hidden_size, base_num_patches)
         self.classifier = nn.Linear(hidden_size, config.num_labels)
 
@@ -74,7 +74,7 @@ class MaskDecoderLayer(GradientCheckpointingLayer):
 
     def __init__(
         self,
-        config: PreTrainedConfig,
+        config: CBSAConfig,
         hidden_size: int,
         attention_type: str,
         head_dim: int,
@@ -83,11 +83,13 @@ class MaskDecoderLayer(GradientCheckpointingLayer):
     ):
         super().__init__()
         attention = ATTENTIONS[attention_type]
-        options = {"folded": config.folded}
+        options = {
+            "base_num_patches": base_num_patches,
+            "num_other_tokens": config.num_labels,
+            "folded": config.folded,
+        }
         if attention.uses_representatives:
             options["representatives"] = PooledRepresentatives(config.decoder_representatives_size, first_token=0)
-        if attention.scales_with_size:
-            options |= {"base_num_patches": base_num_patches, "num_other_tokens": config.num_labels}
         self.layernorm_before = block_norm(config, hidden_size)
         self.attention = attention(hidden_size, config.decoder_num_heads, head_dim, **options)
         if has_mlp:
@@ -151,7 +153,7 @@ class ClassTokenMaskDecoder(MaskDecoder):
     head_dim: int | None = 100  # as published; None divides the width by the number of heads
     has_mlp = False
 
-    def __init__(self, config: PreTrainedConfig, hidden_size: int, base_num_patches: int | None = None):
+    def __init__(self, config: CBSAConfig, hidden_size: int, base_num_patches: int | None = None):
         super().__init__(config, hidden_size, base_num_patches)
         head_dim = config.decoder_head_dim or self.head_dim or hidden_size // config.decoder_num_heads
         self.class_embeddings = nn.Parameter(torch.zeros(1, config.num_labels, hidden_size))
@@ -206,7 +208,7 @@ class SegmenterMaskDecoder(ClassTokenMaskDecoder):
     head_dim = None
     has_mlp = True
 
-    def __init__(self, config: PreTrainedConfig, hidden_size: int, base_num_patches: int | None = None):
+    def __init__(self, config: CBSAConfig, hidden_size: int, base_num_patches: int | None = None):
         super().__init__(config, hidden_size, base_num_patches)
         self.input_proj = nn.Linear(hidden_size, hidden_size)
         self.patch_proj = nn.Linear(hidden_size, hidden_size, bias=False)

@@ -281,7 +281,7 @@ FEED_FORWARDS = {"ista": CBSAISTA, "mlp": CBSAMLP}
 def build_attention(config: CBSAConfig, attention_type: str, base_num_patches: int | None = None) -> SelfAttention:
     """That operator, with its representatives where it has any; `base_num_patches` is N0 where it takes one."""
     attention = ATTENTIONS[attention_type]
-    options = {"folded": config.folded}
+    options = {"base_num_patches": base_num_patches, "folded": config.folded}
     if attention.uses_representatives and config.representatives_type == "pool":
         # The reference's quirk reads all tokens but the last as the grid, so its grid starts at CLS.
         first_token = {"patches": 1 + config.num_register_tokens, "all_but_last": 0}[config.pooled_tokens]
@@ -291,8 +291,6 @@ def build_attention(config: CBSAConfig, attention_type: str, base_num_patches: i
         options["representatives"] = LearnedRepresentatives(
             config.num_attention_heads, height * width, config.head_dim
         )
-    if attention.scales_with_size:
-        options["base_num_patches"] = base_num_patches
     return attention(config.hidden_size, config.num_attention_heads, config.head_dim, **options)
 
 

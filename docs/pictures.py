@@ -17,7 +17,8 @@ from matplotlib.patches import Rectangle
 from PIL import Image
 
 from cbsa_hf import ZeroShotSegmenter, attention_maps, exact_maps, load_checkpoint
-from cbsa_hf.figures import overlay_heat, overlay_signed, render
+from cbsa_hf.interpretability.plots import render
+from cbsa_hf.overlays import overlay_heat, overlay_signed
 
 
 FOLDER = Path(__file__).parent

@@ -24,7 +24,7 @@ def dot(a, b) -> float:
 
 
 def one_head(w, grid, size, first, eta, kappa):
-    """Steps 1 to 4 for one head: tokens w as lists of floats -> (update, A)."""
+    """Steps 1 to 4 for one head: tokens w as lists of floats -> the update, and the steps up to it by name."""
     (height, width), (rows, columns), p = grid, size, len(w[0])
     scale = 1 / math.sqrt(p)
     representatives = []
@@ -41,15 +41,23 @@ def one_head(w, grid, size, first, eta, kappa):
         [r[c] + eta * sum(a * token[c] for a, token in zip(weights, w, strict=True)) for c in range(p)]
         for r, weights in zip(representatives, attention, strict=True)
     ]
-    contracted = []  # 3.
-    for query in q:
-        weights = softmax([scale * dot(query, key) for key in q])
-        contracted.append([sum(a * value[c] for a, value in zip(weights, q, strict=True)) for c in range(p)])
+    similarity = [softmax([scale * dot(query, key) for key in q]) for query in q]  # 3.
+    contracted = [
+        [sum(a * value[c] for a, value in zip(weights, q, strict=True)) for c in range(p)] for weights in similarity
+    ]
     update = [  # 4.
         [kappa * sum(attention[i][n] * contracted[i][c] for i in range(len(q))) for c in range(p)]
         for n in range(len(w))
     ]
-    return update, attention
+    steps = {
+        "tokens": w,
+        "initial_representatives": representatives,
+        "attention": attention,
+        "representatives": q,
+        "similarity": similarity,
+        "contracted": contracted,
+    }
+    return update, steps
 
 
 @pytest.mark.parametrize(
@@ -72,14 +80,19 @@ def test_five_steps(grid, size, tokens, first, head_dim):
     hidden_states = torch.randn(2, tokens, hidden_size, dtype=torch.float64)
     update, token_map, factor = operator(hidden_states, grid, output_attentions=True)
     assert update.shape == hidden_states.shape
+    found = vars(operator.steps(hidden_states, grid))
 
     for b in range(2):
         projected = (hidden_states[b] @ operator.proj.weight.T).tolist()
         outputs = [[] for _ in range(tokens)]
         for h in range(heads):
             w = [row[h * head_dim : (h + 1) * head_dim] for row in projected]
-            steps = operator.step_rep[h].item(), operator.step_x[h].item()
-            expected, attention = one_head(w, grid, size, first, *steps)
+            sizes = operator.step_rep[h].item(), operator.step_x[h].item()
+            expected, steps = one_head(w, grid, size, first, *sizes)
+            assert list(found) == list(steps)
+            for name, step in steps.items():
+                torch.testing.assert_close(found[name][b, h], torch.tensor(step, dtype=torch.float64))
+            attention = steps["attention"]
             torch.testing.assert_close(factor[b, h], torch.tensor(attention, dtype=torch.float64))
             for n in range(tokens):
                 outputs[n] += expected[n]

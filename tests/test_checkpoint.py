@@ -11,8 +11,8 @@ from safetensors.torch import load_file
 from transformers import pipeline
 
 from cbsa_hf import SlidingWindowSegmenter, ZeroShotSegmenter, attention_maps, default_checkpoint, load_checkpoint
-from cbsa_hf.checkpoint import TASKS
-from cbsa_hf.images import to_pixel_values
+from cbsa_hf.checkpoints import TASKS
+from cbsa_hf.segmentation.images import to_pixel_values
 
 
 GOLDEN = Path(__file__).with_name("golden.safetensors")

@@ -23,9 +23,9 @@ from cbsa_hf import (
     default_checkpoint,
 )
 from cbsa_hf.cli import main
-from cbsa_hf.images import to_pixel_values
-from cbsa_hf.interpretability import exact_maps
-from cbsa_hf.report import Report
+from cbsa_hf.interpretability.attention_maps import exact_maps
+from cbsa_hf.interpretability.report import Report
+from cbsa_hf.segmentation.images import to_pixel_values
 
 
 @pytest.fixture
@@ -184,6 +184,7 @@ def test_inspect_that_fails_leaves_nothing(photo_file, tmp_path, monkeypatch, ca
 def check_refusal(arguments, message, folder, capsys):
     """One sentence and exit 2, and nothing is written."""
     before = sorted(folder.rglob("*"))
+    capsys.readouterr()  # the progress bars of whatever saved the files
     assert main(arguments) == 2
     error = capsys.readouterr().err
     assert message in error

@@ -14,11 +14,19 @@ import torch
 from PIL import Image, ImageFile, ImageFilter, ImageOps
 from transformers import ViTImageProcessorPil, pipeline
 
-from cbsa_hf import SlidingWindowSegmenter, ZeroShotSegmenter
-from cbsa_hf.figures import MASK_COLOUR, dilate, overlay_mask
-from cbsa_hf.images import ImageError, fit_to_patches, open_image, open_mask, to_image, to_pixel_values, to_rgb
-from cbsa_hf.memory import encoder_memory
-from cbsa_hf.report import inspect_photo
+from cbsa_hf import CBSAForImageClassification, SlidingWindowSegmenter, ZeroShotSegmenter
+from cbsa_hf.interpretability.report import inspect_photo
+from cbsa_hf.overlays import MASK_COLOUR, dilate, overlay_mask
+from cbsa_hf.segmentation.images import (
+    ImageError,
+    fit_to_patches,
+    open_image,
+    open_mask,
+    to_image,
+    to_pixel_values,
+    to_rgb,
+)
+from cbsa_hf.segmentation.memory import encoder_memory
 
 
 @pytest.mark.parametrize("mode", ["RGB", "L", "LA", "RGBA", "P", "CMYK", "1"])
@@ -407,7 +415,10 @@ def test_memory_is_estimated_before_it_is_spent(shipped, tiny_segmenter):
 
 
 def test_estimate_of_memory_counts_every_pair_of_patches(shipped):
-    config = copy.deepcopy(shipped[0].config)
-    assert encoder_memory(config, (256, 256)) == 4 * encoder_memory(config, (128, 128))
+    model, _ = shipped
+    assert encoder_memory(model, (256, 256)) == 4 * encoder_memory(model, (128, 128))
+    config = copy.deepcopy(model.config)
     config.attention_type = "softmax"
-    assert encoder_memory(config, (1024, 1024)) > 12 * 3 * 4 * (128 * 128) ** 2
+    with torch.device("meta"):
+        model = CBSAForImageClassification(config)
+    assert encoder_memory(model, (1024, 1024)) > 12 * 3 * 4 * (128 * 128) ** 2

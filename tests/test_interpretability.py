@@ -10,8 +10,8 @@ import torch
 
 from cbsa_hf import CBSAConfig, CBSAForImageClassification
 from cbsa_hf.attention_cbsa import ATTENTIONS
-from cbsa_hf.interpretability import attention_maps, exact_maps, map_is_exact, token_index
-from cbsa_hf.measures import (
+from cbsa_hf.interpretability.attention_maps import exact_maps, map_is_exact
+from cbsa_hf.interpretability.measures import (
     accuracy_under_noise,
     coding_rate,
     effective_rank,
@@ -19,13 +19,14 @@ from cbsa_hf.measures import (
     measure_layers,
     noisy_projections,
 )
-from cbsa_hf.report import inspect_photo, save_report
-from cbsa_hf.synthetic import (
+from cbsa_hf.interpretability.report import inspect_photo, save_report
+from cbsa_hf.interpretability.synthetic import (
     distance_to_subspaces,
     draw_union_of_subspaces,
     iterate_operator,
     operator_of_bases,
 )
+from cbsa_hf.segmentation.inference import attention_maps, token_index
 
 
 def attention_steps(model, pixel_values):

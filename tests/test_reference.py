@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from cbsa_hf import CBSAConfig
 from cbsa_hf.attention_cbsa import ATTENTIONS, PooledRepresentatives
-from cbsa_hf.convert_checkpoints import convert_checkpoint, convert_state_dict
+from cbsa_hf.conversion.convert import convert_checkpoint, convert_state_dict
 from cbsa_hf.mask_decoder_cbsa import DECODERS
 
 

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from transformers import SegformerConfig, SegformerForSemanticSegmentation, SegformerImageProcessorPil
 
 from cbsa_hf import CBSAConfig, CBSAForSemanticSegmentation, ImageError, SlidingWindowSegmenter
-from cbsa_hf.sliding_window import LogitRows
+from cbsa_hf.segmentation.sliding_window import LogitRows
 
 
 @pytest.fixture

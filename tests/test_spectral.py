@@ -6,7 +6,7 @@ import torch
 from scipy.linalg import eigh
 from torch.utils.flop_counter import FlopCounterMode
 
-from cbsa_hf.spectral import Cut, cut_dense, cut_factored, k_means, landmark_factor, stack_factors, visits
+from cbsa_hf.segmentation.spectral import Cut, cut_dense, cut_factored, k_means, landmark_factor, stack_factors, visits
 
 
 @pytest.fixture

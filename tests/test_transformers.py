@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+from typing import get_args
 
 import numpy as np
 import onnxruntime
@@ -29,7 +30,7 @@ from transformers import (
 
 from cbsa_hf import CBSABackbone, CBSAConfig, CBSAForImageClassification, CBSAModel
 from cbsa_hf.attention_cbsa import ATTENTIONS, adaptive_bins
-from cbsa_hf.configuration_cbsa import FEED_FORWARD_TYPES, PATCH_EMBEDDING_TYPES, REPRESENTATIVES_TYPES
+from cbsa_hf.configuration_cbsa import FeedForwardType, PatchEmbeddingType, RepresentativesType
 
 
 @pytest.fixture
@@ -48,7 +49,7 @@ def assert_all_learn(model: torch.nn.Module, except_for: str = "no such name"):
             assert parameter.grad is not None and parameter.grad.abs().sum() > 0, name
 
 
-AXES = list(itertools.product(ATTENTIONS, FEED_FORWARD_TYPES, PATCH_EMBEDDING_TYPES, REPRESENTATIVES_TYPES))
+AXES = list(itertools.product(ATTENTIONS, *map(get_args, (FeedForwardType, PatchEmbeddingType, RepresentativesType))))
 
 
 @pytest.mark.parametrize(("attention", "feed_forward", "patch_embedding", "representatives"), AXES)

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessorPil
 
 from cbsa_hf import CBSAConfig, default_checkpoint, load_checkpoint
-from cbsa_hf.weight_files import CheckpointError
+from cbsa_hf.checkpoints.weight_files import CheckpointError
 
 
 @pytest.fixture

@@ -28,10 +28,11 @@ from cbsa_hf import (
     SlidingWindowSegmenter,
     ZeroShotSegmenter,
 )
-from cbsa_hf.interpretability import attention_maps, exact_maps, unwrap
-from cbsa_hf.measures import accuracy_under_noise, effective_rank, measure_layers
-from cbsa_hf.report import inspect_photo
-from cbsa_hf.token_groups import METHODS
+from cbsa_hf.interpretability.attention_maps import exact_maps
+from cbsa_hf.interpretability.measures import accuracy_under_noise, effective_rank, measure_layers
+from cbsa_hf.interpretability.report import inspect_photo
+from cbsa_hf.segmentation.inference import attention_maps, unwrap
+from cbsa_hf.segmentation.patch_grouping import METHODS
 
 
 FOREIGN = {

@@ -15,20 +15,20 @@ from transformers import ViTImageProcessorPil, pipeline
 
 from cbsa_hf import CBSAForImageClassification, CBSAModel, ImageError, ZeroShotSegmenter, attention_maps
 from cbsa_hf.attention_cbsa import ATTENTIONS
-from cbsa_hf.images import follow_edges
-from cbsa_hf.interpretability import exact_maps
-from cbsa_hf.token_groups import (
+from cbsa_hf.interpretability.attention_maps import exact_maps
+from cbsa_hf.segmentation.images import follow_edges
+from cbsa_hf.segmentation.patch_grouping import (
     METHODS,
     Options,
     attention_of_heads,
+    border_mask,
     contraction,
-    describe,
     encode,
+    flip_scale_features,
     foreground,
-    look_twice,
     median_filter,
+    patch_descriptors,
     smallest_share,
-    surroundings,
 )
 
 
@@ -67,8 +67,8 @@ def test_median_filter():
 
 
 def test_grids():
-    assert surroundings((3, 4)).reshape(3, 4).tolist() == [[1, 1, 1, 1], [1, 0, 0, 1], [1, 1, 1, 1]]
-    assert surroundings((1, 1)).tolist() == [1]
+    assert border_mask((3, 4)).reshape(3, 4).tolist() == [[1, 1, 1, 1], [1, 0, 0, 1], [1, 1, 1, 1]]
+    assert border_mask((1, 1)).tolist() == [1]
 
 
 def check(result, image: Image.Image):
@@ -121,11 +121,11 @@ def test_encode(tiny_config, attention_type):
     torch.testing.assert_close(attention, expected, rtol=1e-4, atol=1e-6)
 
 
-def test_look_twice(tiny_model):
+def test_flip_scale_features(tiny_model):
     """Tokens of length 1, and those of the mirror image at two thirds of the size, mirrored back and interpolated."""
     pixel_values = torch.randn(1, 3, 48, 24)
     tokens, _ = encode(tiny_model, pixel_values, Options(), wants_attention=False)
-    second = look_twice(tiny_model, pixel_values, tokens) - F.normalize(tokens, dim=2)
+    second = flip_scale_features(tiny_model, pixel_values, tokens) - F.normalize(tokens, dim=2)
     smaller = F.interpolate(pixel_values, size=(32, 16), mode="bilinear", antialias=True).flip(3)
     seen = tiny_model.cbsa(smaller, interpolate_pos_encoding=True).last_hidden_state[0, 1:].detach()
     seen = F.normalize(seen, dim=1).unflatten(0, (4, 2))
@@ -137,12 +137,12 @@ def test_look_twice(tiny_model):
     torch.testing.assert_close(second, torch.einsum("ir,jc,rcd->ijd", down, across, seen), rtol=1e-4, atol=1e-5)
 
 
-def test_describe(tiny_model):
+def test_patch_descriptors(tiny_model):
     """Patch by patch: features less half their mean, of length 1; and a quarter of how the colour differs."""
     pixel_values = torch.randn(1, 3, 32, 48)
     tokens, _ = encode(tiny_model, pixel_values, Options(), wants_attention=False)
-    described = describe(tiny_model, pixel_values, tokens)
-    features = look_twice(tiny_model, pixel_values, tokens).double()
+    described = patch_descriptors(tiny_model, pixel_values, tokens)
+    features = flip_scale_features(tiny_model, pixel_values, tokens).double()
     for row in range(4):
         for column in range(6):
             feature = features[row, column] - features.mean((0, 1)) / 2

@@ -26,7 +26,7 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import AutoModelForImageClassification, PreTrainedModel
 
-from cbsa_hf.convert_checkpoints import convert_checkpoint
+from cbsa_hf.conversion.convert import convert_checkpoint
 from cbsa_hf.modeling_cbsa import CBSAForImageClassification
 
 

@@ -16,8 +16,8 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import BaseImageProcessor, PreTrainedModel
 
-from cbsa_hf.figures import attention_grid
-from cbsa_hf.interpretability import attention_maps
+from cbsa_hf import attention_maps
+from cbsa_hf.interpretability.plots import attention_grid
 
 
 @dataclass(kw_only=True)

@@ -15,7 +15,7 @@ from streaming import StreamedRows
 from torch.nn import functional as F
 from transformers import BaseImageProcessor
 
-from cbsa_hf.images import ImageError, open_image
+from cbsa_hf.segmentation.images import ImageError, open_image
 
 
 MASK_NAMES = ("label", "mask", "annotation", "segmentation_mask")

@@ -17,8 +17,7 @@ from tqdm.auto import tqdm
 from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassification, BaseImageProcessor
 from transformers.utils import ModelOutput
 
-from cbsa_hf.configuration_cbsa import check_counts
-from cbsa_hf.weight_files import (
+from cbsa_hf.checkpoints.weight_files import (
     CheckpointError,
     build_on_meta,
     check_finite,
@@ -28,6 +27,7 @@ from cbsa_hf.weight_files import (
     read_header,
     read_json,
 )
+from cbsa_hf.configuration_cbsa import check_counts
 
 
 PROBE_SIZE = 224  # pixels, which the usual strides divide

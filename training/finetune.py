@@ -21,7 +21,7 @@ from segmentation import SegmentationArguments, train_segmenter
 from transformers import AutoModelForImageClassification
 
 from cbsa_hf import default_checkpoint
-from cbsa_hf.checkpoint import load_processor
+from cbsa_hf.checkpoints import load_processor
 
 
 @dataclass(kw_only=True)

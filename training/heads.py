@@ -5,8 +5,8 @@ from copy import deepcopy
 import torch
 from transformers import PreTrainedModel
 
-from cbsa_hf.checkpoint import check_weights, load_config, saved_as
-from cbsa_hf.weight_files import check_finite, find_folder
+from cbsa_hf.checkpoints import check_weights, load_config, saved_as
+from cbsa_hf.checkpoints.weight_files import check_finite, find_folder
 
 
 def class_tensors(model: PreTrainedModel) -> set[str]:

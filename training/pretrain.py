@@ -23,8 +23,8 @@ from transformers import (
 from transformers.utils.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 from cbsa_hf import PRESETS, preset_path
+from cbsa_hf.checkpoints.weight_files import CheckpointError, one_sentence
 from cbsa_hf.modeling_cbsa import to_pair
-from cbsa_hf.weight_files import CheckpointError, one_sentence
 
 
 @dataclass(kw_only=True)

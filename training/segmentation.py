@@ -26,10 +26,10 @@ from transformers import (
 
 from cbsa_hf import SlidingWindowSegmenter, default_checkpoint
 from cbsa_hf.attention_cbsa import to_pair
-from cbsa_hf.checkpoint import load_config, load_processor
-from cbsa_hf.figures import class_strip
-from cbsa_hf.images import open_image, open_mask
+from cbsa_hf.checkpoints import load_config, load_processor
 from cbsa_hf.mask_decoder_cbsa import DECODERS
+from cbsa_hf.overlays import class_strip
+from cbsa_hf.segmentation.images import open_image, open_mask
 
 
 IGNORED = 255

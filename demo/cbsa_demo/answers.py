@@ -5,17 +5,17 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from cbsa_hf.figures import class_colours
+from cbsa_hf.overlays import class_colours
 
-from . import views
+from . import story, views
 from .drawing import draw_labels, to_npz, to_uri
 from .looks import MAX_SEGMENTS, METHODS, Explorer, Look, Segmented
-from .parameters import flag, one_of, whole
+from .parameters import MEAN, flag, one_of, whole
 
 
-FIRST = {"source": "coffee", "layer": 3, "head": "mean", "representative": 27}
+FIRST = {"source": "coffee", "layer": 3, "head": MEAN, "representative": 27}
 QUERIES = {"the chosen patch": True, "CLS": False}
-MAPS = {views.PUBLISHED: False, views.EXACT: True}
+MAPS = {"as published": False, "exact": True}
 NO_OTHER = "none"
 
 
@@ -26,7 +26,7 @@ class Answers:
         self.explorer = explorer
 
     def heads(self, look: Look) -> list[str]:
-        return [*views.HEADS, *map(str, range(look.model.config.num_attention_heads))]
+        return [MEAN, *map(str, range(look.model.config.num_attention_heads))]
 
     def layer_of(self, look: Look, layer: object) -> int:
         return whole(layer, "layer", 0, look.model.config.num_hidden_layers - 1)
@@ -34,7 +34,7 @@ class Answers:
     def head_of(self, look: Look, values: np.ndarray, head: object) -> np.ndarray:
         """What the head has of (heads, ...), or the mean of all."""
         head = one_of(head, "head", self.heads(look))
-        return values.mean(0) if head in views.HEADS else values[int(head)]
+        return values.mean(0) if head == MEAN else values[int(head)]
 
     def patch_of(self, look: Look, row: object, column: object) -> tuple[int, int]:
         rows, columns = look.grid
@@ -61,20 +61,20 @@ class Answers:
         layer, patch = self.layer_of(look, layer), self.patch_of(look, row, column)
         trace = look.traces()[layer]
         if trace is None:
-            return views.without_representatives(look, layer)
+            return story.without_representatives(look, layer)
         parts = {name: self.head_of(look, value.numpy(), head) for name, value in vars(trace).items()}
         chosen = whole(representative, "representative", 0, len(parts["reads"]) - 1)
-        return views.steps(look, parts, patch, chosen)
+        return story.steps(look, parts, patch, chosen)
 
     def glance(self, source, model, row, column, query, kind, shared) -> str:
         look = self.explorer.look(source, model)
         patch = self.patch_of(look, row, column)
         if not QUERIES[one_of(query, "query", QUERIES)]:
             patch = None
-        return views.glance(look, patch, MAPS[one_of(kind, "map", MAPS)], flag(shared, "one scale"))
+        return story.glance(look, patch, MAPS[one_of(kind, "map", MAPS)], flag(shared, "one scale"))
 
     def inside(self, source, model) -> str:
-        return views.inside(self.explorer.look(source, model))
+        return story.inside(self.explorer.look(source, model))
 
     def compare(self, source, model, other, method, num_segments, sharp, layer, head, row, column) -> str:
         if other == NO_OTHER:

@@ -4,7 +4,7 @@ import gradio as gr
 
 from . import views
 from .answers import FIRST, Answers
-from .parameters import one_of, whole
+from .parameters import MEAN, one_of, whole
 from .photos import EXAMPLES, PhotoError, open_photo, source_of
 
 
@@ -24,7 +24,7 @@ class Choices:
         self.explorer = answers.explorer
 
     def pick(self, model: object, event: gr.EventData):
-        """An example, a file, a problem that the browser had, or nothing for the removal: source, row, column, status."""
+        """An example, a file, a problem of the browser, or nothing for removal: source, row, column, status."""
         chosen = sent(event)
         try:
             if "problem" in chosen:
@@ -53,7 +53,7 @@ class Choices:
         """The layers and heads that a model has; the last layer and the mean where it lacks those chosen."""
         config = self.explorer.model(model)[0].config
         last = config.num_hidden_layers - 1
-        heads = [*views.HEADS, *map(str, range(config.num_attention_heads))]
+        heads = [MEAN, *map(str, range(config.num_attention_heads))]
         return (
             gr.Slider(maximum=last, value=min(whole(layer, "layer", 0, 10**3), last)),
             gr.Radio(heads, value=head if head in heads else heads[0]),

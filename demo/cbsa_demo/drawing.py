@@ -8,12 +8,12 @@ import numpy as np
 from matplotlib import colormaps
 from PIL import Image
 
-from cbsa_hf.figures import dilate
+from cbsa_hf.overlays import dilate
 
 
 # Viridis for what is never negative; for both signs Moreland's map, uniform too, with light grey at zero.
 COLOURS = {False: "viridis", True: "coolwarm"}
-LINE_WIDTH = 640  # pixels of a picture for each one to either side of a line
+LINE_WIDTH = 320  # pixels of a picture for each one to either side of a line
 OTHERS = 0.01  # share of the values that may lie beyond the scale, lest a few darken the rest
 
 
@@ -69,18 +69,24 @@ def draw_photo(image: Image.Image) -> str:
 def draw_map(values: np.ndarray, scale: Scale) -> str:
     """A picture with one pixel for each value of (height, width)."""
     share = (values - scale.low) / (scale.high - scale.low)
-    image = Image.fromarray((share.clip(0, 1) * 255).round().astype(np.uint8), "L").convert("P")
+    image = Image.fromarray((share.clip(0, 1) * 255).round().astype(np.uint8)).convert("P")
     image.putpalette(PALETTES[scale.signed])
     return to_uri(image, optimize=True)
 
 
-def draw_labels(labels: np.ndarray, colours: np.ndarray) -> str:
-    """(height, width) of indices in their colours, a thin white line where they meet."""
-    edges = np.zeros(labels.shape, dtype=bool)
-    edges[:, 1:] |= labels[:, 1:] != labels[:, :-1]
-    edges[1:] |= labels[1:] != labels[:-1]
-    edges = dilate(edges, max(labels.shape) // LINE_WIDTH)
-    image = Image.fromarray(np.where(edges, 255, labels).astype(np.uint8), "L").convert("P")
+def outline(mask: np.ndarray) -> np.ndarray:
+    """Where a mask (height, width) ends: a line as thick as the picture asks for."""
+    edges = np.zeros(mask.shape, dtype=bool)
+    edges[:, 1:] |= mask[:, 1:] != mask[:, :-1]
+    edges[1:] |= mask[1:] != mask[:-1]
+    return dilate(edges, max(1, max(mask.shape) // LINE_WIDTH))
+
+
+def draw_labels(labels: np.ndarray, colours: np.ndarray, mask: np.ndarray | None = None) -> str:
+    """(height, width) of indices in their colours, 254 of them at most, and a mask's outline in white."""
+    if mask is not None:
+        labels = np.where(outline(mask), 255, labels)
+    image = Image.fromarray(labels.astype(np.uint8)).convert("P")
     colours = np.pad(colours, ((0, 256 - len(colours)), (0, 0)), constant_values=255)
     image.putpalette(colours.tobytes())
     return to_uri(image)

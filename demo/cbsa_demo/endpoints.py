@@ -16,7 +16,7 @@ from .photos import EXAMPLES, source_of
 def png(values: np.ndarray) -> str:
     """(height, width) of uint8 as a PNG file in base64."""
     file = BytesIO()
-    Image.fromarray(values, "L").save(file, "PNG")
+    Image.fromarray(values).save(file, "PNG")
     return base64.b64encode(file.getvalue()).decode()
 
 

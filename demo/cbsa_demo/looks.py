@@ -21,10 +21,11 @@ from cbsa_hf import (
     measure_layers,
 )
 from cbsa_hf.attention_cbsa import to_pair
-from cbsa_hf.images import to_pixel_values
-from cbsa_hf.interpretability import ExactMap, map_formula, patch_grid, token_index
-from cbsa_hf.report import predictions
-from cbsa_hf.representatives import RepresentativeTrace, trace_representatives
+from cbsa_hf.interpretability.attention_maps import ExactMap, map_formula
+from cbsa_hf.interpretability.report import predictions
+from cbsa_hf.interpretability.representatives import RepresentativeTrace, trace_representatives
+from cbsa_hf.segmentation.images import to_pixel_values
+from cbsa_hf.segmentation.inference import patch_grid, token_index
 
 from .photos import Photo, PhotoError, open_photo
 

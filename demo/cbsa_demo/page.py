@@ -139,7 +139,7 @@ def add_story(parts: SimpleNamespace, look: Look, heads: list[str]):
     own_html("<h2>Layers at a glance <small>click a map to choose its layer and head</small></h2>")
     with gr.Row():
         parts.query = gr.Radio(list(QUERIES), value=next(iter(QUERIES)), label="What is tied to", elem_id="query")
-        parts.kind = gr.Radio(list(MAPS), value=views.PUBLISHED, label="By which map", elem_id="kind")
+        parts.kind = gr.Radio(list(MAPS), value=next(iter(MAPS)), label="By which map", elem_id="kind")
         parts.shared = gr.Checkbox(False, label="One scale for all layers", elem_id="shared")
     parts.glance = own_html("", ["picks.js"], elem_id="glance", classes=["result"])
     own_html("<h2>Inside <small>what this photo becomes, layer by layer</small></h2>")

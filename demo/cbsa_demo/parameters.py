@@ -5,6 +5,9 @@ from collections.abc import Iterable
 from .photos import PhotoError
 
 
+MEAN = "mean"  # of the heads, where one is chosen
+
+
 def shown(value: object) -> str:
     """A value in a sentence, however long it is."""
     text = repr(value)

@@ -13,8 +13,8 @@ from gradio.utils import get_upload_folder
 from PIL import Image
 
 from cbsa_hf import ImageError
-from cbsa_hf.image_files import has_more_pictures, open_bytes
-from cbsa_hf.images import open_image
+from cbsa_hf.segmentation.image_files import has_more_pictures, open_bytes
+from cbsa_hf.segmentation.images import open_image
 
 
 MAX_BYTES = 30 * 10**6

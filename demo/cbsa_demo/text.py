@@ -23,12 +23,13 @@ cbsa inspect photo.jpg -o report/       # pictures and numbers of every layer
 AGENT = '{"mcpServers": {"cbsa": {"url": "http://127.0.0.1:7860/gradio_api/mcp/"}}}'
 
 STREET = """
-<p>The segmenter that ships gives every pixel one of eleven classes: sky, building, pole, road, pavement, tree, sign, fence,
-car, pedestrian, bicyclist. Whatever the photo shows, it gets these; upload a street.</p>
+<p>The segmenter that ships gives every pixel one of eleven classes: sky, building, pole, road, pavement, tree, sign,
+fence, car, pedestrian, bicyclist. Whatever the photo shows, it gets these; upload a street.</p>
 """
 
 LIMITS = """
-The classifier that ships has 1.6 million parameters, knows ten classes of ImageNet, and never saw a mask. On 117 photos of COCO:
+The classifier that ships has 1.6 million parameters, knows ten classes of ImageNet, and never saw a mask. On 117 photos
+of COCO its foreground overlaps with the true one so much:
 
 | foreground | mean IoU |
 |---|---|
@@ -38,8 +39,9 @@ The classifier that ships has 1.6 million parameters, knows ten classes of Image
 | a centred ellipse, whatever the photo | 0.343 |
 | everything is foreground | 0.339 |
 
-- So the mask is often wrong: on about half of all photos it takes the wrong thing, a part of the object, or much around it.
+- So a mask is wrong as often as it is right: it takes a part of the object, much around it, or another thing.
 - Whatever it sees gets one of ten names. Where none is likely, the legend says so.
 - Single patches draw much of the attention in many layers, as in other vision transformers without register tokens.
-- The model for street scenes saw 367 images of one town: mean IoU 0.503 on its test images. It misses poles and signs. Do not drive by it.
+- The model for street scenes saw 367 images of one town. Its mean IoU is 0.503 on the test images; it misses poles and
+  signs. Do not drive by it.
 """

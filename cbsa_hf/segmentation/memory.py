@@ -2,21 +2,24 @@
 
 import math
 
-from .attention_cbsa import ATTENTIONS, to_pair
-from .configuration_cbsa import CBSAConfig
+import numpy as np
+from torch import nn
+
+from .inference import operator_types, unwrap
 
 
 MAX_MEMORY = 4 * 10**9  # bytes beyond those of the model
 
 
-def encoder_memory(config: CBSAConfig, size: tuple[int, int]) -> float:
+def encoder_memory(model: nn.Module, size: tuple[int, int]) -> float:
     """
     Bytes that an encoder takes at most for one image of that (height, width), the attention of all layers returned: 32
     times its tokens, as measured, and the maps, which are over the representatives where no layer has others.
     """
+    config = unwrap(model).config
     num_patches = math.prod(side // config.patch_size for side in size)
-    has_factors = all(ATTENTIONS[name].map_is_gram for name in config.layer_attention_types)
-    columns = math.prod(to_pair(config.representatives_size)) if has_factors else num_patches
+    has_factors = all(operator.map_is_gram for operator in operator_types(model))
+    columns = math.prod(np.broadcast_to(config.representatives_size, 2).tolist()) if has_factors else num_patches
     per_patch = 32 * config.hidden_size + config.num_hidden_layers * config.num_attention_heads * columns
     return 4.0 * num_patches * per_patch
 
@@ -30,7 +33,7 @@ def check_memory(estimate: float, what: str, remedy: str, max_memory: float):
         )
 
 
-def check_input(config: CBSAConfig, size: tuple[int, int], max_memory: float, share: float = 1.0):
+def check_input(model: nn.Module, size: tuple[int, int], max_memory: float, share: float = 1.0):
     """A ValueError if what is done with an input of that (height, width) takes too much: `share` times the encoder."""
     what = f"Showing the model {size[1]} x {size[0]} pixels"
-    check_memory(share * encoder_memory(config, size), what, "lower `long_side` (`--long-side`)", max_memory)
+    check_memory(share * encoder_memory(model, size), what, "lower `long_side` (`--long-side`)", max_memory)

@@ -9,8 +9,8 @@ import torch
 from torch.func import functional_call
 from transformers import PreTrainedModel
 
-from .attention_cbsa import SelfAttention, SharedProjectionSelfAttention
-from .interpretability import evaluating, operator_types, patch_grid, unwrap, watching
+from ..attention_cbsa import SelfAttention, SharedProjectionSelfAttention
+from ..segmentation.inference import eval_encoder, evaluating, operator_types, patch_grid, unwrap
 
 
 def coding_rate(tokens: torch.Tensor, eps: float = 0.5) -> torch.Tensor:
@@ -163,7 +163,7 @@ def measure_layers(model: PreTrainedModel, batches: Iterable[torch.Tensor], eps:
         batches: of `pixel_values`, (batch, channels, height, width) of any size.
         eps: error of the coding rates, in the units of the projected tokens.
     """
-    with watching(model) as encoder:
+    with eval_encoder(model) as encoder:
         measured = [measure_batch(encoder, pixel_values, eps) for pixel_values in batches]
     if not measured:
         raise ValueError("There are no images to measure; give one batch of `pixel_values` at least.")

@@ -3,18 +3,18 @@
 from dataclasses import dataclass
 
 import torch
+from torch import nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from .attention_cbsa import ContractAndBroadcastSelfAttention, SelfAttention
-from .interpretability import (
+from .inference import (
     attention_maps,
     check_outputs,
+    eval_encoder,
     observe_operators,
     operator_types,
     patch_grid,
     unwrap,
-    watching,
 )
 from .spectral import Cut, cut_dense, cut_factored, k_means, landmark_factor, positions, stack_factors, visits
 
@@ -61,7 +61,7 @@ def smallest_share(values: torch.Tensor, mass: float) -> torch.Tensor:
     return values[min(int(count), len(values)) - 1]
 
 
-def surroundings(grid: tuple[int, int]) -> torch.Tensor:
+def border_mask(grid: tuple[int, int]) -> torch.Tensor:
     """(N,), 1 for the patches along the border of a grid, 0 for others, row by row."""
     target = torch.ones(grid, dtype=torch.float64)
     target[1:-1, 1:-1] = 0
@@ -113,7 +113,7 @@ class Options:
             raise ValueError(f"`attention_weight` is {self.attention_weight}; give a share from 0 to 1.")
 
 
-def operator_of(model: PreTrainedModel, options: Options) -> type[SelfAttention]:
+def operator_of(model: PreTrainedModel, options: Options) -> type[nn.Module]:
     """The class of the operator of the layer whose attention makes an affinity."""
     return operator_types(model)[options.attention_layer]
 
@@ -129,7 +129,7 @@ def encode(
         head's or all: the factors (heads, m, N) where its map is `A^T A`, else the maps (heads, N, N), symmetric.
     """
     grid = patch_grid(model, pixel_values)
-    with watching(model) as encoder:
+    with eval_encoder(model) as encoder:
         is_gram = operator_of(model, options).map_is_gram
         name = "representative_attentions" if is_gram else "attentions"
         outputs = encoder(
@@ -189,7 +189,7 @@ def group_by_attention(model: PreTrainedModel, pixel_values: torch.Tensor, optio
     return Grouping(F.one_hot(labels).T.unflatten(1, maps.shape[1:]), saliency, tokens)
 
 
-def look_twice(model: PreTrainedModel, pixel_values: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+def flip_scale_features(model: PreTrainedModel, pixel_values: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
     """
     Features of the patches: the tokens (height, width, hidden_size) brought to length 1, plus those that the model has
     for the mirror image at two thirds of the size: they show the same, and err differently.
@@ -203,12 +203,12 @@ def look_twice(model: PreTrainedModel, pixel_values: torch.Tensor, tokens: torch
     return F.normalize(tokens, dim=2) + second
 
 
-def describe(model: PreTrainedModel, pixel_values: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+def patch_descriptors(model: PreTrainedModel, pixel_values: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
     """
-    What patches are compared by, (N, d) in float64: the features of [`look_twice`], half of what they have in common
-    in this image taken away, brought to length 1; and with less weight the colour.
+    What patches are compared by, (N, d) in float64: the features of [`flip_scale_features`], half of what they have in
+    common in this image taken away, brought to length 1; and with less weight the colour.
     """
-    features = look_twice(model, pixel_values, tokens).flatten(0, 1).double()
+    features = flip_scale_features(model, pixel_values, tokens).flatten(0, 1).double()
     features = F.normalize(features - COMMON_SHARE * features.mean(0), dim=1)
     colours = F.avg_pool2d(pixel_values, unwrap(model).config.patch_size)[0].flatten(1).T.double()
     return torch.cat([features, COLOUR_WEIGHT * (colours - colours.mean(0))], dim=1)
@@ -227,8 +227,8 @@ def cut_mixture(features: torch.Tensor, attention: torch.Tensor | None, weight: 
 
 def group_by_cut(model: PreTrainedModel, pixel_values: torch.Tensor, options: Options) -> Grouping:
     """
-    The normalised cut of the patches' affinity, which is that of [`describe`]'s features through landmarks, those
-    nearby followed more, that of the attention, or a mixture.
+    The normalised cut of the patches' affinity, which is that of [`patch_descriptors`]'s features through landmarks,
+    those nearby followed more, that of the attention, or a mixture.
 
     Groups are clusters in the affinity's diffusion map. Foreground is where random walks over the affinity visit the
     image's border more rarely than on average: surroundings are what is there, and what looks like it, wherever it is.
@@ -236,27 +236,27 @@ def group_by_cut(model: PreTrainedModel, pixel_values: torch.Tensor, options: Op
     """
     tokens, attention = encode(model, pixel_values, options, wants_attention=options.attention_weight > 0)
     grid = tuple(tokens.shape[:2])
-    features = landmark_factor(describe(model, pixel_values, tokens), grid, LANDMARKS, TEMPERATURE, LOCALITY)
+    features = landmark_factor(patch_descriptors(model, pixel_values, tokens), grid, LANDMARKS, TEMPERATURE, LOCALITY)
     is_gram = operator_of(model, options).map_is_gram
     cut = cut_mixture(features, attention, options.attention_weight, is_gram)
     # One coordinate less than groups did best for six of them; the first is constant, so two at least.
     labels = k_means(cut.diffusion_map(max(2, options.num_segments - 1)), options.num_segments)
-    rarely = -visits(cut.leading(FOREGROUND_VECTORS), surroundings(grid))
+    rarely = -visits(cut.leading(FOREGROUND_VECTORS), border_mask(grid))
     return Grouping(F.one_hot(labels).T.unflatten(1, grid), foreground(rarely, model, pixel_values), tokens)
 
 
 def contraction(model: PreTrainedModel, pixel_values: torch.Tensor, options: Options) -> torch.Tensor:
     """How the representatives attend to one another in the layer, the mean of the heads or one's: (m, m), float64."""
 
-    def look(operator: SelfAttention, hidden_states: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor | None:
-        if not isinstance(operator, ContractAndBroadcastSelfAttention):
+    def look(operator: nn.Module, hidden_states: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor | None:
+        if not operator.scales_with_size:
             return None
         _, _, factor = operator.forward(hidden_states, grid, output_factor=True)
         values = operator.split_heads(operator.proj(hidden_states))
         representatives = operator.representatives(values, grid) + operator.step_rep * (factor @ values)
         return operator.attend(representatives, representatives)[0].double().cpu()
 
-    with watching(model) as encoder:
+    with eval_encoder(model) as encoder:
         found = observe_operators(encoder, look)
         encoder(pixel_values.to(encoder.device), interpolate_pos_encoding=True)
     weights = found[options.attention_layer]
@@ -274,7 +274,7 @@ def group_by_representatives(model: PreTrainedModel, pixel_values: torch.Tensor,
     tokens, attention = encode(model, pixel_values, options, wants_attention=True)
     grid = tuple(tokens.shape[:2])
     operator = operator_of(model, options)
-    if issubclass(operator, ContractAndBroadcastSelfAttention):
+    if operator.scales_with_size:
         reads = attention.mean(0) / attention.mean(0).sum(1, keepdim=True)
         affinity = contraction(model, pixel_values, options)
         affinity = (affinity + affinity.T) / 2
@@ -284,7 +284,7 @@ def group_by_representatives(model: PreTrainedModel, pixel_values: torch.Tensor,
     cut = cut_dense(affinity)
     members = F.one_hot(k_means(cut.vectors[:, : options.num_segments], options.num_segments)).double().T
     members = members @ reads / members.sum(1, keepdim=True)
-    rarely = -visits(cut.leading(FOREGROUND_VECTORS), reads @ surroundings(grid)) @ (reads / reads.sum(0))
+    rarely = -visits(cut.leading(FOREGROUND_VECTORS), reads @ border_mask(grid)) @ (reads / reads.sum(0))
     return Grouping(members.unflatten(1, grid), foreground(rarely, model, pixel_values), tokens)
 
 

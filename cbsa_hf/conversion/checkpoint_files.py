@@ -11,8 +11,8 @@ from huggingface_hub.errors import HFValidationError, HTTPError
 from safetensors.torch import load_file
 from transformers import AutoConfig, PreTrainedConfig
 
-from .configuration_cbsa import check_counts
-from .weight_files import one_sentence, read_json
+from ..checkpoints.weight_files import one_sentence, read_json
+from ..configuration_cbsa import check_counts
 
 
 TRANSFORMERS_TYPES = ("vit", "deit", "dinov2")

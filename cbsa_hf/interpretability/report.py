@@ -9,23 +9,14 @@ import torch
 from PIL import Image
 from transformers import BaseImageProcessor, PreTrainedModel
 
-from .attention_cbsa import to_pair
-from .charts import line_panels, representative_sheet
-from .figures import attention_grid, overlay_signed
-from .images import fit_to_patches, to_pixel_values
-from .interpretability import (
-    ExactMap,
-    attention_maps,
-    evaluating,
-    exact_maps,
-    map_formula,
-    map_is_exact,
-    patch_grid,
-    token_index,
-    unwrap,
-)
+from ..attention_cbsa import to_pair
+from ..overlays import overlay_signed
+from ..segmentation.images import fit_to_patches, to_pixel_values
+from ..segmentation.inference import attention_maps, evaluating, patch_grid, token_index, unwrap
+from ..segmentation.memory import MAX_MEMORY, check_input
+from .attention_maps import ExactMap, exact_maps, map_formula, map_is_exact
 from .measures import LayerMeasures, effective_count, measure_layers
-from .memory import MAX_MEMORY, check_input
+from .plots import attention_grid, line_panels, representative_sheet
 
 
 @dataclass
@@ -192,7 +183,7 @@ def inspect_photo(
     """
     config = unwrap(model).config
     size = fit_to_patches((image.height, image.width), long_side, config.patch_size)
-    check_input(config, size, max_memory, share=3)  # all hidden states, and the measures of every layer
+    check_input(model, size, max_memory, share=3)  # all hidden states, and the measures of every layer
     pixel_values = to_pixel_values(image, processor, long_side, config.patch_size)
     grid = patch_grid(model, pixel_values)
     parts = {

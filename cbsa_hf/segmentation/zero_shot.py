@@ -19,9 +19,9 @@ from .images import (
     to_image,
     to_pixel_values,
 )
-from .interpretability import evaluating, unwrap
+from .inference import evaluating, unwrap
 from .memory import MAX_MEMORY, check_input, check_memory
-from .token_groups import METHOD_OPTIONS, METHODS, Grouping, Options
+from .patch_grouping import METHOD_OPTIONS, METHODS, Grouping, Options
 
 
 @dataclass
@@ -146,7 +146,7 @@ class ZeroShotSegmenter:
     def check_memory(self, size: tuple[int, int]):
         """A ValueError for an image of that (height, width) which would take more than `max_memory`."""
         seen = fit_to_patches(size, self.long_side, unwrap(self.model).config.patch_size)
-        check_input(unwrap(self.model).config, seen, self.max_memory)
+        check_input(self.model, seen, self.max_memory)
         # A mask for each segment, and the numbers that segments are found by, a map at a time.
         num_segments = self.options.num_segments
         memory = size[0] * size[1] * (num_segments + 20 + (80 if self.sharp else 0))

@@ -6,7 +6,7 @@ the heads' projections (section 3 of arXiv 2509.16875 derives it as a step that 
 import torch
 from torch.nn import functional as F
 
-from .attention_cbsa import ContractAndBroadcastSelfAttention, PooledRepresentatives
+from ..attention_cbsa import ContractAndBroadcastSelfAttention, PooledRepresentatives
 
 
 def draw_union_of_subspaces(

@@ -8,9 +8,9 @@ import torch
 from transformers import AutoImageProcessor, BaseImageProcessor
 from transformers.image_utils import PILImageResampling
 
-from .attention_cbsa import to_pair
-from .configuration_cbsa import CBSAConfig
-from .modeling_cbsa import CBSAForImageClassification, CBSAForSemanticSegmentation, CBSAModel, CBSAPreTrainedModel
+from ..attention_cbsa import to_pair
+from ..configuration_cbsa import CBSAConfig
+from ..modeling_cbsa import CBSAForImageClassification, CBSAForSemanticSegmentation, CBSAModel, CBSAPreTrainedModel
 from .weight_files import (
     CheckpointError,
     build_on_meta,
@@ -56,7 +56,7 @@ def find_task(name: str) -> Task:
 
 def default_checkpoint(task: str = "image-classification") -> str:
     """Path of the checkpoint for a task in `TASKS` that ships with this package; a ValueError for another one."""
-    return str(Path(__file__).parent / "checkpoints" / find_task(task).default)
+    return str(Path(__file__).parent / find_task(task).default)
 
 
 def load_config(name: str) -> CBSAConfig:

@@ -5,8 +5,9 @@ from dataclasses import dataclass
 import torch
 from transformers import PreTrainedModel
 
-from .attention_cbsa import ContractAndBroadcastSelfAttention, SelfAttention
-from .interpretability import exact_map, in_single_precision, observe_operators, watching
+from ..attention_cbsa import ContractAndBroadcastSelfAttention, SelfAttention
+from ..segmentation.inference import eval_encoder, in_single_precision, observe_operators
+from .attention_maps import exact_map
 
 
 @dataclass
@@ -19,7 +20,8 @@ class RepresentativeTrace:
         moved_by_reading: (heads, m), how far extraction moves it: `|Q - Q0| / |Q0|`.
         moved_by_contraction: (heads, m), how far the others draw it then: `|C - Q| / |Q|`.
         similarity: (heads, m, m), S: how the representatives attend to one another; rows sum to 1.
-        writes: (heads, m, grid height, grid width), `kappa S^T A`: how much of what it holds each patch is given; signed.
+        writes: (heads, m, grid height, grid width), `kappa S^T A`: how much of what it holds each patch is given;
+            signed.
         update: (heads, grid height, grid width), the length of what each patch is given in the end, before the output
             layer.
     """
@@ -69,7 +71,7 @@ def trace_representatives(model: PreTrainedModel, pixel_values: torch.Tensor) ->
             return None
         return trace_layer(operator, hidden_states, grid)
 
-    with watching(model) as encoder:
+    with eval_encoder(model) as encoder:
         traces = observe_operators(encoder, look)
         encoder(pixel_values.to(encoder.device), interpolate_pos_encoding=True)
     return traces

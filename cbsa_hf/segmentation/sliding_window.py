@@ -8,7 +8,7 @@ from PIL import Image
 from torch.nn import functional as F
 from transformers import BaseImageProcessor, PreTrainedModel
 
-from .attention_cbsa import to_pair
+from ..attention_cbsa import to_pair
 from .images import (
     ImageError,
     ImageSource,
@@ -19,7 +19,7 @@ from .images import (
     resize,
     to_image,
 )
-from .interpretability import check_outputs, evaluating, unwrap
+from .inference import check_outputs, evaluating, unwrap
 from .memory import MAX_MEMORY, check_memory
 
 

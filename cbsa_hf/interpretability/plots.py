@@ -1,13 +1,72 @@
 """Pictures of what is measured inside a model: representatives over a photo, numbers over the layers."""
 
+from collections.abc import Callable
+
 import numpy as np
 import torch
 from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator
 from PIL import Image
 
-from .figures import overlay_heat, overlay_signed, render
+from ..overlays import overlay_heat, overlay_signed
+
+
+def render(figure: Figure) -> Image.Image:
+    """The figure as an RGB image."""
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    return Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
+
+
+def attention_grid(
+    image: Image.Image,
+    maps: torch.Tensor,
+    title: str,
+    overlay: Callable[[Image.Image, np.ndarray], Image.Image] = overlay_heat,
+    patch: tuple[int, int] | None = None,
+    layers: list[int] | None = None,
+) -> Image.Image:
+    """
+    A labelled table of attention maps over the photo: a column per layer, a row per head, and one for their mean.
+
+    Args:
+        image: the photo.
+        maps: (layers, heads, grid height, grid width).
+        title: what the maps show.
+        overlay: draws one map, [`overlay_heat`] or, for maps of both signs, [`overlay_signed`].
+        patch: (row, column) to frame on the photo: whose maps they are, where they are not those of CLS.
+        layers: number of each layer, where not all are shown.
+    """
+    maps = torch.cat([maps, maps.mean(1, keepdim=True)], dim=1)
+    num_layers, num_rows = maps.shape[:2]
+    cell_width, cell_height = 1.3, 1.3 * image.height / image.width
+    thumbnail = image.copy()
+    thumbnail.thumbnail((320, 320))
+    figure = Figure(figsize=(0.8 + cell_width * (num_layers + 1), 0.8 + cell_height * num_rows), dpi=100)
+    axes = figure.subplots(num_rows, num_layers + 1, squeeze=False)
+    for row, name in enumerate([*(f"head {head}" for head in range(num_rows - 1)), "mean"]):
+        axes[row, 1].set_ylabel(name, fontsize=11)
+        for layer in range(num_layers):
+            axes[row, layer + 1].imshow(overlay(thumbnail, maps[layer, row].numpy()))
+    for layer in range(num_layers):
+        axes[0, layer + 1].set_title(f"layer {layers[layer] if layers else layer}", fontsize=11)
+    axes[0, 0].imshow(thumbnail)
+    axes[0, 0].set_title("photo", fontsize=11)
+    if patch is not None:
+        height, width = thumbnail.height / maps.shape[2], thumbnail.width / maps.shape[3]
+        corner = (patch[1] * width - 0.5, patch[0] * height - 0.5)  # of the patch, where pixels are counted by centres
+        axes[0, 0].add_patch(Rectangle(corner, width, height, fill=False, edgecolor="red", linewidth=1.5))
+    for axis in axes.flat:
+        axis.set(xticks=[], yticks=[])
+        axis.spines[:].set_visible(False)
+    for axis in axes[1:, 0]:
+        axis.axis("off")
+    figure.suptitle(title, fontsize=12)
+    figure.tight_layout(pad=0.4)
+    return render(figure)
 
 
 def representative_mosaic(image: Image.Image, maps: torch.Tensor, size: tuple[int, int], signed: bool) -> Image.Image:

@@ -1,0 +1,1 @@
+"""Convert checkpoints of other libraries to CBSA models."""

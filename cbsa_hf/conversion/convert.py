@@ -1,0 +1,237 @@
+"""
+Checkpoints of other libraries -> CBSA models, by the names in `key_mappings.py`.
+
+Sizes are read off the shapes of the renamed weights, and every weight has to find its place: none left over, none
+missing.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import torch
+from huggingface_hub import ModelCardData
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from transformers import BaseImageProcessor, SegformerImageProcessorPil, ViTImageProcessorPil
+from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, PILImageResampling
+
+from ..checkpoints import check_processor
+from ..checkpoints.weight_files import check_finite, one_sentence
+from ..configuration_cbsa import CBSAConfig
+from ..modeling_cbsa import CBSAForImageClassification, CBSAForSemanticSegmentation, CBSAModel, CBSAPreTrainedModel
+from .checkpoint_files import find_weights, load_source_config, load_weights, read_preprocessing
+from .derive_config import derive_config
+from .key_mappings import ORIGINS, convert_state_dict, detect_origin
+
+
+@dataclass
+class Conversion:
+    """
+    Args:
+        model: [`CBSAForImageClassification`], [`CBSAForSemanticSegmentation`], or [`CBSAModel`] where the origin has
+            neither classifier nor decoder; evaluation mode.
+        processor: prepares images the way the origin did.
+        origin: a name in `ORIGINS`.
+        dropped: keys left out on purpose, because they have no effect on the outputs.
+    """
+
+    model: CBSAPreTrainedModel
+    processor: BaseImageProcessor
+    origin: str
+    dropped: list[str]
+
+
+def build_model(config: CBSAConfig, weights: dict[str, torch.Tensor]) -> CBSAPreTrainedModel:
+    """
+    Model with exactly these weights, which have our names, in evaluation mode; its head is the one that they have.
+
+    Raises:
+        ValueError: a weight that is missing, left over, or of another shape.
+    """
+    if any(name.startswith("decoder.") for name in weights):
+        model_class = CBSAForSemanticSegmentation
+    elif any(name.startswith("classifier.") for name in weights):
+        model_class = CBSAForImageClassification
+    else:
+        model_class = CBSAModel
+        weights = {name.removeprefix("cbsa."): tensor for name, tensor in weights.items()}
+    with torch.device("meta"):  # no initial values: all are replaced
+        model = model_class(config)
+    expected = model.state_dict()
+    for name in sorted(expected.keys() - weights.keys()):
+        raise ValueError(f"The weights lack what becomes `{name}`.")
+    for name in sorted(weights.keys() - expected.keys()):
+        raise ValueError(f"What becomes `{name}` is left over: the model has no such weight.")
+    for name, tensor in expected.items():
+        if weights[name].shape != tensor.shape:
+            raise ValueError(
+                f"What becomes `{name}` has the shape {tuple(weights[name].shape)}; {tuple(tensor.shape)} fits."
+            )
+        if weights[name].is_floating_point() != tensor.is_floating_point():
+            raise ValueError(f"What becomes `{name}` is of type {weights[name].dtype}, which its values cannot be.")
+    model.load_state_dict(weights, assign=True)
+    return model.eval()
+
+
+def convert_checkpoint(
+    source: str, origin: str | None = None, attention_type: str | None = None, num_heads: int | None = None
+) -> Conversion:
+    """
+    A CBSA model with the weights of another library's.
+
+    Images are normalised as the files beside the weights say, else with the mean and standard deviation of ImageNet:
+    right for the reference models and DeiT, not for the ViTs of timm and Google that take 0.5 for both, nor for the
+    Segmenters made of them.
+
+    Args:
+        source: a file of weights, a folder, or a hub id.
+        origin: a name in `ORIGINS`; told from the keys by default.
+        attention_type: `"softmax"`, which is exact, or `"agent"`, which has to be fine-tuned, for a ViT.
+        num_heads: number of heads, where neither the weights nor a `config.json` tell.
+
+    Raises:
+        ValueError: no checkpoint, or not one that a CBSA model can represent; one sentence for people.
+    """
+    path = find_weights(source)
+    weights = load_weights(path)
+    origin = origin or detect_origin(weights)
+    attention_types = ORIGINS[origin].attention_types
+    attention_type = attention_type or attention_types[0]
+    if attention_type not in attention_types:
+        raise ValueError(
+            f"The attention of origin {origin} cannot become {attention_type!r}, only {' or '.join(attention_types)}."
+        )
+    source_config = load_source_config(path.parent) if ORIGINS[origin].layer_norm_eps is None else None
+    weights, dropped = convert_state_dict(weights, origin)
+    if origin == "dinov2" and "classifier.weight" in weights:
+        raise ValueError(
+            "The classifier of DINOv2 reads CLS and the mean of the patches, that of a CBSA model CLS alone; convert "
+            "the backbone without classifier."
+        )
+    config = derive_config(weights, origin, attention_type, num_heads, source_config)
+    model = build_model(config, weights)
+
+    image_size = config.image_size
+    height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
+    preprocessing = {
+        "image_mean": IMAGENET_DEFAULT_MEAN,
+        "image_std": IMAGENET_DEFAULT_STD,
+        "resample": PILImageResampling.BILINEAR,
+        **read_preprocessing(path.parent, origin),
+    }
+    segments = isinstance(model, CBSAForSemanticSegmentation)
+    processor_class = SegformerImageProcessorPil if segments else ViTImageProcessorPil
+    with one_sentence(f"The image processor of {source} cannot be used"):
+        processor = processor_class(size={"height": height, "width": width}, do_convert_rgb=True, **preprocessing)
+        check_processor(processor, config.num_channels)
+    check_finite(model, source)
+    return Conversion(model, processor, origin, dropped)
+
+
+@torch.no_grad()
+def compare_outputs(model: CBSAPreTrainedModel, path: Path) -> dict[str, tuple[float, float]]:
+    """
+    Recorded outputs against the model's: the largest absolute difference, and its share of the largest absolute value.
+
+    Args:
+        path: safetensors with `input.pixel_values`, and some of `output.logits`, `output.hidden_states.N` and, of a
+            segmenter, `output.encoder_last_hidden_state` and `output.mask_logits_at_patch_grid`.
+
+    Raises:
+        ValueError: not such a file, or its sizes do not fit the model.
+    """
+    try:
+        tensors = load_file(path)
+    except SafetensorError as error:
+        raise ValueError(f"{path} is not a file of safetensors, or is cut short.") from error
+    if "input.pixel_values" not in tensors:
+        raise ValueError(f"{path} has no `input.pixel_values` to compare the outputs for.")
+    outputs = model(tensors["input.pixel_values"], output_hidden_states=True)
+    actual = {f"hidden_states.{i}": hidden_state for i, hidden_state in enumerate(outputs.hidden_states)}
+    if "logits" in outputs:
+        actual["logits"] = outputs.logits
+    if isinstance(model, CBSAForSemanticSegmentation):
+        patches, grid, outputs = model.encode(tensors["input.pixel_values"], {})
+        actual["encoder_last_hidden_state"] = outputs.last_hidden_state
+        actual["mask_logits_at_patch_grid"] = model.decoder(patches, grid)[0]
+    differences = {}
+    for name, value in actual.items():
+        expected = tensors.get(f"output.{name}")
+        if expected is None:
+            continue
+        if expected.shape != value.shape:
+            raise ValueError(
+                f"`output.{name}` has the shape {tuple(expected.shape)}, the model's has {tuple(value.shape)}."
+            )
+        difference = (value - expected).abs().max()
+        differences[name] = (difference.item(), (difference / expected.abs().max()).item())
+    if not differences:
+        raise ValueError(f"{path} has no output to compare, such as `output.logits` or `output.hidden_states.N`.")
+    return differences
+
+
+def model_card(conversion: Conversion, name: str, source: str, license: str | None, attribution: str | None) -> str:
+    """Text of README.md: where the weights come from, their licence, and how to load them."""
+    origin, config = ORIGINS[conversion.origin], conversion.model.config
+    auto_class, task, decoder = "AutoModel", "image-feature-extraction", ""
+    if isinstance(conversion.model, CBSAForImageClassification):
+        auto_class, task = "AutoModelForImageClassification", "image-classification"
+    elif isinstance(conversion.model, CBSAForSemanticSegmentation):
+        auto_class, task = "AutoModelForSemanticSegmentation", "image-segmentation"
+        decoder = f", decoder `{config.decoder_type}` for {config.num_labels} classes"
+    data = ModelCardData(
+        library_name="transformers",
+        pipeline_tag=task,
+        license=license or "other",
+        tags=["cbsa"],
+    )
+    exactness = "It computes what the original computes, up to rounding."
+    if config.attention_type != origin.attention_types[0]:
+        exactness = "It does not compute what the original computes: fine-tune it."
+    licence = f"The weights' licence is {license}." if license else "The weights' licence is that of their origin."
+    attribution = attribution or f"The weights come from `{source}` ([paper](https://arxiv.org/abs/{origin.paper}))."
+    return f"""---
+{data.to_yaml()}
+---
+
+# {name}
+
+{origin.title}, converted by `cbsa convert` of cbsa-hf: attention `{config.attention_type}`, {config.num_hidden_layers}
+layers of width {config.hidden_size} with {config.num_attention_heads} heads{decoder}. {exactness}
+
+{attribution} {licence}
+
+```python
+from transformers import AutoImageProcessor, {auto_class}
+
+processor = AutoImageProcessor.from_pretrained("{name}")
+model = {auto_class}.from_pretrained("{name}", trust_remote_code=True)
+```
+"""
+
+
+def save_conversion(conversion: Conversion, output: Path, card: str):
+    """Write model, image processor and model card to a new or empty folder: all of it, or nothing."""
+    with TemporaryDirectory(prefix=f".{output.name}.", dir=output.parent) as partial:
+        folder = Path(partial) / output.name
+        conversion.model.save_pretrained(folder)
+        conversion.processor.save_pretrained(folder)
+        (folder / "README.md").write_text(card, encoding="utf-8")
+        if output.is_dir():
+            output.rmdir()
+        folder.rename(output)
+
+
+__all__ = [
+    "ORIGINS",
+    "Conversion",
+    "build_model",
+    "compare_outputs",
+    "convert_checkpoint",
+    "convert_state_dict",
+    "derive_config",
+    "detect_origin",
+    "model_card",
+    "save_conversion",
+]
