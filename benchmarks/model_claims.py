@@ -26,7 +26,7 @@ def digest_of(text: str, *paths: Path) -> str:
 
 def score_masks(bench: Workbench, name: str, checkpoint: str) -> dict[str, float]:
     """What `training/score.py` says of a checkpoint's masks; from the cache unless data, weights or code changed."""
-    code = [ROOT / "training" / name for name in ("score.py", "zero_shot_evaluation.py")]
+    code = [ROOT / "training" / name for name in ("score.py", "evaluation/zero_shot.py")]
     code += sorted((ROOT / "cbsa_hf").glob("*.py"))
     weights = [Path(checkpoint) / name for name in ("model.safetensors", "config.json")]
     digest = digest_of(bench.masks_name, *weights, *code)

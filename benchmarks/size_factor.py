@@ -18,12 +18,13 @@ from transformers import HfArgumentParser
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "training"))
 
-from data import ValidationImages, find_columns, find_split, load_images
-from evaluation import evaluate_classifier
 from workbench import table
 
 from cbsa_hf import CBSAForImageClassification, load_checkpoint
 from cbsa_hf.interpretability.plots import line_panels
+from data.classification import ValidationImages
+from data.loading import find_columns, find_split, load_images
+from evaluation.scores import evaluate_classifier
 
 
 TITLES = {True: "with N / N0", False: "without, as the reference implementation"}

@@ -22,11 +22,13 @@ import torch
 sys.path.append(str(Path(__file__).resolve().parents[1] / "training"))
 
 import pretrain
-from arguments import parse_arguments
-from classification import Classification
-from data import DataArguments, TrainingImages, class_names, find_columns
-from loop import build_accelerator, build_loader, load_splits, take_step
-from optimization import build_optimizer, build_scheduler
+
+from arguments import DataArguments, parse_arguments
+from data.classification import TrainingImages
+from data.loading import class_names, find_columns
+from engine.loop import build_accelerator, build_loader, load_splits, take_step
+from engine.optimization import build_optimizer, build_scheduler
+from tasks.classification import Classification
 
 
 @dataclass(kw_only=True)

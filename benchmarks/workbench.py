@@ -6,10 +6,11 @@ from functools import cached_property
 from pathlib import Path
 
 import torch
-from data import find_columns, find_split, load_images
 from PIL import Image
 from small_models import Recipe, Thumbnails, fine_tuned, make_thumbnails, small_model
 from transformers import BaseImageProcessor, PreTrainedModel
+
+from data.loading import find_columns, find_split, load_images
 
 
 HOLDS, FAILS, OPEN, NOT_RUN = "holds here", "does not hold here", "cannot tell", "not run"

@@ -28,10 +28,9 @@ ROOT = Path(__file__).parents[1]
 
 @pytest.fixture
 def training(monkeypatch):
-    """The training scripts can be imported; afterwards the process is as it was."""
+    """The training scripts can be run in this process; afterwards it is as it was."""
     from accelerate.state import AcceleratorState
 
-    monkeypatch.syspath_prepend(str(ROOT / "training"))
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
     yield
     AcceleratorState._reset_state(reset_partial_state=True)

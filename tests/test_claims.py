@@ -1,26 +1,15 @@
 """The claims, at a size of seconds: every piece runs, and the verdicts follow from the numbers."""
 
 import json
-import sys
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
 from datasets import ClassLabel, Dataset, Features, Image
 from PIL import Image as PILImage
 from safetensors.torch import load_file
 from transformers import ViTImageProcessorPil
-
-
-@pytest.fixture(scope="module", autouse=True)
-def scripts():
-    """The script's own folder, and the one that it adds, first on the path as when it is run."""
-    before = list(sys.path)
-    sys.path[:0] = [str(ROOT / "benchmarks"), str(ROOT / "training")]
-    yield
-    sys.path[:] = before
 
 
 @pytest.fixture(scope="module")

@@ -25,17 +25,11 @@ from datasets import Dataset, Features, Image
 from PIL import Image as PILImage
 from safetensors.torch import load_file
 
-
-sys.path.insert(0, str(ROOT / "training"))
-
-import checkpoints
-import classification
-import interruption
-import loop
-import output
-from checkpoints import DamagedCheckpoint, DataIdentity, check_sums, write_sums
-from interruption import exit_with_a_sentence
-from segmentation import MaskedImages, check_masks
+from data.segmentation import MaskedImages, check_masks
+from engine import interruption, loop, output, run_state
+from engine.interruption import exit_with_a_sentence
+from engine.run_state import DamagedCheckpoint, DataIdentity, check_sums, write_sums
+from tasks import classification
 
 
 SETTINGS = {"num_epochs": 3, "checkpointing_steps": 1, "keep_checkpoints": 9, "ema_decay": 0.5}  # of two steps each
@@ -140,7 +134,7 @@ class TestValidation:
         assert sums.splitlines()[-1].endswith("  validation.json")
         (checkpoint / "SHA256SUMS").write_text("".join(sums.splitlines(keepends=True)[:-1]))
         check_sums(checkpoint)
-        assert checkpoints.read_progress(checkpoint).validated_step == 6
+        assert run_state.read_progress(checkpoint).validated_step == 6
         (checkpoint / "SHA256SUMS").write_text(sums)
         (checkpoint / "validation.json").write_text("{}")
         with pytest.raises(DamagedCheckpoint, match=r"its validation\.json is not what was written"):
@@ -365,7 +359,7 @@ class TestOutput:
         code = f"""
 import os, sys, time
 sys.path.insert(0, {str(ROOT / "training")!r})
-from output import open_output
+from engine.output import open_output
 with open_output({str(tmp_path)!r}):
     if not os.fork():
         print(os.getpid(), flush=True)  # by the child: once it runs, it has let go of the lock
@@ -495,7 +489,7 @@ class TestWorkers:
         def kill(*arguments):
             if not killed:
                 batches = interruption.read_batches
-                monkeypatch.setattr("evaluation.read_batches", lambda loader: kill_all(batches(loader)))
+                monkeypatch.setattr("evaluation.scores.read_batches", lambda loader: kill_all(batches(loader)))
                 if where == "training":
                     kill_workers()
             return run(*arguments)

@@ -4,9 +4,9 @@ import json
 import multiprocessing
 import signal
 import subprocess
-import sys
 from types import SimpleNamespace
 
+import compare
 import numpy as np
 import pytest
 import torch
@@ -14,6 +14,7 @@ import yaml
 from conftest import ROOT
 from datasets import ClassLabel, Dataset, Features, Image, Value
 from PIL import Image as PILImage
+from pretrain import Arguments
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 from transformers import (
@@ -26,29 +27,18 @@ from transformers import (
     ViTImageProcessorPil,
 )
 
+from arguments import OPTIMIZERS, SegmentationArguments, parse_arguments
 from cbsa_hf import CBSAConfig, CBSAForImageClassification
-
-
-sys.path.insert(0, str(ROOT / "training"))
-
-import compare
-from arguments import parse_arguments
-from data import TrainingImages, find_columns, find_mask_columns, load_images
-from distillation import AutoTeacher, EfficientNetLite, TaughtImages, Teacher, write_answers
-from interruption import outlive_interruption
-from metrics import MeanIoU, count_pixels
-from optimization import OPTIMIZERS, build_optimizer, build_scheduler, parameter_groups
-from pretrain import Arguments
-from segmentation import (
-    IGNORED,
-    Segmentation,
-    SegmentationArguments,
-    TrainingMasks,
-    class_weights,
-    read_mask,
-    read_names,
-)
-from streaming import StreamedRows
+from data.classification import TrainingImages
+from data.distillation import TaughtImages, write_answers
+from data.loading import find_columns, find_mask_columns, load_images
+from data.segmentation import IGNORED, TrainingMasks, class_weights, read_mask, read_names
+from data.streaming import StreamedRows
+from engine.interruption import outlive_interruption
+from engine.optimization import build_optimizer, build_scheduler, parameter_groups
+from evaluation.metrics import MeanIoU, count_pixels
+from tasks.segmentation import Segmentation
+from tasks.teachers import AutoTeacher, EfficientNetLite, Teacher
 
 
 MEAN, STD = [0.4, 0.5, 0.6], [0.2, 0.3, 0.4]
@@ -234,7 +224,7 @@ class TestMixtures:
         assert max(shares) - min(shares) > 0.2
 
     def test_maps_are_mixed_as_the_pixels_are(self, monkeypatch, labelled, processor, tmp_path):
-        monkeypatch.setattr("distillation.AutoTeacher", lambda name: ColourTeacher())
+        monkeypatch.setattr("tasks.teachers.AutoTeacher", lambda name: ColourTeacher())
         settings = {**self.SETTINGS, "dataset": labelled, "processor": processor, "cutmix_alpha": 1.0}
         teacher = Teacher("colours", MEAN, STD, patch_size=2)
         write_answers(teacher, TrainingImages(**settings), processor, 128, tmp_path / "answers")
@@ -334,7 +324,7 @@ class ColourTeacher(torch.nn.Module):
 
 class TestDistillation:
     def test_normalisation_and_size(self, monkeypatch):
-        monkeypatch.setattr("distillation.AutoTeacher", lambda name: ColourTeacher())
+        monkeypatch.setattr("tasks.teachers.AutoTeacher", lambda name: ColourTeacher())
         teacher = Teacher("colours", MEAN, STD, patch_size=4)
         pixels = torch.rand(2, 3, 8, 12)
         normalised = (pixels - torch.tensor(MEAN).view(3, 1, 1)) / torch.tensor(STD).view(3, 1, 1)
@@ -344,7 +334,7 @@ class TestDistillation:
         torch.testing.assert_close(fine, F.avg_pool2d(F.interpolate(pixels, (16, 24), mode="bilinear"), 8))
 
     def test_answers_are_cropped_as_the_image_is(self, monkeypatch, labelled, processor, tmp_path):
-        monkeypatch.setattr("distillation.AutoTeacher", lambda name: ColourTeacher())
+        monkeypatch.setattr("tasks.teachers.AutoTeacher", lambda name: ColourTeacher())
         settings = {
             "dataset": labelled,
             "max_corrupt": 0,

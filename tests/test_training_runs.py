@@ -3,35 +3,29 @@
 import json
 import shutil
 import signal
-import sys
 from contextlib import nullcontext
 from types import SimpleNamespace
 from unittest.mock import Mock
 
 import numpy as np
 import pytest
+import score
 import torch
 from accelerate.utils import DistributedType
-from conftest import ROOT
 from datasets import Dataset
+from finetune import FinetuningArguments, finetune_classifier
+from pretrain import Arguments
 from safetensors.torch import load_file
 from torch.nn import functional as F
 from transformers import AutoModelForImageClassification, AutoModelForSemanticSegmentation
 from transformers.utils.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
-
-sys.path.insert(0, str(ROOT / "training"))
-
-import classification
-import interruption
-import loop
-import score
-from evaluation import evaluate_classifier, evaluate_segmenter
-from finetune import FinetuningArguments, finetune_classifier
-from heads import load_for_classes
-from interruption import StopRequest
-from loop import build_accelerator
-from pretrain import Arguments
+from engine import interruption, loop
+from engine.interruption import StopRequest
+from engine.loop import build_accelerator
+from evaluation.scores import evaluate_classifier, evaluate_segmenter
+from tasks import classification
+from tasks.heads import load_for_classes
 
 
 class TestRuns:

@@ -164,7 +164,7 @@ def arm(aim: Aim):
 
 def watch_validation(tell: Callable[[], None]):
     """Call that whenever the loop starts to validate."""
-    import loop
+    from engine import loop
 
     train = loop.train
 
@@ -179,7 +179,7 @@ def watch_validation(tell: Callable[[], None]):
         given.arguments["validate"] = told
         return train(*given.args, **given.kwargs)
 
-    for name in ("classification", "segmentation"):
+    for name in ("tasks.classification", "tasks.segmentation"):
         sys.modules[name].train = watched
 
 

@@ -15,19 +15,19 @@ from tempfile import TemporaryDirectory
 
 import torch
 from accelerate import Accelerator
-from arguments import parse_arguments
-from classification import Classification, ClassificationArguments, build_validation, train_classifier
-from data import class_names, find_columns
-from heads import load_for_classes
-from interruption import exit_with_a_sentence
-from loop import load_splits, start_run
-from output import write_file
 from torch import nn
 from torch.nn import functional as F
 from transformers import AutoModelForImageClassification, PreTrainedModel
 
+from arguments import ClassificationArguments, parse_arguments
 from cbsa_hf.conversion.convert import convert_checkpoint
 from cbsa_hf.modeling_cbsa import CBSAForImageClassification
+from data.loading import class_names, find_columns
+from engine.interruption import exit_with_a_sentence
+from engine.loop import load_splits, start_run
+from engine.output import write_file
+from tasks.classification import Classification, build_validation, train_classifier
+from tasks.heads import load_for_classes
 
 
 ATTENTION_TYPES = ("agent", "cbsa")

@@ -4,15 +4,21 @@ import difflib
 import sys
 from argparse import ArgumentParser
 from collections.abc import Iterable
-from dataclasses import fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TypeVar
 
 import yaml
 from transformers import HfArgumentParser
 
+from cbsa_hf.mask_decoder_cbsa import DECODERS
+
 
 T = TypeVar("T")
+
+OPTIMIZERS = ("adamw", "lion", "muon", "sgd")
+
+SCHEDULES = ("cosine", "polynomial")
 
 LEAST = {
     "batch_size": 1,
@@ -27,7 +33,144 @@ LEAST = {
     "picture_epochs": 1,
     "validation_epochs": 1,
 }
+
 NEEDED = {"num_train_images": "streaming", "teacher_cache": "teacher"}  # by the option that does nothing without it
+
+
+@dataclass(kw_only=True)
+class DataArguments:
+    """Options of every script that reads labelled images."""
+
+    dataset_name: str = field(metadata={"help": "hub id, local folder or Parquet file"})
+    dataset_config_name: str | None = field(default=None, metadata={"help": "configuration, where there are several"})
+    image_column: str | None = field(default=None, metadata={"help": "column of the images; default: by its type"})
+    label_column: str | None = field(
+        default=None, metadata={"help": "column of the classes or masks; default: by its type, masks by their name"}
+    )
+    max_corrupt: int = field(default=10, metadata={"help": "unreadable images that are skipped before the run stops"})
+
+
+@dataclass(kw_only=True)
+class TrainingArguments(DataArguments):
+    """Options of every training script."""
+
+    train_split: str = field(default="train", metadata={"help": "split to train on"})
+    validation_split: str = field(default="validation", metadata={"help": "split to validate on"})
+    output_dir: str = field(metadata={"help": "where checkpoints, logs and the trained model go"})
+    streaming: bool = field(
+        default=False,
+        metadata={
+            "help": "whether training images are read as they come, by every process, each shuffled among 1000; those "
+            "of validation are read into memory, still encoded"
+        },
+    )
+    num_train_images: int | None = field(
+        default=None, metadata={"help": "images per epoch when streaming; default: as the data set says"}
+    )
+    num_epochs: int = field(default=30, metadata={"help": "passes over the training split"})
+    batch_size: int = field(default=64, metadata={"help": "images per step, over all processes together"})
+    gradient_accumulation_steps: int = field(
+        default=1, metadata={"help": "parts that a batch is computed in, one after the other, to save memory"}
+    )
+    optimizer: str = field(default="adamw", metadata={"help": "which optimiser", "choices": OPTIMIZERS})
+    learning_rate: float = field(default=1e-3, metadata={"help": "peak learning rate, for the whole batch"})
+    layer_decay: float = field(
+        default=1.0, metadata={"help": "factor on the learning rate from each layer to the one before it"}
+    )
+    weight_decay: float = field(default=0.05, metadata={"help": "decay of weight matrices; nothing else decays"})
+    schedule: str = field(default="cosine", metadata={"help": "after the warm-up", "choices": SCHEDULES})
+    warmup_epochs: float = field(default=2.0, metadata={"help": "epochs of linear warm-up"})
+    max_grad_norm: float = field(default=1.0, metadata={"help": "largest norm of the gradient"})
+    ema_decay: float | None = field(
+        default=None, metadata={"help": "decay per step of an average of the weights, which is then what is validated"}
+    )
+    drop_path_rate: float | None = field(
+        default=None, metadata={"help": "share of a batch that skips the last layer's blocks (stochastic depth)"}
+    )
+    num_workers: int = field(default=1, metadata={"help": "processes that load images, per training process"})
+    seed: int = field(default=0, metadata={"help": "seed of weights, order and augmentation"})
+    validation_epochs: int = field(
+        default=1, metadata={"help": "epochs from one validation, and the checkpoint after it, to the next"}
+    )
+    checkpointing_steps: int | None = field(
+        default=None, metadata={"help": "steps from one checkpoint to the next, besides those after validations"}
+    )
+    keep_checkpoints: int = field(default=2, metadata={"help": "how many of the newest stay, beside the best"})
+    keep_best: bool = field(
+        default=False, metadata={"help": "whether the best weights of all validations are the result, not the last"}
+    )
+    resume_from_checkpoint: str | None = field(
+        default=None, metadata={"help": "a checkpoint folder, or `last` for the newest in output_dir"}
+    )
+    report_to: str = field(default="tensorboard", metadata={"help": "Accelerate's tracker, or `none`"})
+    picture_epochs: int | None = field(
+        default=None, metadata={"help": "epochs from one picture of validation images in the log to the next"}
+    )
+    push_to_hub: str | None = field(default=None, metadata={"help": "id to publish the result under, `user/model`"})
+
+
+@dataclass(kw_only=True)
+class ClassificationArguments(TrainingArguments):
+    """Options of every script that trains a classifier."""
+
+    crop_sizes: list[int] | None = field(
+        default=None,
+        metadata={"help": "sides of the training crops, one for each equal part of the run; default: image_size"},
+    )
+    random_crop_sizes: bool = field(
+        default=False, metadata={"help": "whether every batch draws its side from crop_sizes, all through the run"}
+    )
+    min_crop_scale: float = field(default=0.25, metadata={"help": "smallest share of an image's area in a crop"})
+    mixup_alpha: float = field(default=0.0, metadata={"help": "parameter of blends of two images; 0 for none"})
+    cutmix_alpha: float = field(
+        default=0.0, metadata={"help": "parameter of rectangles pasted from another image; 0 for none"}
+    )
+    label_smoothing: float = field(default=0.1, metadata={"help": "probability spread evenly over all classes"})
+    teacher: str | None = field(
+        default=None, metadata={"help": "efficientnet-lite0, 1 or 2, or an image classifier by folder or hub id"}
+    )
+    teacher_cache: str | None = field(
+        default=None,
+        metadata={"help": "folder for what the teacher says of whole images, once; default: it looks at every crop"},
+    )
+    logits_weight: float = field(default=1.0, metadata={"help": "weight of the teacher's class probabilities"})
+    maps_weight: float = field(default=3.0, metadata={"help": "weight of the teacher's feature maps"})
+
+
+@dataclass(kw_only=True)
+class SegmentationArguments(TrainingArguments):
+    """Options of `finetune.py --task semantic-segmentation`."""
+
+    task: str = field(metadata={"help": "what the model is to do"})
+    model_name_or_path: str | None = field(
+        default=None, metadata={"help": "encoder or segmenter, folder or hub id; default: the shipped classifier"}
+    )
+    id2label: str | None = field(
+        default=None, metadata={"help": "JSON file with the names of the classes; default: id2label.json in the data"}
+    )
+    reduce_labels: bool = field(
+        default=False, metadata={"help": "whether label 0 does not count and the others move down by one (ADE20K)"}
+    )
+    decoder_type: str | None = field(
+        default=None, metadata={"help": f"{', '.join(DECODERS)}; default: as the model says"}
+    )
+    crop_size: list[int] = field(
+        default_factory=lambda: [512], metadata={"help": "height and width of the training crops in pixels, or a side"}
+    )
+    image_size: int | None = field(
+        default=None,
+        metadata={"help": "long side that images have in training and validation, in pixels; default: as they come"},
+    )
+    min_resize_ratio: float = field(default=0.5, metadata={"help": "least factor beyond that in training"})
+    max_resize_ratio: float = field(default=2.0, metadata={"help": "largest factor beyond that in training"})
+    photometric_distortion: bool = field(default=True, metadata={"help": "whether colours are distorted at random"})
+    class_balanced: bool = field(default=False, metadata={"help": "whether rare classes weigh more"})
+    dice: bool = field(
+        default=False, metadata={"help": "whether the overlap of masks, class by class, joins the loss of the pixels"}
+    )
+    window: list[int] | None = field(
+        default=None, metadata={"help": "height and width of the windows of validation; default: crop_size"}
+    )
 
 
 def check_names(names: list[str], known: list[str], source: str):

@@ -23,19 +23,19 @@ import pretrain
 import torch
 from accelerate import PartialState
 from accelerate.state import AcceleratorState
-from arguments import parse_arguments
-from checkpoints import CHECKPOINTS
-from data import find_mask_columns, find_split, load_images
-from interruption import exit_with_a_sentence
-from output import open_output, write_file
-from segmentation import MaskedImages
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedModel
-from zero_shot_evaluation import build_segmenters, evaluate_zero_shot, model_results
 
+from arguments import parse_arguments
 from cbsa_hf import load_checkpoint
+from data.loading import find_mask_columns, find_split, load_images
+from data.segmentation import MaskedImages
+from engine.interruption import exit_with_a_sentence
+from engine.output import open_output, write_file
+from engine.run_state import CHECKPOINTS
+from evaluation.zero_shot import build_segmenters, evaluate_zero_shot, model_results
 
 
 MEMBERS = {

@@ -11,17 +11,17 @@ rest.
 
 from dataclasses import dataclass, field
 
-from arguments import find_value, parse_arguments
-from classification import ClassificationArguments, train_classifier
-from data import class_names, find_columns
-from heads import load_for_classes
-from interruption import exit_with_a_sentence
-from loop import load_splits, start_run
-from segmentation import SegmentationArguments, train_segmenter
 from transformers import AutoModelForImageClassification
 
+from arguments import ClassificationArguments, SegmentationArguments, find_value, parse_arguments
 from cbsa_hf import default_checkpoint
 from cbsa_hf.checkpoints import load_processor
+from data.loading import class_names, find_columns
+from engine.interruption import exit_with_a_sentence
+from engine.loop import load_splits, start_run
+from tasks.classification import train_classifier
+from tasks.heads import load_for_classes
+from tasks.segmentation import train_segmenter
 
 
 @dataclass(kw_only=True)

@@ -8,11 +8,6 @@ Train a CBSA image classifier from scratch, with or without a teacher.
 
 from dataclasses import dataclass, field
 
-from arguments import parse_arguments
-from classification import ClassificationArguments, train_classifier
-from data import class_names, find_columns
-from interruption import exit_with_a_sentence
-from loop import load_splits, start_run
 from transformers import (
     AutoConfig,
     AutoModelForImageClassification,
@@ -22,9 +17,14 @@ from transformers import (
 )
 from transformers.utils.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
+from arguments import ClassificationArguments, parse_arguments
 from cbsa_hf import PRESETS, preset_path
 from cbsa_hf.checkpoints.weight_files import CheckpointError, one_sentence
 from cbsa_hf.modeling_cbsa import to_pair
+from data.loading import class_names, find_columns
+from engine.interruption import exit_with_a_sentence
+from engine.loop import load_splits, start_run
+from tasks.classification import train_classifier
 
 
 @dataclass(kw_only=True)

@@ -15,31 +15,19 @@ from tempfile import TemporaryFile
 
 import torch
 from accelerate import Accelerator, DataLoaderConfiguration
-from arguments import parse_arguments
-from data import (
-    DataArguments,
-    ValidationImages,
-    check_labels,
-    class_names,
-    find_columns,
-    find_mask_columns,
-    find_split,
-    load_images,
-)
-from evaluation import evaluate_classifier, evaluate_segmenter
-from interruption import exit_with_a_sentence
-from output import write_file
-from segmentation import MaskedImages, draw_predictions, read_names, read_size
 from torch.utils.data import DataLoader
-from zero_shot_evaluation import (
-    MIN_FOREGROUND,
-    build_segmenters,
-    evaluate_zero_shot,
-    model_results,
-    trivial_results,
-)
 
+from arguments import DataArguments, parse_arguments
 from cbsa_hf import SlidingWindowSegmenter, load_checkpoint
+from data.classification import ValidationImages
+from data.labelled_images import check_labels
+from data.loading import class_names, find_columns, find_mask_columns, find_split, load_images
+from data.segmentation import MaskedImages, read_names, read_size
+from engine.interruption import exit_with_a_sentence
+from engine.output import write_file
+from evaluation.scores import evaluate_classifier, evaluate_segmenter
+from evaluation.zero_shot import MIN_FOREGROUND, build_segmenters, evaluate_zero_shot, model_results, trivial_results
+from tasks.segmentation import draw_predictions
 
 
 TASKS = ("image-classification", "semantic-segmentation", "zero-shot-segmentation")

@@ -249,7 +249,7 @@ def contraction(model: PreTrainedModel, pixel_values: torch.Tensor, options: Opt
     """How the representatives attend to one another in the layer, the mean of the heads or one's: (m, m), float64."""
 
     def look(operator: nn.Module, hidden_states: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor | None:
-        if not operator.scales_with_size:
+        if not hasattr(operator, "steps"):
             return None
         _, _, factor = operator.forward(hidden_states, grid, output_factor=True)
         values = operator.split_heads(operator.proj(hidden_states))
@@ -274,7 +274,7 @@ def group_by_representatives(model: PreTrainedModel, pixel_values: torch.Tensor,
     tokens, attention = encode(model, pixel_values, options, wants_attention=True)
     grid = tuple(tokens.shape[:2])
     operator = operator_of(model, options)
-    if operator.scales_with_size:
+    if hasattr(operator, "steps"):
         reads = attention.mean(0) / attention.mean(0).sum(1, keepdim=True)
         affinity = contraction(model, pixel_values, options)
         affinity = (affinity + affinity.T) / 2

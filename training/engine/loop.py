@@ -6,15 +6,32 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DataLoaderConfiguration, DistributedType, broadcast, set_seed
-from card import write_card
-from checkpoints import (
+from datasets import Dataset
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.utils.data import DataLoader
+from tqdm.auto import tqdm
+from transformers import BaseImageProcessor, PreTrainedModel
+
+from arguments import TrainingArguments
+from cbsa_hf.hub import push_checkpoint
+from data.labelled_images import LabelledImages
+from data.loading import find_split, load_images
+from data.streaming import StreamedRows, WrongLength
+from engine.card import write_card
+from engine.interruption import FAILED, StopRequest, common_status, outlive_interruption, read_batches
+from engine.optimization import STATES, build_optimizer, build_scheduler, parameter_groups
+from engine.output import check_room, open_output, write_together
+from engine.run_state import (
     CHECKPOINTS,
     DamagedCheckpoint,
     DataIdentity,
@@ -28,86 +45,15 @@ from checkpoints import (
     resume,
     save_checkpoint,
 )
-from data import DataArguments, LabelledImages, find_split, load_images
-from datasets import Dataset
-from interruption import FAILED, StopRequest, common_status, outlive_interruption, read_batches
-from optimization import OPTIMIZERS, SCHEDULES, STATES, build_optimizer, build_scheduler, parameter_groups
-from output import check_room, open_output, write_together
-from safetensors import SafetensorError
-from safetensors.torch import load_file
-from streaming import StreamedRows, WrongLength
-from torch import nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
-from torch.utils.data import DataLoader
-from tqdm.auto import tqdm
-from transformers import BaseImageProcessor, PreTrainedModel
-
-from cbsa_hf.hub import push_checkpoint
 
 
 LOG_STEPS = 10
+
 OVERHEAD = 2**16  # bytes of a checkpoint beside its weights: headers, random states
+
 UNSHARDED = ("ema_decay", "keep_best")  # options that do not go with FSDP
+
 IN_MEMORY = ("class_balanced", "cutmix_alpha", "mixup_alpha", "teacher_cache")  # options that do not go with streaming
-
-
-@dataclass(kw_only=True)
-class TrainingArguments(DataArguments):
-    """Options of every training script."""
-
-    train_split: str = field(default="train", metadata={"help": "split to train on"})
-    validation_split: str = field(default="validation", metadata={"help": "split to validate on"})
-    output_dir: str = field(metadata={"help": "where checkpoints, logs and the trained model go"})
-    streaming: bool = field(
-        default=False,
-        metadata={
-            "help": "whether training images are read as they come, by every process, each shuffled among 1000; those "
-            "of validation are read into memory, still encoded"
-        },
-    )
-    num_train_images: int | None = field(
-        default=None, metadata={"help": "images per epoch when streaming; default: as the data set says"}
-    )
-    num_epochs: int = field(default=30, metadata={"help": "passes over the training split"})
-    batch_size: int = field(default=64, metadata={"help": "images per step, over all processes together"})
-    gradient_accumulation_steps: int = field(
-        default=1, metadata={"help": "parts that a batch is computed in, one after the other, to save memory"}
-    )
-    optimizer: str = field(default="adamw", metadata={"help": "which optimiser", "choices": OPTIMIZERS})
-    learning_rate: float = field(default=1e-3, metadata={"help": "peak learning rate, for the whole batch"})
-    layer_decay: float = field(
-        default=1.0, metadata={"help": "factor on the learning rate from each layer to the one before it"}
-    )
-    weight_decay: float = field(default=0.05, metadata={"help": "decay of weight matrices; nothing else decays"})
-    schedule: str = field(default="cosine", metadata={"help": "after the warm-up", "choices": SCHEDULES})
-    warmup_epochs: float = field(default=2.0, metadata={"help": "epochs of linear warm-up"})
-    max_grad_norm: float = field(default=1.0, metadata={"help": "largest norm of the gradient"})
-    ema_decay: float | None = field(
-        default=None, metadata={"help": "decay per step of an average of the weights, which is then what is validated"}
-    )
-    drop_path_rate: float | None = field(
-        default=None, metadata={"help": "share of a batch that skips the last layer's blocks (stochastic depth)"}
-    )
-    num_workers: int = field(default=1, metadata={"help": "processes that load images, per training process"})
-    seed: int = field(default=0, metadata={"help": "seed of weights, order and augmentation"})
-    validation_epochs: int = field(
-        default=1, metadata={"help": "epochs from one validation, and the checkpoint after it, to the next"}
-    )
-    checkpointing_steps: int | None = field(
-        default=None, metadata={"help": "steps from one checkpoint to the next, besides those after validations"}
-    )
-    keep_checkpoints: int = field(default=2, metadata={"help": "how many of the newest stay, beside the best"})
-    keep_best: bool = field(
-        default=False, metadata={"help": "whether the best weights of all validations are the result, not the last"}
-    )
-    resume_from_checkpoint: str | None = field(
-        default=None, metadata={"help": "a checkpoint folder, or `last` for the newest in output_dir"}
-    )
-    report_to: str = field(default="tensorboard", metadata={"help": "Accelerate's tracker, or `none`"})
-    picture_epochs: int | None = field(
-        default=None, metadata={"help": "epochs from one picture of validation images in the log to the next"}
-    )
-    push_to_hub: str | None = field(default=None, metadata={"help": "id to publish the result under, `user/model`"})
 
 
 def build_accelerator(args: TrainingArguments) -> Accelerator:

@@ -10,9 +10,8 @@ from torch import nn
 from transformers import get_scheduler
 
 
-OPTIMIZERS = ("adamw", "lion", "muon", "sgd")
 STATES = {"adamw": 2, "lion": 1, "muon": 1, "sgd": 1}  # numbers that each keeps for most weights
-SCHEDULES = ("cosine", "polynomial")
+
 LAYER = re.compile(r"\blayers?\.(\d+)\.")
 
 

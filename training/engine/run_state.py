@@ -9,11 +9,12 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from accelerate import Accelerator
-from interruption import FAILED, common_status
-from output import remove, sync, write_file
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch.optim.swa_utils import AveragedModel
+
+from engine.interruption import FAILED, common_status
+from engine.output import remove, sync, write_file
 
 
 CHECKPOINTS = "checkpoint-" + "[0-9]" * 8  # whole ones: those being written end in `.partial`

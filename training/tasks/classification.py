@@ -1,51 +1,25 @@
 """Image classification as a task for the training loop, with or without a teacher."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import torch
 from accelerate import Accelerator
-from data import TrainingImages, ValidationImages, check_labels
 from datasets import Dataset
-from distillation import TaughtImages, Teacher, build_teaching, check_answers, prepare_teacher, write_answers
-from evaluation import evaluate_classifier
-from loop import TrainingArguments, build_loader, train
 from torch import nn
 from torch.nn import functional as F
 from transformers import BaseImageProcessor, PreTrainedModel
 
-from cbsa_hf import attention_maps
+from arguments import ClassificationArguments
+from cbsa_hf.interpretability import attention_maps
 from cbsa_hf.interpretability.plots import attention_grid
-
-
-@dataclass(kw_only=True)
-class ClassificationArguments(TrainingArguments):
-    """Options of every script that trains a classifier."""
-
-    crop_sizes: list[int] | None = field(
-        default=None,
-        metadata={"help": "sides of the training crops, one for each equal part of the run; default: image_size"},
-    )
-    random_crop_sizes: bool = field(
-        default=False, metadata={"help": "whether every batch draws its side from crop_sizes, all through the run"}
-    )
-    min_crop_scale: float = field(default=0.25, metadata={"help": "smallest share of an image's area in a crop"})
-    mixup_alpha: float = field(default=0.0, metadata={"help": "parameter of blends of two images; 0 for none"})
-    cutmix_alpha: float = field(
-        default=0.0, metadata={"help": "parameter of rectangles pasted from another image; 0 for none"}
-    )
-    label_smoothing: float = field(default=0.1, metadata={"help": "probability spread evenly over all classes"})
-    teacher: str | None = field(
-        default=None, metadata={"help": "efficientnet-lite0, 1 or 2, or an image classifier by folder or hub id"}
-    )
-    teacher_cache: str | None = field(
-        default=None,
-        metadata={"help": "folder for what the teacher says of whole images, once; default: it looks at every crop"},
-    )
-    logits_weight: float = field(default=1.0, metadata={"help": "weight of the teacher's class probabilities"})
-    maps_weight: float = field(default=3.0, metadata={"help": "weight of the teacher's feature maps"})
+from data.classification import TrainingImages, ValidationImages
+from data.distillation import TaughtImages, check_answers, write_answers
+from data.labelled_images import check_labels
+from engine.loop import build_loader, train
+from evaluation.scores import evaluate_classifier
+from tasks.teachers import Teacher, build_teaching, prepare_teacher
 
 
 class Classification(nn.Module):

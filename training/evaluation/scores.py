@@ -5,14 +5,14 @@ from collections.abc import Callable
 import numpy as np
 import torch
 from accelerate import Accelerator
-from interruption import read_batches
-from metrics import Accuracy, MeanIoU, count_pixels
 from PIL import Image
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from cbsa_hf import SlidingWindowSegmenter
+from engine.interruption import read_batches
+from evaluation.metrics import Accuracy, MeanIoU, count_pixels
 
 
 @torch.no_grad()

@@ -1,0 +1,169 @@
+"""Labelled images as tensors for training and for validation."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from datasets import Dataset
+from PIL import Image as PILImage
+from torch.nn import functional as F
+from transformers import BaseImageProcessor
+
+from data.labelled_images import LabelledImages, to_tensor
+
+
+@dataclass
+class Crop:
+    """
+    Args:
+        index: of the image in the data set.
+        image: the whole image, in RGB.
+        label: its class.
+        box: left, upper, right and lower side of the crop, from 0 to 1 across the image.
+        flipped: whether it is seen in a mirror.
+    """
+
+    index: int
+    image: PILImage.Image
+    label: int
+    box: tuple[float, float, float, float]
+    flipped: bool
+
+
+class TrainingImages(LabelledImages):
+    """
+    Random resized crops and horizontal flips: the augmentation of the published recipe; and mixtures of two images.
+
+    What is drawn depends on seed, epoch and index alone, not on workers or processes; the size of a batch on the index
+    of its first image. PIL crops and resizes in one antialiased call.
+
+    Args:
+        dataset, max_corrupt: see [`LabelledImages`].
+        processor: says how pixels are scaled and normalised.
+        crop_sizes: sides of the square crops in pixels, one for each of as many equal parts of the run.
+        random_crop_sizes: draw the side of every batch from `crop_sizes` instead.
+        num_epochs: length of the run.
+        min_crop_scale: smallest share of the image's area in a crop; the largest is 1.
+        mixup_alpha: parameter of the Beta distribution of the weights of blended images (Mixup, arXiv 1710.09412); 0
+            for none.
+        cutmix_alpha: the same for the area of a rectangle that is pasted from another image (CutMix, arXiv
+            1905.04899); with both, each image is mixed in one of the two ways. With mixtures the labels are
+            probabilities (num_labels,).
+        seed: seed of the run.
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        max_corrupt: int,
+        processor: BaseImageProcessor,
+        crop_sizes: list[int],
+        num_epochs: int,
+        min_crop_scale: float,
+        seed: int,
+        random_crop_sizes: bool = False,
+        mixup_alpha: float = 0.0,
+        cutmix_alpha: float = 0.0,
+    ):
+        super().__init__(dataset, max_corrupt)
+        self.processor = processor
+        self.crop_sizes = crop_sizes
+        self.random_crop_sizes = random_crop_sizes
+        self.num_epochs = num_epochs
+        self.min_crop_scale = min_crop_scale
+        self.mixup_alpha = mixup_alpha
+        self.cutmix_alpha = cutmix_alpha
+        self.seed = seed
+
+    def random_box(self, width: int, height: int, random: np.random.Generator) -> tuple[int, int, int, int]:
+        """A box (left, upper, right, lower) of random area, of aspect 3/4 to 4/3, at a random place."""
+        for _ in range(10):
+            area = width * height * random.uniform(self.min_crop_scale, 1)
+            aspect = np.exp(random.uniform(np.log(3 / 4), np.log(4 / 3)))
+            w, h = round(np.sqrt(area * aspect)), round(np.sqrt(area / aspect))
+            if 0 < w <= width and 0 < h <= height:
+                left, upper = random.integers(width - w, endpoint=True), random.integers(height - h, endpoint=True)
+                return left, upper, left + w, upper + h
+        return 0, 0, width, height
+
+    def random_crop(self, index: int, random: np.random.Generator) -> Crop:
+        """A crop of that image, or of the next that can be read."""
+        index, image, label = self.read_next(index)
+        left, upper, right, lower = self.random_box(*image.size, random)
+        box = left / image.width, upper / image.height, right / image.width, lower / image.height
+        return Crop(index, image, label, box, flipped=random.random() < 0.5)
+
+    def tensors(self, crop: Crop, size: int) -> dict[str, torch.Tensor]:
+        """What is mixed in a mixture: `pixel_values` (3, size, size)."""
+        width, height = crop.image.size
+        box = crop.box[0] * width, crop.box[1] * height, crop.box[2] * width, crop.box[3] * height
+        image = crop.image.resize((size, size), PILImage.Resampling.BILINEAR, box=box)
+        if crop.flipped:
+            image = image.transpose(PILImage.Transpose.FLIP_LEFT_RIGHT)
+        return {"pixel_values": to_tensor(image, self.processor)}
+
+    def crop_size(self, first_index: int) -> int:
+        """The side of the crops of the batch that starts with that image."""
+        epoch = int(self.epoch)
+        if self.random_crop_sizes:
+            return int(np.random.default_rng((self.seed, epoch, first_index, 1)).choice(self.crop_sizes))
+        return self.crop_sizes[epoch * len(self.crop_sizes) // self.num_epochs]
+
+    def mixing_weights(self, size: int, random: np.random.Generator) -> torch.Tensor | None:
+        """(1, size, size), the share that each pixel keeps of its image in a mixture; None for no mixture."""
+        alphas = [self.mixup_alpha, self.cutmix_alpha]
+        if not any(alphas):
+            return None
+        cut = random.random() < 0.5 if all(alphas) else bool(self.cutmix_alpha)
+        alpha = alphas[cut]
+        kept = random.beta(alpha, alpha)
+        if not cut:
+            return torch.full((1, size, size), kept)
+        weights = torch.ones(1, size, size)
+        side = size * np.sqrt(1 - kept)
+        top, left = random.uniform(0, size, 2) - side / 2  # of a rectangle that the image's border may clip
+        rows, columns = (slice(max(0, round(start)), max(0, round(start + side))) for start in (top, left))
+        weights[:, rows, columns] = 0
+        return weights
+
+    def item(self, index: int, size: int) -> dict[str, torch.Tensor]:
+        """The item of that image with a crop of that side."""
+        random = np.random.default_rng((self.seed, int(self.epoch), index))
+        crop = self.random_crop(index, random)
+        tensors = self.tensors(crop, size)
+        weights = self.mixing_weights(size, random)
+        if weights is None:
+            return {**tensors, "labels": torch.tensor(crop.label)}
+        other = self.random_crop(int(random.integers(len(self))), random)
+        others = self.tensors(other, size)
+        share = weights.mean()
+        mixed = {}
+        for name, tensor in tensors.items():
+            kept = F.adaptive_avg_pool2d(weights, tensor.shape[1:]) if tensor.ndim == 3 else share
+            mixed[name] = torch.lerp(others[name], tensor, kept)
+        labels = torch.zeros(self.num_labels)
+        labels[crop.label] += share
+        labels[other.label] += 1 - share
+        return {**mixed, "labels": labels}
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        return self.item(index, self.crop_size(index))
+
+    def __getitems__(self, batch: list) -> list[dict[str, torch.Tensor]]:
+        indices = self.indices(batch)
+        size = self.crop_size(indices[0])
+        return [self.item(index, size) for index in indices]
+
+
+class ValidationImages(LabelledImages):
+    """The same rows, each as the processor alone makes it; a broken image is black and its label -100."""
+
+    def __init__(self, dataset: Dataset, max_corrupt: int, processor: BaseImageProcessor):
+        super().__init__(dataset, max_corrupt)
+        self.processor = processor
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        found = self.read(index)
+        image, label = (PILImage.new("RGB", (1, 1)), -100) if found is None else found
+        pixels = self.processor(image, return_tensors="pt")["pixel_values"][0]
+        return {"pixel_values": pixels, "labels": torch.tensor(label)}

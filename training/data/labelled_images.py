@@ -1,0 +1,170 @@
+"""Rows of a data set whose images may be broken."""
+
+import logging
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from datasets import Dataset, Image
+from PIL import Image as PILImage
+from transformers import BaseImageProcessor
+
+from cbsa_hf.segmentation.images import ImageError, open_image
+from data.loading import class_names
+from data.streaming import StreamedRows
+
+
+SAMPLE_SIZE = 16
+
+logger = logging.getLogger(__name__)
+
+
+def to_tensor(image: PILImage.Image, processor: BaseImageProcessor) -> torch.Tensor:
+    """An RGB image -> (3, height, width), scaled and normalised as the processor says."""
+    pixels = np.asarray(image, dtype=np.float32) * processor.rescale_factor
+    pixels = (pixels - np.float32(processor.image_mean)) / np.float32(processor.image_std)
+    return torch.from_numpy(pixels).permute(2, 0, 1)
+
+
+def checksum_image(encoded: dict | None) -> int:
+    """Of an image that is still encoded, or of its file's name where the data set has no more."""
+    encoded = encoded or {}
+    return zlib.crc32(encoded.get("bytes") or Path(encoded.get("path") or "").name.encode())
+
+
+def check_label(label: int | None, num_labels: int, name: str):
+    """A ValueError when it is the number of no class."""
+    if type(label) is not int or not 0 <= label < num_labels:
+        given = "no label" if label is None else f"the label {label!r}"
+        raise ValueError(f"{name} has {given}; the data set names the classes 0 to {num_labels - 1}.")
+
+
+def check_labels(dataset: Dataset | StreamedRows, split: str, warns: bool = True):
+    """
+    Look at all labels of a split of two columns; those of a stream are looked at one by one, when they come.
+
+    Args:
+        warns: whether to name the classes without an image in the log.
+
+    Raises:
+        ValueError: a label that no class has.
+    """
+    if isinstance(dataset, StreamedRows):
+        return
+    column, names = list(dataset.features)[1], class_names(dataset)
+    labels = dataset.select_columns(column)[:][column]
+    wrong = [i for i, label in enumerate(labels) if label is None or not 0 <= label < len(names)]
+    if wrong:
+        more = f" (and {len(wrong) - 1} others)" if len(wrong) > 1 else ""
+        check_label(labels[wrong[0]], len(names), f"Image {wrong[0]} of the split {split!r}{more}")
+    if warns:
+        present = set(labels)
+        warn_of_missing([name for i, name in enumerate(names) if i not in present], f"No image of the split {split!r}")
+
+
+def warn_of_missing(names: list[str], subject: str, reason: str = ""):
+    """A warning that names classes, ten at most."""
+    if names:
+        more = f" and {len(names) - 10} more" if len(names) > 10 else ""
+        logger.warning("%s is of the class %s%s.%s", subject, ", ".join(map(repr, names[:10])), more, reason)
+
+
+class LabelledImages(torch.utils.data.Dataset):
+    """
+    Rows of a data set whose images may be broken: those are skipped, named in the log, and counted.
+
+    Args:
+        dataset: of two columns, an image, and a label or mask.
+        max_corrupt: how many broken images are too many to go on; of a stream, in one epoch.
+    """
+
+    def __init__(self, dataset: Dataset | StreamedRows, max_corrupt: int):
+        self.image_column, self.label_column = dataset.features
+        self.num_labels = getattr(dataset.features[self.label_column], "num_classes", None)
+        self.fingerprint = getattr(dataset, "_fingerprint", None)
+        if not isinstance(dataset, StreamedRows):  # whose rows are encoded
+            for column, feature in dataset.features.items():
+                if isinstance(feature, Image):
+                    dataset = dataset.cast_column(column, Image(decode=False))
+        self.dataset = dataset
+        self.max_corrupt = max_corrupt
+        self.corrupt = torch.zeros(len(dataset), dtype=torch.bool).share_memory_()  # written by the workers
+        self.epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # read by workers that outlive an epoch
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitems__(self, batch: list) -> list[dict[str, torch.Tensor]]:
+        """The items of a batch, as its sampler has chosen them."""
+        return [self[index] for index in self.indices(batch)]
+
+    def indices(self, batch: list) -> list[int]:
+        """The indices of the rows of a batch, which a stream holds from now on."""
+        return self.dataset.hold(batch) if isinstance(self.dataset, StreamedRows) else batch
+
+    def set_epoch(self, epoch: int):
+        self.epoch.fill_(epoch)
+        if isinstance(self.dataset, StreamedRows):
+            self.corrupt.zero_()  # every epoch has an order of its own
+
+    def sample(self) -> list[int]:
+        """Checksums of some encoded images at even distances, of a stream of its first: to know the data set again."""
+        if isinstance(self.dataset, StreamedRows):
+            rows = self.dataset.first(SAMPLE_SIZE)
+        else:
+            indices = np.linspace(0, len(self) - 1, min(SAMPLE_SIZE, len(self))).astype(int)
+            rows = self.dataset.select(indices)
+        return [checksum_image(row[self.image_column]) for row in rows]
+
+    def name(self, index: int, row: dict) -> str:
+        """What messages call an image: its file where the data set has that, and its row."""
+        path = (row[self.image_column] or {}).get("path")
+        place = f"{index} of this epoch" if isinstance(self.dataset, StreamedRows) else str(index)
+        return f"Image {place}" + (f" ({path})" if path else "")
+
+    def read(self, index: int) -> tuple[PILImage.Image, int | np.ndarray] | None:
+        """
+        Image in RGB, and label or mask; None when one of them cannot be read.
+
+        Raises:
+            ValueError: a label that no class has.
+        """
+        row = self.dataset[index]
+        name = self.name(index, row)
+        try:
+            return self.read_row(row, name)
+        except ImageError as error:
+            if not self.corrupt[index]:
+                logger.warning("Skipped image %d, which cannot be read: %s", index, error)
+            self.corrupt[index] = True
+            return None
+
+    def read_row(self, row: dict, name: str) -> tuple[PILImage.Image, int | np.ndarray]:
+        image = open_image(row[self.image_column], name=name)
+        check_label(row[self.label_column], self.num_labels, name)
+        return image, row[self.label_column]
+
+    def readable(self) -> Iterator[tuple[PILImage.Image, int | PILImage.Image]]:
+        """What [`read`] says of each row in turn, the broken ones left out."""
+        return (found for index in range(len(self)) if (found := self.read(index)) is not None)
+
+    def read_next(self, index: int) -> tuple[int, PILImage.Image, int | PILImage.Image]:
+        """That row, or the next that can be read, of a stream in the same batch: its index, and what [`read`] says."""
+        streams = isinstance(self.dataset, StreamedRows)
+        first, count = (self.dataset.indices[0], len(self.dataset.batch)) if streams else (0, len(self))
+        for _ in range(count):
+            if (found := self.read(index)) is not None:
+                return index, *found
+            self.check()
+            index = first + (index + 1 - first) % count
+        raise ValueError(f"None of {count} images in turn can be read (the log names them).")
+
+    def check(self):
+        """A ValueError when too many images were broken."""
+        count = int(self.corrupt.sum())
+        if count > self.max_corrupt:
+            raise ValueError(
+                f"{count} images cannot be read (the log names them), more than `--max_corrupt {self.max_corrupt}`."
+            )
