@@ -236,8 +236,8 @@ def build_page(explorer: Explorer) -> gr.Blocks:
         add_pictures(parts)
         add_story(parts, first, answers.heads(first))
         add_more(parts, explorer)
+        add_endpoints(explorer)  # first, so that their names are theirs
         keep_current(parts, answers)
         follow(parts, Choices(answers), page)
-        add_endpoints(explorer)
     page.queue(max_size=200)
     return page

@@ -17,7 +17,8 @@ PUBLISHED_NOTE = (
 )
 EXACT_NOTE = (
     "The exact map &kappa; A<sup>T</sup> S (P + &eta; A) says what the patch is given of every other: the update is "
-    "this map times the tokens. S is the contraction, P the pooling, &eta; and &kappa; the step sizes. It has both signs."
+    "this map times the tokens. S is the contraction, P the pooling; &eta; and &kappa; are step sizes, so both signs "
+    "occur."
 )
 
 

@@ -28,8 +28,8 @@ fence, car, pedestrian, bicyclist. Whatever the photo shows, it gets these; uplo
 """
 
 LIMITS = """
-The classifier that ships has 1.6 million parameters, knows ten classes of ImageNet, and never saw a mask. On 117 photos
-of COCO its foreground overlaps with the true one so much:
+The classifier that ships has 1.6 million parameters, knows ten classes of ImageNet, and never saw a mask. This is how
+far its foreground overlaps with the true one, on 117 photos of COCO:
 
 | foreground | mean IoU |
 |---|---|

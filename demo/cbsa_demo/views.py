@@ -111,7 +111,7 @@ def segments(found: Segmented) -> str:
     """The segments over the photo."""
     picture = draw_labels(found.labels, class_colours(len(found.segments)), found.mask)
     return (
-        "<figure><figcaption>Segments <small>white line: the foreground; the model never saw a mask</small>"
+        "<figure><figcaption>Segments <small>the white line is around the foreground</small>"
         "</figcaption>"
         f'<div class="stage over"><img class="labels" src="{picture}" alt="{describe_segments(found)}">'
         '<span class="mark"></span></div></figure>'
