@@ -47,7 +47,7 @@ SECONDS = 20.0  # a forward pass above this is run once; if the last smaller ima
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
-def reference_attention(self, hidden_states, grid, output_attentions=False, output_factor=False):
+def reference_attention(self, hidden_states, grid, output_attentions=False, output_representative_attentions=False):
     """The operator as the reference implementation writes it: the last step multiplies the update of every token."""
     tokens = self.split_heads(self.proj(hidden_states))
     representatives = self.representatives(tokens, grid)

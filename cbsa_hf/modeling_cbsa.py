@@ -332,9 +332,11 @@ class CBSALayer(GradientCheckpointingLayer):
         hidden_states: torch.Tensor,
         grid: tuple[int, int],
         output_attentions: bool = False,
-        output_factor: bool = False,
+        output_representative_attentions: bool = False,
     ) -> torch.Tensor:
-        update, _, _ = self.attention(self.layernorm_before(hidden_states), grid, output_attentions, output_factor)
+        update, _, _ = self.attention(
+            self.layernorm_before(hidden_states), grid, output_attentions, output_representative_attentions
+        )
         hidden_states = hidden_states + self.drop_path(update)
         update = self.feed_forward(self.layernorm_after(hidden_states))
         return hidden_states + self.drop_path(update) if self.has_skip else update
@@ -406,7 +408,7 @@ def dtype_of(module: nn.Module) -> torch.dtype:
     return next(w.dtype for w in weights if isinstance(w, torch.Tensor) and w.is_floating_point())
 
 
-def one_factor_per_layer(forward: Callable) -> Callable:
+def representative_attentions_per_layer(forward: Callable) -> Callable:
     """Transformers leaves out what a layer does not return; this puts None there in `representative_attentions`."""
 
     @wraps(forward)
@@ -414,9 +416,10 @@ def one_factor_per_layer(forward: Callable) -> Callable:
         return_dict = kwargs.pop("return_dict", self.config.return_dict)
         outputs = forward(self, *args, return_dict=True, **kwargs)
         if outputs.representative_attentions is not None:
-            factors = iter(outputs.representative_attentions)
+            found = iter(outputs.representative_attentions)
             outputs.representative_attentions = tuple(
-                next(factors) if ATTENTIONS[name].has_factor else None for name in self.config.layer_attention_types
+                next(found) if ATTENTIONS[name].has_representative_attentions else None
+                for name in self.config.layer_attention_types
             )
         return outputs if return_dict else outputs.to_tuple()
 
@@ -454,7 +457,7 @@ class CBSAModel(CBSAPreTrainedModel):
         return self.config.base_num_patches or height * width
 
     @merge_with_config_defaults
-    @one_factor_per_layer
+    @representative_attentions_per_layer
     @capture_outputs(tie_last_hidden_states=False)
     def forward(
         self,
@@ -474,8 +477,10 @@ class CBSAModel(CBSAPreTrainedModel):
                 return.
         """
         output_attentions = self.is_wanted("output_attentions", kwargs)
-        output_factor = self.is_wanted("output_representative_attentions", kwargs)
-        if output_factor and not any(ATTENTIONS[name].has_factor for name in self.config.layer_attention_types):
+        output_representative_attentions = self.is_wanted("output_representative_attentions", kwargs)
+        if output_representative_attentions and not any(
+            ATTENTIONS[name].has_representative_attentions for name in self.config.layer_attention_types
+        ):
             raise ValueError(
                 f"Attention type {self.config.attention_type!r} has no `representative_attentions`, because its map "
                 "has no factor; `output_attentions=True` gives the map itself."
@@ -483,7 +488,7 @@ class CBSAModel(CBSAPreTrainedModel):
 
         hidden_states, grid = self.embeddings(pixel_values, interpolate_pos_encoding)
         for layer in self.layers:
-            hidden_states = layer(hidden_states, grid, output_attentions, output_factor)
+            hidden_states = layer(hidden_states, grid, output_attentions, output_representative_attentions)
         last_hidden_state = self.layernorm(hidden_states)
         return CBSAModelOutput(last_hidden_state=last_hidden_state, pooler_output=last_hidden_state[:, 0])
 

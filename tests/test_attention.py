@@ -163,11 +163,13 @@ def test_asking_for_maps_changes_nothing(name):
     operator = build(name)
     hidden_states = torch.randn(2, 10, 6, dtype=torch.float64)
     update, nothing, _ = operator(hidden_states, (3, 3))
-    again, token_map, factor = operator(hidden_states, (3, 3), output_attentions=True, output_factor=True)
+    again, token_map, factor = operator(
+        hidden_states, (3, 3), output_attentions=True, output_representative_attentions=True
+    )
     assert nothing is None
     assert token_map.shape == (2, 2, 10, 10)
     torch.testing.assert_close(again, update)
-    assert (factor is not None) == operator.has_factor
+    assert (factor is not None) == operator.has_representative_attentions
     if operator.map_is_gram:
         torch.testing.assert_close(token_map, torch.einsum("bhmn,bhmk->bhnk", factor, factor))
     elif name != "tssa":  # whose map is a softmax over heads

@@ -56,7 +56,9 @@ def assert_equal_outputs(model, **kwargs):
 @pytest.mark.parametrize("feed_forward_type", ["ista", "mlp"])
 def test_operators(attention_type, feed_forward_type):
     model = build(CBSAModel, attention_type=attention_type, feed_forward_type=feed_forward_type)
-    kwargs = {"output_representative_attentions": True} if ATTENTIONS[attention_type].has_factor else {}
+    kwargs = (
+        {"output_representative_attentions": True} if ATTENTIONS[attention_type].has_representative_attentions else {}
+    )
     assert_equal_outputs(
         model, interpolate_pos_encoding=True, output_hidden_states=True, output_attentions=True, **kwargs
     )

@@ -16,6 +16,7 @@ import signal, sys, time
 from pathlib import Path
 sys.path.insert(0, {tools!r})
 import fuzz
+from fuzzing.cases import Case, Kind
 
 def sentence(text):
     raise ValueError(text)
@@ -25,25 +26,25 @@ def program():
     subprocess.run(["true"])
 
 ENDS = {{
-    "traceback": lambda folders: fuzz.Case(lambda: {{}}["x"]),
-    "hang": lambda folders: fuzz.Case(lambda: time.sleep(60)),
-    "crash": lambda folders: fuzz.Case(lambda: signal.raise_signal(signal.SIGSEGV)),
-    "memory": lambda folders: fuzz.Case(lambda: bytes(10**6) * 400),
-    "outside": lambda folders: fuzz.Case(lambda: (folders.inputs / "new").touch()),
-    "program": lambda folders: fuzz.Case(program),
-    "question": lambda folders: fuzz.Case(lambda: input()),
-    "partial": lambda folders: fuzz.Case(lambda: (folders.output / ".new.partial").touch()),
-    "nameless": lambda folders: fuzz.Case(lambda: sentence("The buffer is not large enough."), names=("photo.png",)),
-    "wrong": lambda folders: fuzz.Case(lambda: 3, "sentence"),
-    "refused": lambda folders: fuzz.Case(lambda: sentence("The file photo.png is damaged."), "result"),
-    "noise": lambda folders: fuzz.Case(lambda: print("UserWarning: beware")),
-    "status": lambda folders: fuzz.Case(lambda: 139, is_command=True),
-    "result": lambda folders: fuzz.Case(lambda: (folders.output / "new").touch()),
-    "sentence": lambda folders: fuzz.Case(lambda: sentence("The file photo.png is damaged."), names=("photo.png",)),
+    "traceback": lambda folders: Case(lambda: {{}}["x"]),
+    "hang": lambda folders: Case(lambda: time.sleep(60)),
+    "crash": lambda folders: Case(lambda: signal.raise_signal(signal.SIGSEGV)),
+    "memory": lambda folders: Case(lambda: bytes(10**6) * 400),
+    "outside": lambda folders: Case(lambda: (folders.inputs / "new").touch()),
+    "program": lambda folders: Case(program),
+    "question": lambda folders: Case(lambda: input()),
+    "partial": lambda folders: Case(lambda: (folders.output / ".new.partial").touch()),
+    "nameless": lambda folders: Case(lambda: sentence("The buffer is not large enough."), names=("photo.png",)),
+    "wrong": lambda folders: Case(lambda: 3, "sentence"),
+    "refused": lambda folders: Case(lambda: sentence("The file photo.png is damaged."), "result"),
+    "noise": lambda folders: Case(lambda: print("UserWarning: beware")),
+    "status": lambda folders: Case(lambda: 139, is_command=True),
+    "result": lambda folders: Case(lambda: (folders.output / "new").touch()),
+    "sentence": lambda folders: Case(lambda: sentence("The file photo.png is damaged."), names=("photo.png",)),
 }}
 for name, make in ENDS.items():
-    fuzz.KINDS[name] = fuzz.Kind(lambda random, folders, make=make: make(folders))
-fuzz.build_models = dict
+    fuzz.KINDS[name] = Kind(lambda random, folders, make=make: make(folders))
+fuzz.build_models = fuzz.import_scripts = dict
 status = fuzz.main([*ENDS, "--count=1", "--seconds=1", "--memory=200"])
 assert status == 1
 """
@@ -76,12 +77,13 @@ def test_planted_faults_are_found():
 
 def test_fuzzing():
     """Some cases of each kind; the same cases each time."""
-    done = run(str(ROOT / "tools" / "fuzz.py"), "images", "checkpoints", "datasets", "commands", "--count=15")
+    kinds = ["images", "checkpoints", "masks", "datasets", "commands"]
+    done = run(str(ROOT / "tools" / "fuzz.py"), *kinds, "--count=12")
     assert done.returncode == 0, done.stdout + done.stderr
     table = read_table(done.stdout)
-    assert list(table) == ["images", "checkpoints", "datasets", "commands"]
+    assert list(table) == kinds
     for row in table.values():
-        assert int(row["results"]) + int(row["sentences"]) == int(row["cases"]) == 15
+        assert int(row["results"]) + int(row["sentences"]) == int(row["cases"]) == 12
         assert int(row["results"])
         assert int(row["sentences"])
 
