@@ -3,27 +3,24 @@
 from dataclasses import dataclass
 
 import torch
-from transformers import PreTrainedModel
 
-from ..attention_cbsa import ContractAndBroadcastSelfAttention, SelfAttention
-from ..segmentation.inference import eval_encoder, in_single_precision, observe_operators
+from ..segmentation.inference import Encoding, in_single_precision
 from .attention_maps import exact_map
 
 
 @dataclass
 class RepresentativeTrace:
     """
-    The steps of one layer for one image, as they can be drawn; all on the CPU.
+    The steps of one layer for one image, as they can be drawn. All tensors are on the CPU.
 
     Args:
         reads: (heads, m, grid height, grid width), A: how each representative spreads its attention over the patches.
-        moved_by_reading: (heads, m), how far extraction moves it: `|Q - Q0| / |Q0|`.
-        moved_by_contraction: (heads, m), how far the others draw it then: `|C - Q| / |Q|`.
+        moved_by_reading: (heads, m), how far extraction moves a representative: `|Q - Q0| / |Q0|`.
+        moved_by_contraction: (heads, m), how far the other representatives draw it then: `|C - Q| / |Q|`.
         similarity: (heads, m, m), S: how the representatives attend to one another; rows sum to 1.
-        writes: (heads, m, grid height, grid width), `kappa S^T A`: how much of what it holds each patch is given;
-            signed.
-        update: (heads, grid height, grid width), the length of what each patch is given in the end, before the output
-            layer.
+        writes: (heads, m, grid height, grid width), `kappa S^T A`: how much of what a representative holds each patch
+            is given; signed.
+        update: (heads, grid height, grid width), the length of each patch's update before the output layer.
     """
 
     reads: torch.Tensor
@@ -39,39 +36,28 @@ def relative_distance(before: torch.Tensor, after: torch.Tensor) -> torch.Tensor
     return (after - before).norm(dim=-1) / before.norm(dim=-1).clamp_min(torch.finfo(before.dtype).tiny)
 
 
-def trace_layer(
-    operator: ContractAndBroadcastSelfAttention, hidden_states: torch.Tensor, grid: tuple[int, int]
-) -> RepresentativeTrace:
-    """The steps of an operator for the first image of (batch, N, d), already normalised."""
-    steps = operator.steps(hidden_states, grid)
-    exact = exact_map(operator, hidden_states, grid)
-    num_patches = grid[0] * grid[1]  # the patches are the last tokens
+def trace_representatives(encoding: Encoding, layer: int) -> RepresentativeTrace | None:
+    """
+    What the representatives of one layer do with the first image; None if the layer's attention type is not `cbsa`.
+
+    Args:
+        encoding: with the steps of that layer.
+        layer: counted from 0.
+    """
+    exact = exact_map(encoding, layer)
+    if exact is None:
+        return None
+    steps, num_prefix_tokens = encoding.steps(layer), encoding.num_prefix_tokens
+
+    def on_grid(values: torch.Tensor) -> torch.Tensor:
+        return values[..., num_prefix_tokens:].unflatten(-1, encoding.grid)
+
     trace = RepresentativeTrace(
-        reads=steps.attention[..., -num_patches:].unflatten(-1, grid),
+        reads=on_grid(steps.attention),
         moved_by_reading=relative_distance(steps.initial_representatives, steps.representatives),
         moved_by_contraction=relative_distance(steps.representatives, steps.contracted),
         similarity=steps.similarity,
-        writes=exact.writes[..., -num_patches:].unflatten(-1, grid),
-        update=exact.update().norm(dim=-1)[..., -num_patches:].unflatten(-1, grid),
+        writes=on_grid(exact.writes),
+        update=on_grid(exact.update().norm(dim=-1)),
     )
     return RepresentativeTrace(**{name: in_single_precision(value[0]) for name, value in vars(trace).items()})
-
-
-def trace_representatives(model: PreTrainedModel, pixel_values: torch.Tensor) -> list[RepresentativeTrace | None]:
-    """
-    What the representatives of every layer do with one image; None where a layer's attention type is not `cbsa`.
-
-    Args:
-        model: a CBSA model with any head.
-        pixel_values: (1, channels, height, width) of any size.
-    """
-
-    def look(operator: SelfAttention, hidden_states: torch.Tensor, grid: tuple[int, int]):
-        if not isinstance(operator, ContractAndBroadcastSelfAttention):
-            return None
-        return trace_layer(operator, hidden_states, grid)
-
-    with eval_encoder(model) as encoder:
-        traces = observe_operators(encoder, look)
-        encoder(pixel_values.to(encoder.device), interpolate_pos_encoding=True)
-    return traces

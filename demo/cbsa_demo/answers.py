@@ -59,7 +59,7 @@ class Answers:
     def steps(self, source, model, layer, head, row, column, representative) -> str:
         look = self.explorer.look(source, model)
         layer, patch = self.layer_of(look, layer), self.patch_of(look, row, column)
-        trace = look.traces()[layer]
+        trace = look.trace(layer)
         if trace is None:
             return story.without_representatives(look, layer)
         parts = {name: self.head_of(look, value.numpy(), head) for name, value in vars(trace).items()}
@@ -107,4 +107,4 @@ class Answers:
                 "name": f"{name}-segments.png",
                 "uri": draw_labels(found.labels, class_colours(len(found.segments))),
             }
-        return {"name": f"{name}-maps.npz", "uri": to_npz(look.arrays(self.patch(look, row, column)))}
+        return {"name": f"{name}-maps.npz", "uri": to_npz(look.arrays(self.patch_of(look, row, column)))}

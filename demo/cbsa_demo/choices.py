@@ -1,5 +1,7 @@
 """What a visitor does: picks, clicks, links and downloads, as values for the components of the page."""
 
+import math
+
 import gradio as gr
 
 from . import views
@@ -79,7 +81,7 @@ class Choices:
             "layer": (FIRST["layer"], look.model.config.num_hidden_layers),
             "row": (row, look.grid[0]),
             "column": (column, look.grid[1]),
-            "representative": (FIRST["representative"], max(1, look.num_representatives)),
+            "representative": (FIRST["representative"], math.prod(look.representatives_size)),
         }
         values = {"photo": source, "head": one_of(given.get("head", FIRST["head"]), "head", self.answers.heads(look))}
         for name, (default, count) in limits.items():

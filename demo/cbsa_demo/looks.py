@@ -1,6 +1,5 @@
 """What a model finds in a photo: all of it computed by `cbsa_hf`, each part once, and kept for a while."""
 
-import math
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
@@ -11,29 +10,21 @@ import numpy as np
 import torch
 from transformers import BaseImageProcessor
 
-from cbsa_hf import (
-    CBSAPreTrainedModel,
-    SlidingWindowSegmenter,
-    ZeroShotSegmenter,
-    attention_maps,
-    exact_maps,
-    load_checkpoint,
-    measure_layers,
-)
+from cbsa_hf import CBSAPreTrainedModel, SlidingWindowSegmenter, ZeroShotSegmenter, load_checkpoint
 from cbsa_hf.attention_cbsa import to_pair
-from cbsa_hf.interpretability.attention_maps import ExactMap, map_formula
+from cbsa_hf.interpretability.attention_maps import exact_map, map_formula
+from cbsa_hf.interpretability.measures import collect, measure
 from cbsa_hf.interpretability.report import predictions
 from cbsa_hf.interpretability.representatives import RepresentativeTrace, trace_representatives
-from cbsa_hf.segmentation.images import to_pixel_values
-from cbsa_hf.segmentation.inference import patch_grid, token_index
+from cbsa_hf.segmentation.inference import token_index
 
 from .photos import Photo, PhotoError, open_photo
 
 
 T = TypeVar("T")
 
-MAX_LOOKS = 8  # that are kept, about 20 MB each
-MAX_SEGMENTATIONS = 4  # of each
+MAX_LOOKS = 8  # that are kept, up to 30 MB each
+MAX_PARTS = 4  # of each, segmentations and measures
 LONG_SIDE = 192  # pixels of the longer side that the model sees
 METHODS = ("ncut", "representatives", "attention")
 MAX_SEGMENTS = 8
@@ -84,7 +75,7 @@ class Segmented:
 
 class Look:
     """
-    What a model finds in a photo.
+    What a model finds in a photo, all of it from one pass of the encoder.
 
     Args:
         photo: the photo.
@@ -95,28 +86,21 @@ class Look:
         self.photo = photo
         self.model = model
         self.processor = processor
-        self.pixel_values = to_pixel_values(photo.image, processor, LONG_SIDE, model.config.patch_size)
-        self.grid = patch_grid(model, self.pixel_values)
-        self.parts = Kept(8)
-        self.segmentations = Kept(MAX_SEGMENTATIONS)
-
-    def check_patch(self, patch: tuple[int, int]):
-        """A PhotoError where the photo has no such patch."""
-        rows, columns = self.grid
-        if not (0 <= patch[0] < rows and 0 <= patch[1] < columns):
-            raise PhotoError(f"There is no patch ({patch[0]}, {patch[1]}); this photo has {rows} x {columns}.")
+        layers = range(model.config.num_hidden_layers)
+        segmenter = ZeroShotSegmenter(model, processor, long_side=LONG_SIDE)
+        self.encoding = segmenter.encode(photo.image, output_hidden_states=True, steps_of=layers)
+        self.grid = self.encoding.grid
+        self.parts = Kept(MAX_PARTS)
 
     def segment(self, method: str, num_segments: int, sharp: bool) -> Segmented:
         """Segments of the photo without any label."""
-        return self.segmentations.get(
+        return self.parts.get(
             (method, num_segments, sharp), lambda: self.compute_segments(method, num_segments, sharp)
         )
 
     def compute_segments(self, method: str, num_segments: int, sharp: bool) -> Segmented:
-        segmenter = ZeroShotSegmenter(
-            self.model, self.processor, method, sharp, long_side=LONG_SIDE, num_segments=num_segments
-        )
-        found = segmenter(self.photo.image)
+        segmenter = ZeroShotSegmenter(self.model, self.processor, method, sharp, num_segments=num_segments)
+        found = segmenter.segment(self.photo.image, self.encoding)
         segments = [
             {
                 "name": segment.name,
@@ -132,26 +116,18 @@ class Look:
     def maps(self, patch: tuple[int, int] | None, exact: bool) -> np.ndarray:
         """
         What every layer and head ties the patch to, CLS where it is None: (layers, heads, grid height, grid width).
-        Exact maps have both signs, and NaN where the layer's attention type has none.
+        Exact maps have both signs, and are NaN in layers whose attention type is not `cbsa`.
         """
         if not exact:
-            return attention_maps(self.model, self.pixel_values, patch)[:, 0].numpy()
-        maps = self.exact_maps()
-        first = next(found for found in maps if found is not None)
-        num_prefix_tokens = first.factor.shape[-1] - self.grid[0] * self.grid[1]
+            return self.encoding.attention_maps(patch)[:, 0].numpy()
+        num_prefix_tokens = self.encoding.num_prefix_tokens
         token = token_index(self.grid, patch, num_prefix_tokens)
-        shape = (self.model.config.num_attention_heads, *self.grid)
-        rows = [
-            torch.full(shape, torch.nan)
-            if found is None
-            else found.row(token)[0, :, num_prefix_tokens:].unflatten(1, self.grid)
-            for found in maps
-        ]
-        return torch.stack(rows).numpy()
-
-    @property
-    def has_exact_maps(self) -> bool:
-        return "cbsa" in self.model.config.layer_attention_types
+        config = self.model.config
+        maps = torch.full((config.num_hidden_layers, config.num_attention_heads, *self.grid), torch.nan)
+        for layer in self.encoding.recorded:
+            row = exact_map(self.encoding, layer).row(token)[0]
+            maps[layer] = row[:, num_prefix_tokens:].unflatten(1, self.grid)
+        return maps.numpy()
 
     @property
     def map_formula(self) -> str:
@@ -159,55 +135,49 @@ class Look:
         return map_formula(self.model).replace("$", "").replace("^T", "<sup>T</sup>")
 
     @property
+    def has_representatives(self) -> bool:
+        """Whether a layer has any that contract."""
+        return bool(self.encoding.recorded)
+
+    @property
     def representatives_size(self) -> tuple[int, int]:
         """Rows and columns of the representatives, m together."""
         return to_pair(self.model.config.representatives_size)
-
-    @property
-    def num_representatives(self) -> int:
-        """m, 0 where no layer has any that contract."""
-        return math.prod(self.representatives_size) if self.has_exact_maps else 0
 
     @property
     def pools(self) -> bool:
         """Whether representatives have a place on the photo."""
         return self.model.config.representatives_type == "pool"
 
-    def traces(self) -> list[RepresentativeTrace | None]:
-        """What the representatives of every layer do; None for a layer without."""
-        return self.parts.get("traces", lambda: trace_representatives(self.model, self.pixel_values))
+    def trace(self, layer: int) -> RepresentativeTrace | None:
+        """What the representatives of a layer do; None for a layer without."""
+        return trace_representatives(self.encoding, layer)
 
     def arrays(self, patch: tuple[int, int]) -> dict[str, np.ndarray]:
         """All maps of the photo, by what they are."""
         arrays = {"map_of_patch": self.maps(patch, exact=False), "map_of_cls": self.maps(None, exact=False)}
-        if self.has_exact_maps:
-            arrays |= {"exact_map_of_patch": self.maps(patch, exact=True)}
-        for layer, trace in enumerate(self.traces()):
-            if trace is not None:
-                arrays |= {f"layer_{layer}_{name}": value.numpy() for name, value in vars(trace).items()}
+        if self.has_representatives:
+            arrays["exact_map_of_patch"] = self.maps(patch, exact=True)
+        for layer in self.encoding.recorded:
+            arrays |= {f"layer_{layer}_{name}": value.numpy() for name, value in vars(self.trace(layer)).items()}
         return arrays
-
-    def exact_maps(self) -> list[ExactMap | None]:
-        return self.parts.get("exact maps", lambda: exact_maps(self.model, self.pixel_values))
 
     def measures(self) -> dict[str, list | None]:
         """The means of `LayerMeasures`, by name, over the layers and, where it says so, heads."""
         return self.parts.get("measures", self.compute_measures)
 
     def compute_measures(self) -> dict[str, list | None]:
-        summary = measure_layers(self.model, [self.pixel_values]).summary()
+        summary = collect([measure(self.encoding)]).summary()
         return {name: found and found["mean"] for name, found in summary.items()}
 
     def street(self, segmenter: tuple[CBSAPreTrainedModel, BaseImageProcessor], flip: bool, sharp: bool) -> np.ndarray:
         """The class of every pixel by a model for street scenes, (height, width)."""
-        return self.segmentations.get(
-            ("street", flip, sharp),
-            lambda: SlidingWindowSegmenter(*segmenter, flip=flip, sharp=sharp)(self.photo.image),
-        )
+        segment = SlidingWindowSegmenter(*segmenter, flip=flip, sharp=sharp)
+        return self.parts.get(("street", flip, sharp), lambda: segment(self.photo.image))
 
     def predictions(self) -> list[dict]:
         """The most probable classes; none where the model has no classifier."""
-        return self.parts.get("predictions", lambda: predictions(self.model, self.pixel_values))
+        return predictions(self.model, self.encoding)
 
 
 class Explorer:

@@ -119,7 +119,7 @@ def without_representatives(look: Look, layer: int) -> str:
 
 def glance(look: Look, patch: tuple[int, int] | None, exact: bool, shared: bool) -> str:
     """The maps of every layer and head, and of the mean of the heads, as a table of buttons."""
-    if exact and not look.has_exact_maps:
+    if exact and not look.has_representatives:
         return sentence(f"There is no other exact map here: the attention type is {look.model.config.attention_type}.")
     maps = look.maps(patch, exact)
     maps = np.concatenate([maps.mean(1, keepdims=True), maps], axis=1)
