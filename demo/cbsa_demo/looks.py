@@ -8,6 +8,7 @@ from typing import TypeVar
 
 import numpy as np
 import torch
+from PIL import Image
 from transformers import BaseImageProcessor
 
 from cbsa_hf import CBSAPreTrainedModel, SlidingWindowSegmenter, ZeroShotSegmenter, load_checkpoint
@@ -19,6 +20,14 @@ from cbsa_hf.interpretability.representatives import RepresentativeTrace, trace_
 from cbsa_hf.segmentation.inference import token_index
 
 from .photos import Photo, PhotoError, open_photo
+
+
+try:
+    from spaces import GPU as on_gpu
+except ImportError:  # everywhere but on a ZeroGPU of Hugging Face
+
+    def on_gpu(function):
+        return function
 
 
 T = TypeVar("T")
@@ -71,6 +80,15 @@ class Segmented:
     labels: np.ndarray
     mask: np.ndarray
     segments: list[dict]
+
+
+@on_gpu
+def segment_street(
+    image: Image.Image, model: CBSAPreTrainedModel, processor: BaseImageProcessor, flip: bool, sharp: bool
+) -> np.ndarray:
+    """The class of every pixel of a street scene, (height, width)."""
+    model = model.to("cuda" if torch.cuda.is_available() else "cpu")
+    return SlidingWindowSegmenter(model, processor, flip=flip, sharp=sharp)(image)
 
 
 class Look:
@@ -172,8 +190,8 @@ class Look:
 
     def street(self, segmenter: tuple[CBSAPreTrainedModel, BaseImageProcessor], flip: bool, sharp: bool) -> np.ndarray:
         """The class of every pixel by a model for street scenes, (height, width)."""
-        segment = SlidingWindowSegmenter(*segmenter, flip=flip, sharp=sharp)
-        return self.parts.get(("street", flip, sharp), lambda: segment(self.photo.image))
+        key = ("street", flip, sharp)
+        return self.parts.get(key, lambda: segment_street(self.photo.image, *segmenter, flip, sharp))
 
     def predictions(self) -> list[dict]:
         """The most probable classes; none where the model has no classifier."""

@@ -1,7 +1,7 @@
 """A look as HTML, one function a part of the page."""
 
 from html import escape
-from importlib.metadata import metadata
+from importlib.metadata import PackageNotFoundError, metadata
 
 import numpy as np
 
@@ -16,12 +16,19 @@ from .photos import EXAMPLES, LIMITS, open_example
 EMPTY = "Choose an example or upload a photo."
 
 
+def source_link() -> dict[str, str]:
+    """Where the code is, once the package says so."""
+    try:
+        lines = metadata("cbsa-hf").get_all("Project-URL") or []
+    except PackageNotFoundError:  # run from a checkout
+        lines = []
+    addresses = [line.removeprefix("Source, ") for line in lines if line.startswith("Source, ")]
+    return {"Code": addresses[0]} if addresses else {}
+
+
 def header() -> str:
     """What the page is about."""
-    links = {"Paper": "https://arxiv.org/abs/2509.16875"}
-    for line in metadata("cbsa-hf").get_all("Project-URL") or []:
-        name, address = line.split(", ", 1)
-        links |= {"Code": address} if name == "Source" else {}
+    links = {"Paper": "https://arxiv.org/abs/2509.16875"} | source_link()
     anchors = "".join(f'<a href="{escape(address)}">{name}</a>' for name, address in links.items())
     return f"""
 <header>
