@@ -27,6 +27,7 @@ def exit_with_a_sentence():
     and status 130 on Ctrl-C (during training, [`StopRequest`] takes Ctrl-C).
     """
     script = Path(sys.argv[0]).name
+    threading.excepthook = print_unless_told
     try:
         yield
     except ValueError as error:
@@ -38,6 +39,14 @@ def exit_with_a_sentence():
     except KeyboardInterrupt:
         print(f"{script}: Interrupted.", file=sys.stderr)
         sys.exit(128 + signal.SIGINT)
+
+
+def print_unless_told(failure: threading.ExceptHookArgs):
+    """
+    Print the error of a thread, except of one that could not write a file: TensorBoard raises it again for its user.
+    """
+    if not (isinstance(failure.exc_value, OSError) and failure.exc_value.errno in WRITING_ERRORS):
+        threading.__excepthook__(failure)
 
 
 class StopRequest:
