@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 from .checkpoints import load_checkpoint
 from .conversion.convert import ORIGINS, compare_outputs, convert_checkpoint, model_card, save_conversion
+from .exporting import FORMATS, export_model
 from .hub import push_checkpoint
 from .interpretability.attention_maps import attention_maps, map_formula
 from .overlays import class_colours, class_legend, draw_mask, overlay_classes
@@ -221,6 +222,16 @@ def convert(args: argparse.Namespace):
         print(f"Left out, without effect on the outputs: {', '.join(conversion.dropped)}.")
 
 
+def export(args: argparse.Namespace):
+    """`cbsa export`."""
+    check_folder(args.output)
+    check = export_model(*load_checkpoint(args.checkpoint), args.output, args.format)
+    print(
+        f"{args.output}: {args.format}, differs by {check.difference:.1e} of the largest output at most; one image in "
+        f"{1000 * check.engine_time:.1f} ms, in PyTorch {1000 * check.eager_time:.1f} ms."
+    )
+
+
 def push(args: argparse.Namespace):
     """`cbsa push`."""
     print(push_checkpoint(args.name, args.checkpoint, args.private))
@@ -357,7 +368,7 @@ def add_segment_options(command: argparse.ArgumentParser):
 
 
 def add_checkpoint_commands(commands):
-    """Add `convert` and `push`."""
+    """Add `convert`, `export` and `push`."""
     command = commands.add_parser("convert", help="make a CBSA model of another library's checkpoint")
     command.add_argument("source", metavar="SOURCE", help="a file of weights, a folder, or a hub id")
     command.add_argument("-o", "--output", type=Path, required=True, help="the folder to write")
@@ -374,6 +385,12 @@ def add_checkpoint_commands(commands):
     command.add_argument("--license", help="of the weights, for the model card, such as apache-2.0")
     command.add_argument("--attribution", help="whose weights they are, a sentence for the model card")
     command.set_defaults(run=convert)
+
+    command = commands.add_parser("export", help="write a model for another engine, and compare it with the model")
+    command.add_argument("checkpoint", metavar="CHECKPOINT", help="a folder or hub id")
+    command.add_argument("-o", "--output", type=Path, required=True, help="the folder to write")
+    command.add_argument("--format", choices=FORMATS, default="onnx", help="what to write (%(default)s)")
+    command.set_defaults(run=export)
 
     command = commands.add_parser("push", help="publish a checkpoint on the Hub, with code, processor and card")
     command.add_argument("name", metavar="NAME", help="the id to publish under, user/model")

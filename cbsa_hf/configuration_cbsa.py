@@ -152,7 +152,8 @@ class CBSAConfig(BackboneConfigMixin, PreTrainedConfig):
         out_indices (`list[int]`, *optional*): The same by number, 0 for `"stem"`.
         reshape_hidden_states (`bool`, defaults to `True`):
             Whether a backbone returns maps (batch, hidden_size, height, width) or, as the heads of DPT and
-            DepthAnything take them, tokens (batch, tokens, hidden_size), CLS first.
+            DepthAnything take them, tokens (batch, tokens, hidden_size), CLS first. These heads count whole patches,
+            and the stem rounds up, so with `"conv_stem"` give them images whose sides are multiples of the patch.
 
     Raises:
         ValueError or `huggingface_hub.errors.StrictDataclassError`: a value that no model can be built from.
