@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -171,6 +172,26 @@ def test_segmentation_learns_and_scores_each_image_once(classifier, masks, tmp_p
         assert ((mistakes == 0).all(-1) == wrong).mean() > 0.998
         assert ((mistakes == 160).all(-1) == (labels == 255)).all()
         left += width + 4
+
+
+def test_one_class(classifier, masks, tmp_path):
+    """Binary: 0 is the background, and both are scored."""
+    data, output = tmp_path / "data", tmp_path / "output"
+    shutil.copytree(masks, data)
+    (data / "id2label.json").write_text(json.dumps({"0": "red"}))
+    arguments = [*SEGMENTATION, f"--dataset_name={data}", f"--model_name_or_path={classifier}", "--num_epochs=2"]
+    arguments += [f"--output_dir={output}", "--dice=true", "--class_balanced=true", "--no_photometric_distortion"]
+    run("finetune.py", *arguments)
+    metrics = json.loads((output / "results.json").read_text())["metrics"]
+    model = AutoModelForSemanticSegmentation.from_pretrained(output).eval()
+    assert model.config.id2label == {0: "red"}
+    segmenter = SlidingWindowSegmenter(model, AutoImageProcessor.from_pretrained(output))
+    expected = measure(segmenter, data)
+    expected["iou/background"] = expected.pop("iou/noise")
+    assert metrics == pytest.approx({**expected, "mean_iou": mean_iou(expected)}, abs=2e-3)
+    scored = run("score.py", "--task=semantic-segmentation", f"--dataset_name={data}", f"--checkpoint={output}")
+    printed = dict(line.split() for line in scored.stdout.splitlines() if len(line.split()) == 2)
+    assert {name: float(printed[name]) for name in metrics} == pytest.approx(metrics, abs=2e-3)
 
 
 @pytest.mark.parametrize(

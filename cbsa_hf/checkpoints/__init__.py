@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal, overload
 
 import numpy as np
 import torch
@@ -145,8 +146,52 @@ def check_weights(name: str, config: CBSAConfig, model_class: type[CBSAPreTraine
         check_fit(model, header, f"{model_class.base_model_prefix}.")
 
 
+@overload
 def load_checkpoint(
-    name: str | None = None, task: str | None = None
+    name: None = None,
+    task: None = None,
+    *,
+    dtype: str | torch.dtype | None = None,
+    device_map: str | dict | torch.device | None = None,
+) -> tuple[CBSAForImageClassification, BaseImageProcessor]: ...
+
+
+@overload
+def load_checkpoint(
+    name: str | None = None,
+    *,
+    task: Literal["image-classification"],
+    dtype: str | torch.dtype | None = None,
+    device_map: str | dict | torch.device | None = None,
+) -> tuple[CBSAForImageClassification, BaseImageProcessor]: ...
+
+
+@overload
+def load_checkpoint(
+    name: str | None = None,
+    *,
+    task: Literal["semantic-segmentation"],
+    dtype: str | torch.dtype | None = None,
+    device_map: str | dict | torch.device | None = None,
+) -> tuple[CBSAForSemanticSegmentation, BaseImageProcessor]: ...
+
+
+@overload
+def load_checkpoint(
+    name: str | None = None,
+    task: str | None = None,
+    *,
+    dtype: str | torch.dtype | None = None,
+    device_map: str | dict | torch.device | None = None,
+) -> tuple[CBSAPreTrainedModel, BaseImageProcessor]: ...
+
+
+def load_checkpoint(
+    name: str | None = None,
+    task: str | None = None,
+    *,
+    dtype: str | torch.dtype | None = None,
+    device_map: str | dict | torch.device | None = None,
 ) -> tuple[CBSAPreTrainedModel, BaseImageProcessor]:
     """
     Model (in evaluation mode) and image processor of a folder or hub id. Code from there is never run, and pickles are
@@ -156,6 +201,8 @@ def load_checkpoint(
         name: the folder or hub id; [`default_checkpoint`] when None.
         task: what the model has to be for, of `TASKS`; when None it is what it was saved as: a classifier, a
             segmenter, or an encoder without a head.
+        dtype, device_map: of the weights, as `from_pretrained` of Transformers takes them; by default what the
+            configuration says, on the CPU.
 
     Raises:
         ValueError: not found, not readable, of another kind of model or for another task, or damaged; the message is
@@ -168,9 +215,11 @@ def load_checkpoint(
     model_class, title = saved_as(config) if task is None else (find_task(task).model_class, find_task(task).title)
     processor = load_processor(folder, config)
     check_weights(folder, config, model_class)
+    options = {"dtype": dtype, "device_map": device_map}
+    options = {option: value for option, value in options.items() if value is not None}
     with one_sentence(f"The weights of {name} cannot be read"):
         model, report = model_class.from_pretrained(
-            folder, config=config, use_safetensors=True, trust_remote_code=False, output_loading_info=True
+            folder, config=config, use_safetensors=True, trust_remote_code=False, output_loading_info=True, **options
         )
     if report["missing_keys"]:
         raise CheckpointError(f"{name} is no {title}: {len(report['missing_keys'])} of its weights are missing.")

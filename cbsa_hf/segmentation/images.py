@@ -8,7 +8,7 @@ import stat
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from io import BytesIO
-from typing import BinaryIO, TypeVar
+from typing import BinaryIO, Literal, TypeVar, overload
 
 import numpy as np
 import torch
@@ -292,7 +292,15 @@ def scale_values(values: np.ndarray) -> np.ndarray:
     return (values // 257).astype(np.uint8)
 
 
-def to_image(source: "ImageSource", *, name: str | None = None, num_channels: int = 3) -> Image.Image | np.ndarray:
+@overload
+def to_image(source: ImageSource, *, name: str | None = None, num_channels: Literal[3] = 3) -> Image.Image: ...
+
+
+@overload
+def to_image(source: ImageSource, *, name: str | None = None, num_channels: int) -> Image.Image | np.ndarray: ...
+
+
+def to_image(source: ImageSource, *, name: str | None = None, num_channels: int = 3) -> Image.Image | np.ndarray:
     """
     Anything that holds one image, as models take it.
 

@@ -1,6 +1,7 @@
 """Semantic segmentation of images larger than the training crop, a window at a time."""
 
 from collections.abc import Callable, Iterable, Sequence
+from typing import Any, overload
 
 import numpy as np
 import torch
@@ -95,10 +96,9 @@ class LogitRows:
         return resize_rows(self.take, self.size[0], rows, size)
 
 
-def label_names(model: torch.nn.Module) -> dict[int, str]:
-    """What the labels of [`SlidingWindowSegmenter`] mean: the classes, or one class and what does not belong to it."""
-    names = unwrap(model).config.id2label
-    return names if len(names) > 1 else {0: "background", 1: names[0]}
+def label_names(id2label: dict[int, str]) -> dict[int, str]:
+    """What the labels of a segmenter mean: of a single class, 1 is what belongs to it and 0 what does not."""
+    return id2label if len(id2label) > 1 else {0: "background", 1: id2label[0]}
 
 
 class SlidingWindowSegmenter:
@@ -248,7 +248,13 @@ class SlidingWindowSegmenter:
             labels[rows] = (logits.argmax(0) if num_labels > 1 else logits[0] > 0).cpu()
         return labels
 
-    def __call__(self, images: ImageSource | Sequence[ImageSource]) -> np.ndarray | list[np.ndarray | ImageError]:
+    @overload
+    def __call__(self, images: list[Any] | tuple[Any, ...]) -> list[np.ndarray | ImageError]: ...
+
+    @overload
+    def __call__(self, images: ImageSource) -> np.ndarray: ...
+
+    def __call__(self, images: Any) -> Any:
         """
         Class indices, (height, width) of one image or of each of several, of any size and mode: whatever
         [`to_image`] takes. Of several, one that cannot be read does not discard the others: the list holds its
