@@ -1,4 +1,4 @@
-"""The demo in a real browser."""
+"""The page in a real browser."""
 
 import os
 import shutil
@@ -29,17 +29,23 @@ pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="chromium is not instal
 
 
 @pytest.fixture(scope="module")
-def url():
+def url(tmp_path_factory):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     url = f"http://127.0.0.1:{port}"
-    process = subprocess.Popen(
-        [sys.executable, str(ROOT / "demo" / "app.py"), "--port", str(port)], env=os.environ, stderr=subprocess.PIPE
-    )
+    environment = os.environ | {"GRADIO_TEMP_DIR": str(tmp_path_factory.mktemp("uploads"))}
+    log = tmp_path_factory.mktemp("log") / "log.txt"
+    with open(log, "w") as file:
+        process = subprocess.Popen(
+            [sys.executable, str(ROOT / "demo" / "app.py"), "--port", str(port)],
+            env=environment,
+            stdout=file,
+            stderr=file,
+        )
     try:
         for _ in range(600):
-            assert process.poll() is None, process.stderr.read().decode()
+            assert process.poll() is None, log.read_text()
             try:
                 urllib.request.urlopen(url).close()
                 break
@@ -51,65 +57,88 @@ def url():
         process.wait(30)
 
 
-@pytest.fixture
-def page(url):
+@pytest.fixture(scope="module")
+def browser():
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
-        page = browser.new_page(viewport={"width": 1280, "height": 900})
-        page.set_default_timeout(60_000)
         expect.set_options(timeout=60_000)
-        page.goto(url)
-        yield page
+        yield browser
         browser.close()
 
 
-def picture(page: Page, name: str) -> bytes:
-    """The bytes of the picture that the page shows there."""
-    return page.request.get(page.locator(f"#{name} img").get_attribute("src")).body()
+@pytest.fixture
+def page(browser, url):
+    """The page, which must leave nothing on the console."""
+    page = browser.new_page(viewport={"width": 1400, "height": 900})
+    page.set_default_timeout(60_000)
+    problems = []
+    page.on("console", lambda message: problems.append(message.text) if message.type == "error" else None)
+    page.on("pageerror", lambda error: problems.append(str(error)))
+    page.goto(url)
+    expect(page.locator("#inside table").first).to_be_visible()
+    yield page
+    page.close()
+    assert not problems
 
 
-def wait_for_change(page: Page, name: str, before: bytes) -> bytes:
-    for _ in range(300):
-        if (after := picture(page, name)) != before:
-            return after
-        page.wait_for_timeout(200)
-    raise AssertionError(f"the picture {name} did not change")
+def source(page: Page, part: str) -> str:
+    """The first picture in a part of the page."""
+    return page.locator(f"#{part} img").first.get_attribute("src")
+
+
+def wait_for_change(page: Page, part: str, before: str) -> str:
+    picture = page.locator(f"#{part} img").first
+    expect(picture).not_to_have_attribute("src", before)
+    return picture.get_attribute("src")
+
+
+def fill(page: Page, name: str, value: int):
+    field = page.locator(f"#{name} input[type=number]").first
+    field.fill(str(value))
+    field.press("Enter")
 
 
 def test_first_result_is_there(page):
-    for name in ("photo", "overlay", "map"):
-        image = page.locator(f"#{name} img")
-        expect(image).to_be_visible()
-        page.wait_for_function("image => image.naturalWidth > 0", arg=image.element_handle())
-        assert image.evaluate("image => [image.naturalWidth, image.naturalHeight]") == [451, 300]
-    assert picture(page, "overlay") != picture(page, "map")
+    for part in ("photo", "segments", "steps", "glance"):
+        picture = page.locator(f"#{part} img").first
+        expect(picture).to_be_visible()
+        assert picture.evaluate("image => image.naturalWidth") > 0
+    photo, segments = (page.locator(f"#{part} .stage").bounding_box() for part in ("photo", "segments"))
+    assert (photo["width"], photo["height"], photo["y"]) == (segments["width"], segments["height"], segments["y"])
 
 
-def test_layer_and_head_change_the_map(page):
-    expect(page.locator("#map img")).to_be_visible()
-    overlay, last = picture(page, "overlay"), picture(page, "map")
-    number = page.locator("#layer input[type=number]")
-    number.fill("2")
-    number.press("Enter")
-    third = wait_for_change(page, "map", last)
-    page.locator("#head label", has_text="head 1").click()
-    wait_for_change(page, "map", third)
-    assert picture(page, "overlay") == overlay
+def test_click_on_the_photo_chooses_a_patch(page):
+    before = source(page, "glance")
+    box = page.locator("#photo .stage").bounding_box()
+    # The middle of patch (2, 20) of 16 x 24.
+    page.mouse.click(box["x"] + box["width"] * 20.5 / 24, box["y"] + box["height"] * 2.5 / 16)
+    wait_for_change(page, "glance", before)
+    expect(page.locator("#row input")).to_have_value("2")
+    expect(page.locator("#column input")).to_have_value("20")
+    assert "row=2&column=20" in page.url
+
+
+def test_layer_and_head_change_the_steps(page):
+    segments, steps = source(page, "segments"), source(page, "steps")
+    fill(page, "layer", 7)
+    steps = wait_for_change(page, "steps", steps)
+    page.locator("#head label", has_text="1").click()
+    wait_for_change(page, "steps", steps)
+    assert source(page, "segments") == segments
 
 
 def test_upload(page, tmp_path, noise):
     noise.save(tmp_path / "upload.png")
-    expect(page.locator("#overlay img")).to_be_visible()
-    before = picture(page, "overlay")
-    page.locator('#photo button[aria-label="Remove Image"]').click()
-    page.locator("#photo input[type=file]").set_input_files(tmp_path / "upload.png")
-    page.wait_for_function("document.querySelector('#overlay img')?.naturalWidth == 70")
-    assert picture(page, "overlay") != before
+    before = source(page, "segments")
+    page.locator("#picker input[type=file]").set_input_files(tmp_path / "upload.png")
+    wait_for_change(page, "segments", before)
+    expect(page.locator("#photo figcaption")).to_contain_text("upload.png")
 
 
 def test_damaged_upload_is_one_sentence(page, tmp_path, photo):
     photo.save(tmp_path / "whole.png")
     (tmp_path / "cut.png").write_bytes((tmp_path / "whole.png").read_bytes()[:20000])
-    page.locator('#photo button[aria-label="Remove Image"]').click()
-    page.locator("#photo input[type=file]").set_input_files(tmp_path / "cut.png")
-    expect(page.get_by_text("cut.png is damaged")).to_be_visible()
+    before = source(page, "segments")
+    page.locator("#picker input[type=file]").set_input_files(tmp_path / "cut.png")
+    expect(page.locator("#status")).to_contain_text("cut.png is damaged")
+    assert source(page, "segments") == before
