@@ -174,23 +174,28 @@ def test_segmentation_learns_and_scores_each_image_once(classifier, masks, tmp_p
         left += width + 4
 
 
-def test_one_class(classifier, masks, tmp_path):
+def test_one_class(classifier, masks, training, tmp_path, capsys):
     """Binary: 0 is the background, and both are scored."""
+    import score
+    from finetune import finetune_segmenter
+
+    from arguments import ScoringArguments, SegmentationArguments, parse_arguments
+
     data, output = tmp_path / "data", tmp_path / "output"
     shutil.copytree(masks, data)
     (data / "id2label.json").write_text(json.dumps({"0": "red"}))
-    arguments = [*SEGMENTATION, f"--dataset_name={data}", f"--model_name_or_path={classifier}", "--num_epochs=2"]
+    arguments = [*SEGMENTATION, f"--dataset_name={data}", f"--model_name_or_path={classifier}", "--num_epochs=1"]
     arguments += [f"--output_dir={output}", "--dice=true", "--class_balanced=true", "--no_photometric_distortion"]
-    run("finetune.py", *arguments)
+    finetune_segmenter(parse_arguments(SegmentationArguments, arguments))
     metrics = json.loads((output / "results.json").read_text())["metrics"]
     model = AutoModelForSemanticSegmentation.from_pretrained(output).eval()
     assert model.config.id2label == {0: "red"}
-    segmenter = SlidingWindowSegmenter(model, AutoImageProcessor.from_pretrained(output))
-    expected = measure(segmenter, data)
+    expected = measure(SlidingWindowSegmenter(model, AutoImageProcessor.from_pretrained(output)), data)
     expected["iou/background"] = expected.pop("iou/noise")
     assert metrics == pytest.approx({**expected, "mean_iou": mean_iou(expected)}, abs=2e-3)
-    scored = run("score.py", "--task=semantic-segmentation", f"--dataset_name={data}", f"--checkpoint={output}")
-    printed = dict(line.split() for line in scored.stdout.splitlines() if len(line.split()) == 2)
+    capsys.readouterr()
+    score.main(ScoringArguments(task="semantic-segmentation", dataset_name=str(data), checkpoint=str(output)))
+    printed = dict(line.split() for line in capsys.readouterr().out.splitlines() if len(line.split()) == 2)
     assert {name: float(printed[name]) for name in metrics} == pytest.approx(metrics, abs=2e-3)
 
 
