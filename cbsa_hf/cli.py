@@ -92,7 +92,8 @@ def segment_photo(job: Job, args: argparse.Namespace):
 def segment_photos(jobs: list[Job], args: argparse.Namespace) -> list[Exception]:
     """Segment what can be, and return what is wrong with the others, a sentence each."""
     photos, find, failures = [job.photo for job in jobs], None, []
-    with tqdm(jobs, unit="photo") as progress:
+    # In terminals alone, and gone at the end: an error or "Interrupted." stands on a line of its own.
+    with tqdm(jobs, unit="photo", leave=False, disable=None) as progress:
         for job in progress:
             try:
                 check_job(job, photos, args.force)

@@ -110,15 +110,21 @@ def check_size(size: tuple[int, int], name: str, max_pixels: int, max_ratio: flo
         )
 
 
+def name_of(source: "ImageSource", otherwise: str = "An image") -> str:
+    """Of the file that it is or comes from; `otherwise` for what has none, such as an array."""
+    if isinstance(source, dict):
+        source = source.get("path")
+    if isinstance(source, (str, os.PathLike)):
+        return str(source)
+    return str(getattr(source, "filename", None) or getattr(source, "name", None) or otherwise)
+
+
 def decode(source: "ImageSource", name: str | None, max_pixels: int, max_ratio: float) -> tuple[Image.Image, str]:
     """A file's image as its decoder gives it, within the limits; and its name."""
+    name = name or name_of(source)
     if isinstance(source, dict):
-        source, path = source.get("bytes"), source.get("path")
-        name = name or path
-        source = path if source is None else source
-    is_path = isinstance(source, (str, os.PathLike))
-    name = name or str(source if is_path else getattr(source, "name", "An image"))
-    if not is_path and not isinstance(source, (bytes, bytearray, memoryview)) and not hasattr(source, "read"):
+        source = source.get("path") if source.get("bytes") is None else source["bytes"]
+    if not isinstance(source, (str, os.PathLike, bytes, bytearray, memoryview)) and not hasattr(source, "read"):
         raise ImageError(f"{name} is a {type(source).__name__}; give a path, bytes or a file that is open.")
     data = read_bytes(source, name, BYTES_PER_PIXEL * max_pixels)
     try:
@@ -267,11 +273,11 @@ def to_image(source: "ImageSource", *, name: str | None = None, num_channels: in
     Raises:
         ImageError: none of these.
     """
+    name = name or name_of(source)
     if num_channels == 3 and isinstance(source, Image.Image):
-        return to_rgb(source, name or "An image")
+        return to_rgb(source, name)
     if num_channels == 3 and not isinstance(source, (np.ndarray, torch.Tensor)):
         return open_image(source, name=name)
-    name = name or "An image"
     if isinstance(source, torch.Tensor):
         source = source.detach().cpu()
         source = (source.float() if source.dtype == torch.bfloat16 else source).numpy()
@@ -288,12 +294,13 @@ def for_each_image(
 ) -> "list[T | ImageError]":
     """
     What `use` makes of each image of [`to_image`]. One that cannot be read or used does not discard the others: its
-    place holds the [`ImageError`], and a warning says so.
+    place holds the [`ImageError`], and a warning says so. What has no file is named by its index, from 0.
     """
     results = []
     for index, source in enumerate(sources):
         try:
-            results.append(use(to_image(source, num_channels=num_channels)))
+            name = name_of(source, f"Image {index}")
+            results.append(use(to_image(source, name=name, num_channels=num_channels)))
         except ImageError as error:
             warnings.warn(f"Image {index} of {len(sources)} is left out: {error}", stacklevel=3)
             results.append(error)
