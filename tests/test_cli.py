@@ -455,3 +455,27 @@ def test_interrupted_process(photo_file, tmp_path, seconds):
     assert process.returncode == 130
     assert error == "cbsa: Interrupted.\n"
     assert not list(tmp_path.rglob("*partial*"))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision(tiny_model, saved_segmenter, photo_file, tmp_path, monkeypatch, dtype):
+    """Every command that takes a checkpoint takes one in half precision, and finds in it what float32 finds."""
+    folders = {"classifier": tmp_path / "classifier", "segmenter": saved_segmenter}
+    tiny_model.to(dtype).save_pretrained(folders["classifier"])
+    AutoImageProcessor.from_pretrained(saved_segmenter).save_pretrained(folders["classifier"])
+    CBSAForSemanticSegmentation.from_pretrained(saved_segmenter, dtype=dtype).save_pretrained(saved_segmenter)
+    number = 0
+    for name, commands in {
+        "classifier": ["segment", "segment --segments 3", "segment --method attention"],
+        "segmenter": ["segment", "segment --task semantic"],
+    }.items():
+        for command in [*commands, "attention", "inspect", "inspect --patch 1 1"]:
+            output = tmp_path / (f"{number}.png" if command.split()[0] != "inspect" else str(number))
+            number += 1
+            arguments = ["--long-side", "48", "--checkpoint", str(folders[name]), "-o", str(output)]
+            assert main([*command.split(), str(photo_file), *arguments]) == 0, command
+            assert json.loads((folders[name] / "config.json").read_text())["dtype"] == str(dtype).split(".")[1]
+            if command.startswith("inspect"):
+                json.loads((output / "report.json").read_text(), parse_constant=pytest.fail)  # NaN and infinity
+            else:
+                assert np.asarray(Image.open(output).convert("RGB")).std() > 10
