@@ -94,7 +94,8 @@ def segment_photo(job: Job, args: argparse.Namespace):
 def segment_photos(jobs: list[Job], args: argparse.Namespace) -> list[Exception]:
     """Segment several photos. Returns an error for each photo that could not be segmented."""
     photos, find, failures = [job.photo for job in jobs], None, []
-    with tqdm(jobs, unit="photo") as progress:
+    # In terminals alone, and gone at the end: an error or "Interrupted." stands on a line of its own.
+    with tqdm(jobs, unit="photo", leave=False, disable=None) as progress:
         for job in progress:
             try:
                 check_job(job, photos, args.force)

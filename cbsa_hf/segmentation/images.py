@@ -119,18 +119,24 @@ def check_size(size: tuple[int, int], name: str, max_pixels: int, max_ratio: flo
         )
 
 
+def name_of(source: "ImageSource", otherwise: str = "An image") -> str:
+    """Name of the file that it is or comes from; `otherwise` if there is none, as for an array."""
+    if isinstance(source, dict):
+        source = source.get("path")
+    if isinstance(source, (str, os.PathLike)):
+        return str(source)
+    return str(getattr(source, "filename", None) or getattr(source, "name", None) or otherwise)
+
+
 def decode(source: "ImageSource", name: str | None, max_pixels: int, max_ratio: float) -> tuple[Image.Image, str]:
     """
     The image in a file as its decoder returns it, turned upright, and its name for messages. Arguments and errors are
     those of [`open_image`].
     """
+    name = name or name_of(source)
     if isinstance(source, dict):
-        source, path = source.get("bytes"), source.get("path")
-        name = name or path
-        source = path if source is None else source
-    is_path = isinstance(source, (str, os.PathLike))
-    name = name or str(source if is_path else getattr(source, "name", "An image"))
-    if not is_path and not isinstance(source, (bytes, bytearray, memoryview)) and not hasattr(source, "read"):
+        source = source.get("path") if source.get("bytes") is None else source["bytes"]
+    if not isinstance(source, (str, os.PathLike, bytes, bytearray, memoryview)) and not hasattr(source, "read"):
         raise ImageError(f"{name} is a {type(source).__name__}; give a path, bytes or a file that is open.")
     data = read_bytes(source, name, BYTES_PER_PIXEL * max_pixels)
     try:
@@ -340,17 +346,19 @@ def to_image(source: ImageSource, *, name: str | None = None, num_channels: int 
     Raises:
         ImageError: `source` is none of these, or cannot be read.
     """
+    name = name or name_of(source)
     if isinstance(source, (np.ndarray, torch.Tensor)):
-        return array_to_image(source, name or "An image", num_channels)
+        return array_to_image(source, name, num_channels)
     if num_channels in (1, 3):
-        image = (
-            to_rgb(source, name or "An image") if isinstance(source, Image.Image) else open_image(source, name=name)
-        )
+        image = to_rgb(source, name) if isinstance(source, Image.Image) else open_image(source, name=name)
         return image if num_channels == 3 else np.asarray(image.convert("L"))[..., None]
     if isinstance(source, Image.Image):
-        image, name = turn_upright(source), name or "An image"
+        try:
+            image = turn_upright(source)
+        except Exception as error:
+            raise failure(name, error) from error
     else:
-        image, name = decode(source, name, MAX_PIXELS, MAX_RATIO)
+        image, _ = decode(source, name, MAX_PIXELS, MAX_RATIO)
     if len(image.getbands()) != num_channels:
         raise ImageError(
             f"{name} has the channels {', '.join(image.getbands())}, and the model takes {num_channels}; give an "
@@ -380,12 +388,13 @@ def for_each_image(
 
     Returns:
         The results in order. A source that cannot be read or used has its [`ImageError`] there instead, and a warning
-        says so.
+        says so. A source without a file is named by its index, from 0.
     """
     results = []
     for index, source in enumerate(sources):
         try:
-            results.append(use(to_image(source, num_channels=num_channels)))
+            name = name_of(source, f"Image {index}")
+            results.append(use(to_image(source, name=name, num_channels=num_channels)))
         except ImageError as error:
             warnings.warn(f"Image {index} of {len(sources)} is left out: {error}", stacklevel=3)
             results.append(error)

