@@ -20,7 +20,7 @@ from gradio_client import Client, handle_file
 from gradio_client.exceptions import AppError
 from PIL import Image
 
-from cbsa_hf import ZeroShotSegmenter, attention_maps, load_checkpoint
+from cbsa_hf import ZeroShotSegmenter, attention_maps, default_checkpoint, load_checkpoint
 from cbsa_hf.segmentation.images import to_pixel_values
 
 
@@ -33,7 +33,7 @@ def server(tmp_path_factory):
     """The address of a running page, and the folder of its uploads."""
     folder = tmp_path_factory.mktemp("uploads").resolve()
     os.environ["GRADIO_TEMP_DIR"] = str(folder)
-    page = build_page(looks.Explorer({"shipped": None}))
+    page = build_page(looks.Explorer({"shipped": default_checkpoint()}))
     _, url, _ = page.launch(prevent_thread_lock=True, quiet=True, **SERVER)
     yield url, folder
     page.close()
