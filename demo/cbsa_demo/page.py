@@ -114,7 +114,7 @@ def add_pictures(parts: SimpleNamespace):
             with gr.Row():
                 parts.save = {
                     kind: gr.Button(label, size="sm", min_width=60, elem_id=f"save-{kind}")
-                    for kind, label in {"mask": "Save mask", "segments": "Save segments", "maps": "Save maps"}.items()
+                    for kind, label in {"mask": "Save mask", "segments": "Save labels", "maps": "Save maps"}.items()
                 }
             parts.saved = own_html(None, ["downloads.js"], elem_id="saved")
 
