@@ -13,7 +13,7 @@ import pytest
 import torch
 import yaml
 from conftest import ROOT
-from datasets import ClassLabel, Dataset, Features, Image, Value
+from datasets import Array3D, ClassLabel, Dataset, Features, Image, Value
 from PIL import Image as PILImage
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
@@ -38,7 +38,7 @@ from arguments import (
 from cbsa_hf import CBSAConfig, CBSAForImageClassification
 from data.classification import TrainingImages
 from data.loading import find_columns, find_mask_columns, load_images
-from data.segmentation import IGNORED, TrainingMasks, class_weights, read_mask, read_names
+from data.segmentation import IGNORED, SegmentationDataset, TrainingMasks, class_weights, read_mask, read_names
 from data.streaming import StreamedRows
 from engine.interruption import outlive_interruption
 from engine.optimization import build_optimizer, build_scheduler, parameter_groups
@@ -527,6 +527,60 @@ class TestSegmentation:
             inside, counts = labels == k, labels != IGNORED
             overlaps.append(2 * probability[inside].sum() / (probability[counts].sum() + inside.sum()))
         torch.testing.assert_close(losses[1] - losses[0], 1 - sum(overlaps).float() / 3)
+
+    @pytest.mark.parametrize("weights", [None, torch.tensor([1.0, 3.0])])
+    def test_one_class(self, weights):
+        """Binary cross-entropy by the sigmoid, and the Dice of class and background, pixel by pixel."""
+        logits, labels = torch.randn(2, 1, 4, 5), torch.randint(0, 2, (2, 4, 5))
+        labels[:, 1] = IGNORED
+        losses = [
+            SegmentationLoss(lambda pixel_values: SimpleNamespace(logits=logits), weights, dice)(None, labels)["loss"]
+            for dice in (False, True)
+        ]
+        counts, share = labels != IGNORED, logits[:, 0].double().sigmoid()
+        chosen = torch.where(labels == 1, share, 1 - share)[counts]
+        importance = (torch.ones(2) if weights is None else weights)[labels[counts]]
+        torch.testing.assert_close(losses[0].double(), -(importance * chosen.log()).sum() / importance.sum())
+        overlaps = []
+        for k, probability in enumerate((1 - share, share)):
+            inside = labels == k
+            overlaps.append(2 * probability[inside].sum() / (probability[counts].sum() + inside.sum()))
+        torch.testing.assert_close((losses[1] - losses[0]).double(), 1 - sum(overlaps) / 2, rtol=1e-5, atol=1e-5)
+
+    def test_masks_of_one_class(self):
+        picture, mask = PILImage.new("RGB", (3, 2)), np.array([[0, 1, 255], [1, 0, 0]], dtype=np.uint8)
+        rows = Dataset.from_dict(
+            {"image": [picture] * 2, "label": [PILImage.fromarray(mask), PILImage.fromarray(2 * (mask % 255))]},
+            features=Features({"image": Image(), "label": Image()}),
+        )
+        images = SegmentationDataset(rows, max_corrupt=0, num_labels=1, reduce_labels=False)
+        assert np.array_equal(images.read(0)[1], mask)
+        with pytest.raises(ValueError, match=r"has the label 2; .* or one class and 0 for its background"):
+            images.read(1)
+
+    @pytest.mark.parametrize("first", [False, True])
+    def test_arrays_of_four_channels(self, first):
+        random = np.random.default_rng(0)
+        arrays = random.integers(0, 256, (2, 20, 30, 4), dtype=np.uint8)
+        masks = [PILImage.fromarray(random.integers(0, 3, (20, 30), dtype=np.uint8)) for _ in range(2)]
+        stored = arrays.transpose(0, 3, 1, 2) if first else arrays
+        features = Features({"image": Array3D(stored.shape[1:], "uint8"), "label": Image()})
+        rows = Dataset.from_dict({"image": list(stored), "label": masks}, features=features)
+        assert find_mask_columns(rows) == ["image", "label"]
+        image, labels = SegmentationDataset(rows, 0, 3, False, num_channels=4).read(1)
+        assert np.array_equal(image, arrays[1]) and np.array_equal(labels, masks[1])
+        processor = ViTImageProcessorPil(image_mean=[0.1, 0.2, 0.3, 0.4], image_std=[0.5] * 4)
+        images = self.make(rows, processor, crop_size=(20, 30), resize_ratios=(1, 1))
+        item = images[0]
+        expected = (arrays[0] / 255 - [0.1, 0.2, 0.3, 0.4]) / 0.5
+        flipped = not np.array_equal(item["labels"], masks[0])
+        found = item["pixel_values"].permute(1, 2, 0).numpy()
+        np.testing.assert_allclose(found[:, ::-1] if flipped else found, expected, atol=1e-5)
+        assert len(images.sample()) == 2
+        with pytest.raises(ValueError, match="4 channels cannot be distorted: give `--no_photometric_distortion`"):
+            self.make(rows, processor, photometric_distortion=True)
+        with pytest.raises(ValueError, match=r"'image' has arrays of shape .* and the model takes 3 channels"):
+            SegmentationDataset(rows, 0, 3, False)
 
     def test_class_weights(self, masked, processor):
         images = self.make(masked, processor)

@@ -12,8 +12,9 @@ import pytest
 import score
 import torch
 from accelerate.utils import DistributedType
-from datasets import Dataset
+from datasets import Array3D, ClassLabel, Dataset, Features
 from finetune import finetune_classifier
+from PIL import Image
 from safetensors.torch import load_file
 from torch.nn import functional as F
 from transformers import AutoModelForImageClassification, AutoModelForSemanticSegmentation
@@ -317,3 +318,26 @@ class TestScores:
         assert scores == pytest.approx(
             {"mean_iou": 0.5, "pixel_accuracy": 2 / 3, "iou/sky": 1.0, "iou/tree": 0.5, "iou/car": 0.0}
         )
+
+
+def test_thirteen_channels(start, tmp_path):
+    """Arrays of 16 bits from the data set to the scores, which are those of every channel resized by itself."""
+    arrays = np.random.default_rng(0).integers(0, 65536, (8, 40, 48, 13), dtype=np.uint16)
+    features = Features({"image": Array3D((40, 48, 13), "uint16"), "label": ClassLabel(names=["a", "b"])})
+    for split in ("train", "validation"):
+        rows = Dataset.from_dict({"image": list(arrays), "label": [0, 1] * 4}, features=features)
+        rows.to_parquet(tmp_path / "data" / f"{split}-00000-of-00001.parquet")
+    config = json.loads((tmp_path / "data" / "config.json").read_text())
+    (tmp_path / "data" / "config.json").write_text(json.dumps({**config, "num_channels": 13}))
+    start(tmp_path / "run")
+    model = AutoModelForImageClassification.from_pretrained(tmp_path / "run").eval()
+    logits = []
+    for array in (arrays // 257).astype(np.uint8):
+        channels = [Image.fromarray(channel).resize((32, 32), Image.BILINEAR) for channel in array.transpose(2, 0, 1)]
+        pixels = np.stack([np.asarray(channel) for channel in channels]) / 255
+        with torch.no_grad():
+            logits.append(model(torch.from_numpy(pixels[None] * 2 - 1).float()).logits)
+    logits, labels = torch.cat(logits), torch.tensor([0, 1] * 4)
+    metrics = json.loads((tmp_path / "run" / "results.json").read_text())["metrics"]
+    assert metrics["loss"] == pytest.approx(F.cross_entropy(logits, labels).item(), abs=1e-3)
+    assert metrics["accuracy"] == pytest.approx((logits.argmax(-1) == labels).double().mean().item())
