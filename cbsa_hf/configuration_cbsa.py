@@ -13,7 +13,7 @@ from transformers.backbone_utils import BackboneConfigMixin
 
 
 # The names that a configuration may use. Each table of classes, such as `ATTENTIONS`, has the names of one type.
-RepresentativeAttentionType = Literal["cbsa", "agent"]
+RepresentativeAttentionType = Literal["cbsa", "agent", "mita"]
 AttentionType = Literal[RepresentativeAttentionType, "mssa", "tssa", "linear", "softmax"]
 FeedForwardType = Literal["ista", "mlp"]
 PatchEmbeddingType = Literal["conv_stem", "patchify", "linear"]
@@ -95,16 +95,20 @@ class CBSAConfig(BackboneConfigMixin, PreTrainedConfig):
         num_attention_heads (`int`, defaults to 3): Number of heads.
         head_dim (`int`, *optional*): Dimension p of one head; `hidden_size // num_attention_heads` when not given.
         attention_type (`str` or `list[str]`, defaults to `"cbsa"`):
-            `"cbsa"`; `"mssa"` (CRATE), `"tssa"` (ToST), `"linear"`, `"softmax"` (ViT), or `"agent"` (a ViT's attention
-            made to work through representatives); a list names one for each layer. `attention_cbsa.py` defines each.
+            `"cbsa"`; `"mssa"` (CRATE), `"tssa"` (ToST), `"linear"`, `"softmax"` (ViT), `"agent"` (a ViT's attention
+            through representatives), or `"mita"` (through landmarks and the tokens that they select); a list names one
+            for each layer. `attention_cbsa.py` defines each.
         feed_forward_type (`str`, defaults to `"ista"`): `"ista"`, or `"mlp"` with GELU and a skip connection (ViT).
         intermediate_size (`int`, *optional*): Width of the MLP; `4 * hidden_size` when not given.
         patch_embedding_type (`str`, defaults to `"conv_stem"`):
             `"conv_stem"`; `"patchify"` (CRATE's: norm, linear, norm on flattened patches), or `"linear"` (ViT's).
         representatives_type (`str`, defaults to `"pool"`):
-            Whether initial representatives are a `"pool"` of the tokens or `"learned"`; for `"cbsa"` and `"agent"`.
+            Whether initial representatives are a `"pool"` of the tokens or `"learned"`; for `"cbsa"`, `"agent"` and
+            `"mita"`.
         representatives_size (`int` or `(int, int)`, defaults to 8):
             Height and width of the grid of representatives; 8 means 8 x 8, so m = 64.
+        landmarks_size (`int` or `(int, int)`, defaults to 5):
+            The same for `"mita"`, whose representatives are called landmarks.
         pooled_tokens (`str`, defaults to `"patches"`):
             Which tokens the initial representatives are pooled from: the `"patches"`, or, as the published classifiers
             do, `"all_but_last"` of all tokens, which reads CLS as the first patch and misses the last one.
@@ -181,6 +185,7 @@ class CBSAConfig(BackboneConfigMixin, PreTrainedConfig):
     patch_embedding_type: PatchEmbeddingType = "conv_stem"
     representatives_type: RepresentativesType = "pool"
     representatives_size: int | list[int] | tuple[int, int] = 8
+    landmarks_size: int | list[int] | tuple[int, int] = 5
     pooled_tokens: PooledTokens = "patches"
     size_factor: bool = True
     base_num_patches: int | None = None
@@ -309,12 +314,12 @@ class CBSAConfig(BackboneConfigMixin, PreTrainedConfig):
             value = getattr(self, name)
             if value is None or value < 1:
                 raise ValueError(f"`{name}` is {value}, and has to be at least 1.")
-        for name in ("image_size", "representatives_size", "decoder_representatives_size"):
+        for name in ("image_size", "representatives_size", "landmarks_size", "decoder_representatives_size"):
             value = getattr(self, name)
             sides = [value, value] if isinstance(value, int) else value
             if len(sides) != 2 or min(sides) < 1:
                 raise ValueError(f"`{name}` is {value}; give one side or (height, width), each at least 1.")
-            if "representatives" in name and sides[0] * sides[1] > MAX_REPRESENTATIVES:
+            if name != "image_size" and sides[0] * sides[1] > MAX_REPRESENTATIVES:
                 raise ValueError(
                     f"`{name}` is {value}, which makes {sides[0] * sides[1]} representatives; their cost grows with "
                     f"the square of their number, which has to be at most {MAX_REPRESENTATIVES}."

@@ -282,14 +282,14 @@ def build_attention(config: CBSAConfig, attention_type: str, base_num_patches: i
     """That operator, with its representatives where it has any; `base_num_patches` is N0 where it takes one."""
     attention = ATTENTIONS[attention_type]
     options = {"base_num_patches": base_num_patches, "folded": config.folded}
+    size = to_pair(config.landmarks_size if attention_type == "mita" else config.representatives_size)
     if attention.uses_representatives and config.representatives_type == "pool":
         # The reference's quirk reads all tokens but the last as the grid, so its grid starts at CLS.
         first_token = {"patches": 1 + config.num_register_tokens, "all_but_last": 0}[config.pooled_tokens]
-        options["representatives"] = PooledRepresentatives(config.representatives_size, first_token)
+        options["representatives"] = PooledRepresentatives(size, first_token)
     elif attention.uses_representatives:
-        height, width = to_pair(config.representatives_size)
         options["representatives"] = LearnedRepresentatives(
-            config.num_attention_heads, height * width, config.head_dim
+            config.num_attention_heads, size[0] * size[1], config.head_dim
         )
     return attention(config.hidden_size, config.num_attention_heads, config.head_dim, **options)
 

@@ -54,7 +54,7 @@ def test_builds_on_no_module_of_the_library():
         (
             "attention_type",
             ["cbsa", "mixer"],
-            "`attention_type` is 'mixer'; choose one of 'cbsa', 'agent', 'mssa', 'tssa', 'linear', 'softmax'.",
+            "`attention_type` is 'mixer'; choose one of 'cbsa', 'agent', 'mita', 'mssa', 'tssa', 'linear', 'softmax'.",
         ),
     ],
 )

@@ -60,7 +60,7 @@ def test_all_axes_compose(tiny_config, tmp_path, attention, feed_forward, patch_
         "patch_embedding_type": patch_embedding,
         "representatives_type": representatives,
     }
-    if representatives == "learned" and attention not in ("cbsa", "agent"):
+    if representatives == "learned" and attention not in ("cbsa", "agent", "mita"):
         message = f"`representatives_type='learned'` has no meaning for attention type '{attention}'"
         with pytest.raises(StrictDataclassError, match=message):
             CBSAConfig(**values)
@@ -277,7 +277,8 @@ def test_bins_are_those_of_the_adaptive_pool(length, bins):
 
 
 @pytest.mark.parametrize(
-    ("attention", "patch_embedding"), [("cbsa", "conv_stem"), ("agent", "linear"), ("tssa", "patchify")]
+    ("attention", "patch_embedding"),
+    [("cbsa", "conv_stem"), ("agent", "linear"), ("tssa", "patchify"), ("mita", "linear")],
 )
 def test_exports_for_every_size(tiny_config, tmp_path, attention, patch_embedding):
     tiny_config.attention_type, tiny_config.patch_embedding_type = attention, patch_embedding

@@ -30,7 +30,7 @@ from tasks.classification import Classification, build_validation, train_classif
 from tasks.heads import load_for_classes
 
 
-ATTENTION_TYPES = ("agent", "cbsa")
+ATTENTION_TYPES = ("agent", "mita", "cbsa")
 
 
 @dataclass(kw_only=True)
@@ -93,8 +93,8 @@ def replace_attention(
     original: CBSAForImageClassification, attention_type: str, names: list[str], **changes
 ) -> CBSAForImageClassification:
     """
-    A copy of a ViT with another attention, and a new classifier where the classes are others. `agent` takes over every
-    weight. `cbsa` has one projection for the three, which starts as that of the keys, without its bias.
+    A copy of a ViT with another attention, and a new classifier where the classes are others. `agent` and `mita` take
+    over every weight. `cbsa` has one projection for the three, which starts as that of the keys, without its bias.
     """
     changes = {"attention_type": attention_type, **changes}
     with TemporaryDirectory() as folder:

@@ -87,7 +87,7 @@ def convert_checkpoint(
     Args:
         source: a file of weights, a folder, or a hub id.
         origin: a name in `ORIGINS`; told from the keys by default.
-        attention_type: `"softmax"`, which is exact, or `"agent"`, which has to be fine-tuned, for a ViT.
+        attention_type: `"softmax"`, which is exact, or `"agent"` or `"mita"`, which have to be fine-tuned, for a ViT.
         num_heads: number of heads, where neither the weights nor a `config.json` tell.
 
     Raises:

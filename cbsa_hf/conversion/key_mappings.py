@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 
 
-VIT_ATTENTIONS = ("softmax", "agent")
+VIT_ATTENTIONS = ("softmax", "agent", "mita")
 
 TIMM_LAYER = {
     "norm1": "layernorm_before",
