@@ -15,7 +15,7 @@ from transformers.backbone_utils import BackboneConfigMixin
 # The names that a configuration may use. Each table of classes, such as `ATTENTIONS`, has the names of one type.
 RepresentativeAttentionType = Literal["cbsa", "agent", "mita"]
 AttentionType = Literal[RepresentativeAttentionType, "mssa", "tssa", "linear", "softmax"]
-FeedForwardType = Literal["ista", "mlp"]
+FeedForwardType = Literal["ista", "odl", "mlp", "none"]
 PatchEmbeddingType = Literal["conv_stem", "patchify", "linear"]
 RepresentativesType = Literal["pool", "learned"]
 PooledTokens = Literal["patches", "all_but_last"]
@@ -98,8 +98,11 @@ class CBSAConfig(BackboneConfigMixin, PreTrainedConfig):
             `"cbsa"`; `"mssa"` (CRATE), `"tssa"` (ToST), `"linear"`, `"softmax"` (ViT), `"agent"` (a ViT's attention
             through representatives), or `"mita"` (through landmarks and the tokens that they select); a list names one
             for each layer. `attention_cbsa.py` defines each.
-        feed_forward_type (`str`, defaults to `"ista"`): `"ista"`, or `"mlp"` with GELU and a skip connection (ViT).
-        intermediate_size (`int`, *optional*): Width of the MLP; `4 * hidden_size` when not given.
+        feed_forward_type (`str`, defaults to `"ista"`):
+            `"ista"`, without a skip connection; `"odl"`, two steps in an overcomplete dictionary (CRATE-alpha), and
+            `"mlp"` with GELU (ViT), both with a skip connection; or `"none"`, attention only.
+        intermediate_size (`int`, *optional*):
+            Width of the MLP and of the dictionary of `"odl"`; `4 * hidden_size` when not given.
         patch_embedding_type (`str`, defaults to `"conv_stem"`):
             `"conv_stem"`; `"patchify"` (CRATE's: norm, linear, norm on flattened patches), or `"linear"` (ViT's).
         representatives_type (`str`, defaults to `"pool"`):
@@ -119,8 +122,8 @@ class CBSAConfig(BackboneConfigMixin, PreTrainedConfig):
         base_num_patches (`int`, *optional*): N0 of the encoder; the patches at `image_size` when not given.
         num_register_tokens (`int`, defaults to 0):
             Learned tokens between CLS and the patches (arXiv 2309.16588), which nothing is read from in the end.
-        ista_step_size (`float`, defaults to 0.1): Step of the ISTA feed-forward.
-        ista_threshold (`float`, defaults to 0.1): Weight lambda of its sparsity penalty.
+        ista_step_size (`float`, defaults to 0.1): Step size of the feed-forwards `"ista"` and `"odl"`.
+        ista_threshold (`float`, defaults to 0.1): Weight lambda of their sparsity penalty.
         folded (`bool`, defaults to `False`):
             Whether the weights are those that `cbsa_hf.fold` makes: affine parts of norms, batch norm, steps and both
             products of ISTA folded into the layers around them. For inference only.
@@ -134,6 +137,8 @@ class CBSAConfig(BackboneConfigMixin, PreTrainedConfig):
             the published segmenters do.
         num_channels (`int`, defaults to 3): Channels of the image.
         layer_norm_eps (`float`, defaults to 1e-5): Epsilon of every LayerNorm.
+        final_layer_norm_eps (`float`, *optional*):
+            Epsilon of the LayerNorm after the last layer; `layer_norm_eps` when not given.
         initializer_range (`float`, defaults to 0.02):
             Standard deviation of the initial CLS token, positions, class tokens and convolutions. Linear layers start
             as in torch (`kaiming_uniform_`), whose spread depends on their width.
@@ -199,6 +204,7 @@ class CBSAConfig(BackboneConfigMixin, PreTrainedConfig):
     position_interpolation: PositionInterpolation = "bicubic"
     num_channels: int = 3
     layer_norm_eps: float = 1e-5
+    final_layer_norm_eps: float | None = None
     initializer_range: float = 0.02
     decoder_type: DecoderType = "cbsa"
     decoder_num_layers: int = 3
@@ -295,7 +301,10 @@ class CBSAConfig(BackboneConfigMixin, PreTrainedConfig):
         return (height + rest) // self.patch_size, (width + rest) // self.patch_size
 
     def save_pretrained(self, save_directory, **kwargs):
-        # A model that is saved enters itself alone; with the others, `AutoModel` opens a saved classifier too.
+        """
+        Writes `config.json`, with every model class of this library in `auto_map`. Transformers enters only the class
+        that is saved; with all of them, `AutoModel` opens a saved classifier too.
+        """
         self.auto_map = AUTO_MAP | (getattr(self, "auto_map", None) or {})
         super().save_pretrained(save_directory, **kwargs)
 
@@ -380,12 +389,17 @@ class CBSAConfig(BackboneConfigMixin, PreTrainedConfig):
             )
 
     def validate_drop_path_rate(self):
+        """A share of the updates, never all of them."""
         if not 0 <= self.drop_path_rate < 1:
             raise ValueError(f"`drop_path_rate` is {self.drop_path_rate}, and has to be from 0 to below 1.")
 
     def validate_numbers(self):
-        for name in ("ista_step_size", "ista_threshold", "layer_norm_eps", "initializer_range"):
+        """Step sizes, thresholds, epsilons and deviations are finite and not negative."""
+        names = ("ista_step_size", "ista_threshold", "layer_norm_eps", "final_layer_norm_eps", "initializer_range")
+        for name in names:
             value = getattr(self, name)
+            if value is None:
+                continue
             if not value >= 0:
                 raise ValueError(f"`{name}` is {value}, and must not be negative.")
             if value > sys.float_info.max:
@@ -397,6 +411,7 @@ class CBSAConfig(BackboneConfigMixin, PreTrainedConfig):
             raise ValueError(f"`id2label` has to number its {len(self.id2label)} labels from 0 without a hole.")
 
     def validate_decoder(self):
+        """Heads have a dimension, and another backbone is another library's."""
         if self.decoder_head_dim is not None and self.decoder_head_dim < 1:
             raise ValueError(f"`decoder_head_dim` is {self.decoder_head_dim}, and has to be at least 1.")
         if isinstance(self.backbone_config, CBSAConfig):

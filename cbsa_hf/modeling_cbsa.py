@@ -238,6 +238,7 @@ class CBSAISTA(nn.Module):
     """
 
     has_skip = False
+    has_norm = True
 
     def __init__(self, config: CBSAConfig):
         super().__init__()
@@ -261,10 +262,46 @@ class CBSAISTA(nn.Module):
         return F.relu(torch.add(hidden_states, gradient, alpha=self.step_size) - self.step_size * self.threshold)
 
 
+class CBSAODL(nn.Module):
+    """
+    Two proximal gradient steps towards a sparse code in an overcomplete dictionary D, and the code's product with a
+    second dictionary (CRATE-alpha, arXiv 2405.20299). With step size s and threshold t, x a column:
+
+        z1 = relu(s D^T x - s t)
+        z2 = relu(z1 - s D^T (D z1 - x) - s t)
+        output D1 z2
+
+    Maps (..., hidden_size) to itself, D and D1 (hidden_size, intermediate_size); with a skip connection.
+    """
+
+    has_skip = True
+    has_norm = True
+
+    def __init__(self, config: CBSAConfig):
+        super().__init__()
+        self.step_size = config.ista_step_size
+        self.threshold = config.ista_threshold
+        self.dictionary = nn.Parameter(torch.empty(config.hidden_size, config.intermediate_size))
+        # In a folded model this is s D^T x - s t, and takes over scale and shift of the norm.
+        self.in_proj = nn.Linear(config.hidden_size, config.intermediate_size) if config.folded else None
+        self.out_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        if self.in_proj is not None:
+            gradient = self.in_proj(hidden_states)
+        else:
+            gradient = self.step_size * (F.linear(hidden_states, self.dictionary.t()) - self.threshold)
+        code = F.relu(gradient)
+        reconstruction = F.linear(code, self.dictionary)
+        code = F.relu(code + gradient - self.step_size * F.linear(reconstruction, self.dictionary.t()))
+        return self.out_proj(code)
+
+
 class CBSAMLP(nn.Module):
     """The usual two layers with GELU between them (ViT). Maps (..., hidden_size) to itself; with a skip connection."""
 
     has_skip = True
+    has_norm = True
 
     def __init__(self, config: CBSAConfig):
         super().__init__()
@@ -275,7 +312,17 @@ class CBSAMLP(nn.Module):
         return self.fc2(F.gelu(self.fc1(hidden_states)))
 
 
-FEED_FORWARDS = {"ista": CBSAISTA, "mlp": CBSAMLP}
+class CBSANoFeedForward(nn.Identity):
+    """For models of attention alone (arXiv 2506.03790): gives back what it gets, and there is no norm before it."""
+
+    has_skip = False
+    has_norm = False
+
+    def __init__(self, config: CBSAConfig):
+        super().__init__()
+
+
+FEED_FORWARDS = {"ista": CBSAISTA, "odl": CBSAODL, "mlp": CBSAMLP, "none": CBSANoFeedForward}
 
 
 def build_attention(config: CBSAConfig, attention_type: str, base_num_patches: int | None = None) -> SelfAttention:
@@ -309,7 +356,7 @@ class CBSADropPath(nn.Module):
 
 
 class CBSALayer(GradientCheckpointingLayer):
-    """`h = z + attention(LN(z))`, then `z' = ista(LN(h))`, or `z' = h + mlp(LN(h))`."""
+    """`h = z + attention(LN(z))`, then `z' = ista(LN(h))`; with ODL or an MLP `z' = h + mlp(LN(h))`; or `z' = h`."""
 
     def __init__(
         self,
@@ -322,8 +369,9 @@ class CBSALayer(GradientCheckpointingLayer):
         self.drop_path = CBSADropPath(drop_path_rate)
         self.layernorm_before = block_norm(config, config.hidden_size)
         self.attention = build_attention(config, attention_type, base_num_patches)
-        self.layernorm_after = block_norm(config, config.hidden_size)
-        self.feed_forward = FEED_FORWARDS[config.feed_forward_type](config)
+        feed_forward = FEED_FORWARDS[config.feed_forward_type]
+        self.layernorm_after = block_norm(config, config.hidden_size) if feed_forward.has_norm else nn.Identity()
+        self.feed_forward = feed_forward(config)
         # Known here once and for all: adapters may wrap a block, and a wrapper has none of its attributes.
         self.has_skip = self.feed_forward.has_skip
 
@@ -376,6 +424,8 @@ class CBSAPreTrainedModel(PreTrainedModel):
             init.ones_(module.temp)
         elif isinstance(module, LearnedRepresentatives):
             init.normal_(module.weight)
+        elif isinstance(module, CBSAODL):
+            init.kaiming_uniform_(module.dictionary)
         elif isinstance(module, CBSAISTA):
             init.kaiming_uniform_(module.weight)
             if module.bias is not None:
@@ -445,7 +495,8 @@ class CBSAModel(CBSAPreTrainedModel):
                 for attention_type, rate in zip(config.layer_attention_types, rates, strict=True)
             ]
         )
-        self.layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        eps = config.layer_norm_eps if config.final_layer_norm_eps is None else config.final_layer_norm_eps
+        self.layernorm = nn.LayerNorm(config.hidden_size, eps=eps)
         self.post_init()
 
     @property

@@ -106,7 +106,10 @@ def derive_config(
         raise ValueError(f"{num_heads} heads do not divide the attention's width of {inner_size}.")
 
     values = {}
-    if "cbsa.layers.0.feed_forward.weight" not in weights:
+    if "cbsa.layers.0.feed_forward.dictionary" in weights:
+        values["feed_forward_type"] = "odl"
+        values["intermediate_size"] = shape("cbsa.layers.0.feed_forward.dictionary", 2)[1]
+    elif "cbsa.layers.0.feed_forward.weight" not in weights:
         values["feed_forward_type"] = "mlp"
         values["intermediate_size"] = shape("cbsa.layers.0.feed_forward.fc1.weight", 2)[0]
     if attention_type == "cbsa":
@@ -132,6 +135,7 @@ def derive_config(
             patch_size=patch_size,
             num_channels=num_channels,
             layer_norm_eps=ORIGINS[origin].layer_norm_eps or source_config.layer_norm_eps,
+            final_layer_norm_eps=ORIGINS[origin].final_layer_norm_eps,
             **values,
         )
     except StrictDataclassError as error:

@@ -81,6 +81,18 @@ def rename_reference(key: str) -> str | None:
     return None
 
 
+def rename_crate_alpha(key: str) -> str | None:
+    """Parameter name of CRATE-alpha -> ours, or None."""
+    match key.split("."):
+        case ["conv1", kind]:
+            return f"cbsa.embeddings.patch_embeddings.projection.{kind}"
+        case ["transformer", "layers", layer, "1", "fn", "D"]:
+            return f"cbsa.layers.{layer}.feed_forward.dictionary"
+        case ["transformer", "layers", layer, "1", "fn", "D1"]:
+            return f"cbsa.layers.{layer}.feed_forward.out_proj.weight"
+    return rename_reference(key)
+
+
 def rename_timm(key: str) -> str | None:
     """Parameter name of timm's vision transformers, and of the first DeiT and DINOv2 -> ours, or None."""
     match key.split("."):
@@ -149,6 +161,7 @@ class Origin:
         rename: a parameter's name there -> ours, None for one without a place.
         attention_types: what its attention can become, the exact one first.
         layer_norm_eps: epsilon of its LayerNorms; None where its `config.json` says.
+        final_layer_norm_eps: epsilon of the last LayerNorm, where it is another.
         decoder_type: what decodes, where it is a segmenter.
     """
 
@@ -158,10 +171,12 @@ class Origin:
     rename: Callable[[str], str | None]
     attention_types: tuple[str, ...]
     layer_norm_eps: float | None = None
+    final_layer_norm_eps: float | None = None
     decoder_type: str | None = None
 
 
-# In the order in which they are tried: Segmenter has the mark of timm too, ToST that of CRATE, and DINOv2 that of ViT.
+# In the order in which they are tried: Segmenter has the mark of timm too, ToST and CRATE-alpha that of CRATE, and
+# DINOv2 that of ViT.
 ORIGINS = {
     "cbt-segmenter": Origin(
         "CBT segmenter",
@@ -186,6 +201,15 @@ ORIGINS = {
     ),
     "tost": Origin(
         "ToST", "2412.17810", "transformer.layers.0.0.fn.temp", rename_reference, ("tssa",), layer_norm_eps=1e-5
+    ),
+    "crate-alpha": Origin(
+        "CRATE-alpha",
+        "2405.20299",
+        "transformer.layers.0.1.fn.D1",
+        rename_crate_alpha,
+        ("mssa",),
+        layer_norm_eps=1e-6,
+        final_layer_norm_eps=1e-5,
     ),
     "crate": Origin(
         "CRATE", "2306.01129", "transformer.layers.0.0.fn.qkv.weight", rename_reference, ("mssa",), layer_norm_eps=1e-5
@@ -245,6 +269,9 @@ def convert_state_dict(weights: dict[str, torch.Tensor], origin: str) -> tuple[d
         if name is None or name in converted:
             raise ValueError(f"`{key}` has no place in a CBSA model; is this a model of origin {origin}?")
         converted[name] = tensor.float() if tensor.is_floating_point() else tensor
+    if origin == "crate-alpha":  # whose output layers have no bias
+        for name in [name for name in converted if name.endswith("attention.out_proj.weight")]:
+            converted.setdefault(name.replace(".weight", ".bias"), converted[name].new_zeros(len(converted[name])))
     return fold_layer_scale(transpose_products(split_qkv(converted))), dropped
 
 
