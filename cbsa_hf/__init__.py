@@ -14,7 +14,7 @@ from .attention_cbsa import ContractAndBroadcastSelfAttention, ContractionSteps
 from .checkpoints import default_checkpoint, load_checkpoint
 from .configuration_cbsa import CBSAConfig
 from .folding import fold
-from .interpretability.attention_maps import exact_maps
+from .interpretability.attention_maps import attention_maps, exact_maps
 from .interpretability.class_maps import class_attention_maps
 from .interpretability.measures import accuracy_under_noise, coding_rate, measure_layers
 from .modeling_cbsa import (
@@ -29,7 +29,6 @@ from .modeling_cbsa import (
 )
 from .presets import PRESETS, preset_path
 from .segmentation.images import ImageError
-from .segmentation.inference import attention_maps
 from .segmentation.pipeline_cbsa import ZeroShotSegmentationPipeline, register_pipeline
 from .segmentation.sliding_window import SlidingWindowSegmenter
 from .segmentation.zero_shot import Segment, ZeroShotSegmentation, ZeroShotSegmenter

@@ -14,13 +14,12 @@ from tqdm import tqdm
 from .checkpoints import load_checkpoint
 from .conversion.convert import ORIGINS, compare_outputs, convert_checkpoint, model_card, save_conversion
 from .hub import push_checkpoint
-from .interpretability.attention_maps import map_formula
+from .interpretability.attention_maps import attention_maps, map_formula
 from .interpretability.plots import attention_grid
 from .interpretability.report import inspect_photo, save_report
 from .overlays import class_colours, class_legend, overlay_classes, overlay_mask
 from .photo_jobs import STANDARD_INPUT, Job, check_job, find_photos, plan_folder, save_pngs
 from .segmentation.images import MAX_PIXELS, MAX_RATIO, fit_to_patches, open_image, to_pixel_values
-from .segmentation.inference import attention_maps
 from .segmentation.memory import MAX_MEMORY, check_input
 from .segmentation.patch_grouping import METHODS
 from .segmentation.sliding_window import SlidingWindowSegmenter

@@ -10,7 +10,7 @@ import torch
 
 from cbsa_hf import CBSAConfig, CBSAForImageClassification
 from cbsa_hf.attention_cbsa import ATTENTIONS
-from cbsa_hf.interpretability.attention_maps import exact_maps, map_is_exact
+from cbsa_hf.interpretability.attention_maps import attention_maps, exact_maps, map_is_exact
 from cbsa_hf.interpretability.measures import (
     accuracy_under_noise,
     coding_rate,
@@ -26,7 +26,7 @@ from cbsa_hf.interpretability.synthetic import (
     iterate_operator,
     operator_of_bases,
 )
-from cbsa_hf.segmentation.inference import attention_maps, token_index
+from cbsa_hf.segmentation.inference import token_index
 
 
 def attention_steps(model, pixel_values):

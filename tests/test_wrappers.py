@@ -28,10 +28,10 @@ from cbsa_hf import (
     SlidingWindowSegmenter,
     ZeroShotSegmenter,
 )
-from cbsa_hf.interpretability.attention_maps import exact_maps
+from cbsa_hf.interpretability.attention_maps import attention_maps, exact_maps
 from cbsa_hf.interpretability.measures import accuracy_under_noise, effective_rank, measure_layers
 from cbsa_hf.interpretability.report import inspect_photo
-from cbsa_hf.segmentation.inference import attention_maps, unwrap
+from cbsa_hf.segmentation.inference import unwrap
 from cbsa_hf.segmentation.patch_grouping import METHODS
 
 

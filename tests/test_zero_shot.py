@@ -17,17 +17,19 @@ from cbsa_hf import CBSAForImageClassification, CBSAModel, ImageError, ZeroShotS
 from cbsa_hf.attention_cbsa import ATTENTIONS
 from cbsa_hf.interpretability.attention_maps import exact_maps
 from cbsa_hf.segmentation.images import follow_edges
+from cbsa_hf.segmentation.inference import encode
 from cbsa_hf.segmentation.patch_grouping import (
     METHODS,
     Options,
-    attention_of_heads,
     border_mask,
-    contraction,
-    encode,
+    cls_attention,
     flip_scale_features,
     foreground,
+    layer_attention,
     median_filter,
     patch_descriptors,
+    patch_tokens,
+    representative_affinity,
     smallest_share,
 )
 
@@ -103,7 +105,7 @@ def test_every_method_for_every_attention(tiny_config, processor, photo, attenti
 
 
 @pytest.mark.parametrize("attention_type", ATTENTIONS)
-def test_encode(tiny_config, attention_type):
+def test_attention_of_a_layer(tiny_config, attention_type):
     """Factors are those of the map; maps are made symmetric; CLS is left out of either."""
     model = CBSAForImageClassification(
         type(tiny_config)(**{**tiny_config.to_dict(), "attention_type": attention_type})
@@ -112,8 +114,11 @@ def test_encode(tiny_config, attention_type):
     model.eval()
     outputs = model.cbsa(pixel_values, interpolate_pos_encoding=True, output_attentions=True)
     expected = outputs.attentions[1][0, 1:, 1:, 1:].double()
-    tokens, attention = encode(model, pixel_values, Options(layer=1, head=1), wants_attention=True)
-    torch.testing.assert_close(tokens.flatten(0, 1), outputs.last_hidden_state[0, 1:], rtol=1e-4, atol=1e-5)
+    encoding = encode(model, pixel_values, output_attentions=True)
+    attention = layer_attention(encoding, Options(layer=1, head=1))
+    torch.testing.assert_close(
+        patch_tokens(encoding).flatten(0, 1), outputs.last_hidden_state[0, 1:], rtol=1e-4, atol=1e-5
+    )
     if model.cbsa.layers[0].attention.map_is_gram:
         attention = attention.mT @ attention
     else:
@@ -124,8 +129,8 @@ def test_encode(tiny_config, attention_type):
 def test_flip_scale_features(tiny_model):
     """Tokens of length 1, and those of the mirror image at two thirds of the size, mirrored back and interpolated."""
     pixel_values = torch.randn(1, 3, 48, 24)
-    tokens, _ = encode(tiny_model, pixel_values, Options(), wants_attention=False)
-    second = flip_scale_features(tiny_model, pixel_values, tokens) - F.normalize(tokens, dim=2)
+    encoding = encode(tiny_model, pixel_values)
+    second = flip_scale_features(encoding) - F.normalize(patch_tokens(encoding), dim=2)
     smaller = F.interpolate(pixel_values, size=(32, 16), mode="bilinear", antialias=True).flip(3)
     seen = tiny_model.cbsa(smaller, interpolate_pos_encoding=True).last_hidden_state[0, 1:].detach()
     seen = F.normalize(seen, dim=1).unflatten(0, (4, 2))
@@ -140,9 +145,9 @@ def test_flip_scale_features(tiny_model):
 def test_patch_descriptors(tiny_model):
     """Patch by patch: features less half their mean, of length 1; and a quarter of how the colour differs."""
     pixel_values = torch.randn(1, 3, 32, 48)
-    tokens, _ = encode(tiny_model, pixel_values, Options(), wants_attention=False)
-    described = patch_descriptors(tiny_model, pixel_values, tokens)
-    features = flip_scale_features(tiny_model, pixel_values, tokens).double()
+    encoding = encode(tiny_model, pixel_values)
+    described = patch_descriptors(encoding)
+    features = flip_scale_features(encoding).double()
     for row in range(4):
         for column in range(6):
             feature = features[row, column] - features.mean((0, 1)) / 2
@@ -153,28 +158,34 @@ def test_patch_descriptors(tiny_model):
 
 
 def test_foreground(tiny_model):
-    """By how rarely walks visit the surroundings, and a quarter as much by nearness to the centre and by CLS."""
-    pixel_values, rarely = torch.randn(1, 3, 32, 48), torch.randn(24, dtype=torch.float64)
+    """How rarely walks visit the border, plus a quarter of the nearness to the centre and of the attention of CLS."""
+    pixel_values, border_visits = torch.randn(1, 3, 32, 48), torch.randn(24, dtype=torch.float64)
     rows, columns = np.mgrid[0:4, 0:6]
     central = -(((2 * rows - 3) / 4) ** 2 + ((2 * columns - 5) / 6) ** 2)
-    attended = attention_of_heads(tiny_model, pixel_values, None).mean(0).log().numpy()
+    encoding = encode(tiny_model, pixel_values, output_attentions=True)
+    attended = cls_attention(encoding, None).mean(0).log().numpy()
 
     def standard(values: np.ndarray) -> np.ndarray:
         return (values - values.mean()) / values.std()
 
-    visits = rarely.numpy().reshape(4, 6)
-    expected = standard(standard(visits) + standard(central) / 4 + standard(attended) / 4)
-    np.testing.assert_allclose(foreground(rarely, tiny_model, pixel_values).numpy(), expected, rtol=1e-6)
+    visits = border_visits.numpy().reshape(4, 6)
+    expected = standard(standard(-visits) + standard(central) / 4 + standard(attended) / 4)
+    np.testing.assert_allclose(foreground(border_visits, encoding).numpy(), expected, rtol=1e-6)
 
 
 def test_contraction(tiny_model):
     """Against the map that is exact: what the representatives write is `kappa S^T A`."""
     pixel_values = torch.randn(1, 3, 32, 48)
     exact = exact_maps(tiny_model, pixel_values)[2]
-    weights = contraction(tiny_model, pixel_values, Options(layer=2, head=0))
+    encoding = encode(tiny_model, pixel_values, output_attentions=True, steps_of=[2])
+    similarity = encoding.steps(2).similarity[0, 0].double()
     step = tiny_model.cbsa.layers[2].attention.step_x[0].double()
-    expected = step * weights.T @ exact.factor[0, 0].double()
+    expected = step * similarity.T @ exact.factor[0, 0].double()
     torch.testing.assert_close(exact.writes[0, 0].double(), expected, rtol=1e-4, atol=1e-6)
+    affinity, reads = representative_affinity(encoding, Options(layer=2, head=0))
+    torch.testing.assert_close(affinity, (similarity + similarity.T) / 2)
+    factor = exact.factor[0, 0, :, 1:].double()
+    torch.testing.assert_close(reads, factor / factor.sum(1, keepdim=True))
 
 
 def plant(background: np.ndarray, foreground: np.ndarray, box: tuple[int, int, int, int]) -> tuple:

@@ -1,30 +1,43 @@
 """
 What a trained model attends to: maps over the patches, and what the representatives read and write.
 
-Of the token-to-token views only one is exact: the map `A^T A` that the paper shows ([`attention_maps`]) leaves out the
-contraction; the product of what the representatives write and read is the update itself ([`exact_maps`]).
+Two token-to-token maps are offered. The map `A^T A` of the paper ([`attention_maps`]) leaves out the contraction, so
+it is not what the update is computed with. The product of what the representatives write and read is ([`exact_maps`]).
 """
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import torch
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from ..attention_cbsa import (
-    ContractAndBroadcastSelfAttention,
-    PooledRepresentatives,
-    SelfAttention,
-    adaptive_bins,
-)
-from ..segmentation.inference import (
-    eval_encoder,
-    in_single_precision,
-    observe_operators,
-    operator_types,
-    patch_grid,
-    unwrap,
-)
+from ..attention_cbsa import PooledRepresentatives, adaptive_bins
+from ..segmentation.inference import Encoding, encode, in_single_precision, layer_operators, unwrap
+
+
+def attention_maps(
+    model: PreTrainedModel, pixel_values: torch.Tensor, patch: tuple[int, int] | None = None
+) -> torch.Tensor:
+    """
+    How strongly one token is tied to every patch: its row of the token-to-token map in each layer and head.
+
+    Where that map is `A^T A`, the row is computed from A alone, as `a^T A` with a the token's column, in time linear
+    in the number of tokens. For other attention types the whole map is computed. [`map_is_exact`] says whether the
+    update is computed with this map; for `cbsa` it is not, see [`exact_maps`].
+
+    Args:
+        model: a CBSA model with any head, as it is or wrapped by PEFT, `torch.compile` or `DataParallel`.
+        pixel_values: (batch, channels, height, width) of any size.
+        patch: (row, column) of the patch whose row is returned; None for CLS.
+
+    Returns:
+        (layers, batch, heads, grid height, grid width), not negative.
+
+    Raises:
+        ValueError: `patch` lies outside the grid, the model has another library's backbone, or its outputs are not
+            finite.
+    """
+    return encode(model, pixel_values, output_attentions=True).attention_maps(patch)
 
 
 def map_is_exact(model: PreTrainedModel) -> bool:
@@ -32,12 +45,12 @@ def map_is_exact(model: PreTrainedModel) -> bool:
     Whether the model's `attentions` times the values are its attention updates before the output layer, in every
     layer: not for `cbsa`, where the map leaves out the contraction, nor for `tssa`, whose update uses no map.
     """
-    return all(operator.map_is_exact for operator in operator_types(model))
+    return all(operator.map_is_exact for operator in layer_operators(model))
 
 
 def map_formula(model: PreTrainedModel) -> str:
     """What the token-to-token map is, for titles; of every attention type once, where layers differ."""
-    return " or ".join(dict.fromkeys(operator.map_formula for operator in operator_types(model)))
+    return " or ".join(dict.fromkeys(operator.map_formula for operator in layer_operators(model)))
 
 
 @dataclass
@@ -88,23 +101,24 @@ def pooling_matrix(
     return F.pad(matrix, (pool.first_token, num_tokens - pool.first_token - matrix.shape[1]))
 
 
-def exact_map(
-    attention: ContractAndBroadcastSelfAttention, hidden_states: torch.Tensor, grid: tuple[int, int]
-) -> ExactMap:
-    """What the operator does to (batch, N, d), already normalised, as the product of writing and reading."""
-    _, _, factor = attention.forward(hidden_states, grid, output_representative_attentions=True)
-    values = attention.split_heads(attention.proj(hidden_states))
-    initial = attention.representatives(values, grid)
-    representatives = initial + attention.step_rep * (factor @ values)
-    contraction = attention.attend(representatives, representatives)
-    reads = attention.step_rep * factor
-    if isinstance(attention.representatives, PooledRepresentatives):
-        reads = reads + pooling_matrix(attention.representatives, grid, values.shape[2], values)
-        initial = torch.zeros_like(initial[0])
-    else:
-        initial = initial[0]
-    writes = attention.step_x * attention.size_factor(grid) * contraction.transpose(2, 3) @ factor
-    return ExactMap(factor, reads, writes, values, initial)
+def exact_map(encoding: Encoding, layer: int) -> ExactMap | None:
+    """
+    The exact map of one layer, on the CPU; None if the layer's attention type is not `cbsa`.
+
+    Args:
+        encoding: with the steps of that layer.
+        layer: counted from 0.
+    """
+    if layer not in encoding.recorded:
+        return None
+    recorded, steps = encoding.recorded[layer], encoding.steps(layer)
+    pool = layer_operators(encoding.encoder)[layer].representatives
+    reads, initial = recorded.step_rep * steps.attention, steps.initial_representatives[0]
+    if isinstance(pool, PooledRepresentatives):
+        reads = reads + pooling_matrix(pool, encoding.grid, steps.tokens.shape[2], steps.tokens)
+        initial = torch.zeros_like(initial)
+    writes = recorded.kappa * steps.similarity.transpose(2, 3) @ steps.attention
+    return ExactMap(*map(in_single_precision, (steps.attention, reads, writes, steps.tokens, initial)))
 
 
 def exact_maps(model: PreTrainedModel, pixel_values: torch.Tensor) -> list[ExactMap | None]:
@@ -112,30 +126,22 @@ def exact_maps(model: PreTrainedModel, pixel_values: torch.Tensor) -> list[Exact
     What every layer's attention does, without approximation.
 
     Args:
-        model: a CBSA model with any head, wrapped or not, the attention type of one layer at least `cbsa`.
+        model: a CBSA model with any head, wrapped or not, with attention type `cbsa` in one layer at least.
         pixel_values: (batch, channels, height, width) of any size.
 
     Returns:
-        One [`ExactMap`] per layer, on the CPU, or None where the layer's attention type is another; CLS is token 0,
-        patch (row, column) is [`token_index`].
+        One [`ExactMap`] per layer, on the CPU, or None where the layer's attention type is another. CLS is token 0;
+        [`token_index`] gives the token of a patch.
 
     Raises:
-        ValueError: no layer's attention type is `cbsa`.
+        ValueError: no layer's attention type is `cbsa`, or the model has another library's backbone.
     """
-    if not any(issubclass(operator, ContractAndBroadcastSelfAttention) for operator in operator_types(model)):
+    operators = layer_operators(model)
+    if not any(hasattr(operator, "steps") for operator in operators):
         hint = "`attention_maps` is exact there" if map_is_exact(model) else "its update uses no token-to-token map"
         raise ValueError(
             f"`exact_maps` is for attention type 'cbsa'; this is {unwrap(model).config.attention_type!r}: {hint}."
         )
-    patch_grid(model, pixel_values)  # which refuses other libraries' backbones
-
-    def look(operator: SelfAttention, hidden_states: torch.Tensor, grid: tuple[int, int]) -> ExactMap | None:
-        if not isinstance(operator, ContractAndBroadcastSelfAttention):
-            return None
-        found = exact_map(operator, hidden_states, grid)
-        return ExactMap(*(in_single_precision(getattr(found, field.name)) for field in fields(ExactMap)))
-
-    with eval_encoder(model) as encoder:
-        maps = observe_operators(encoder, look)
-        encoder(pixel_values.to(encoder.device), interpolate_pos_encoding=True)
-    return maps
+    layers = range(len(operators))
+    encoding = encode(model, pixel_values, steps_of=layers)
+    return [exact_map(encoding, layer) for layer in layers]

@@ -7,7 +7,7 @@ from ..segmentation.inference import (
     check_outputs,
     evaluating,
     in_single_precision,
-    operator_types,
+    layer_operators,
     patch_grid,
     unwrap,
 )
@@ -36,7 +36,7 @@ def class_attention_maps(
             images or the classes; or the outputs are not finite.
     """
     grid = patch_grid(model, pixel_values)
-    operators = operator_types(model)
+    operators = layer_operators(model)
     for name, operator in zip(unwrap(model).config.layer_attention_types, operators, strict=True):
         if not (operator.map_is_gram or operator.map_is_exact):
             raise ValueError(

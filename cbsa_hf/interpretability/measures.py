@@ -9,11 +9,14 @@ import torch
 from torch.func import functional_call
 from transformers import PreTrainedModel
 
-from ..attention_cbsa import SelfAttention, SharedProjectionSelfAttention
-from ..segmentation.inference import eval_encoder, evaluating, operator_types, patch_grid, unwrap
+from ..attention_cbsa import SharedProjectionSelfAttention
+from ..segmentation.inference import Encoding, encode, evaluating, layer_operators, unwrap
 
 
-def coding_rate(tokens: torch.Tensor, eps: float = 0.5) -> torch.Tensor:
+EPS = 0.5  # error of the coding rates, in the units of the projected tokens
+
+
+def coding_rate(tokens: torch.Tensor, eps: float = EPS) -> torch.Tensor:
     """
     `R(X) = 1/2 logdet(I + p / (n eps^2) X^T X)`, in nats: what it takes to code the rows of X up to the error eps.
 
@@ -107,45 +110,37 @@ def basis_coding_rate(attention: SharedProjectionSelfAttention, tokens: torch.Te
     return coding_rate(attention.split_heads(attention.proj(tokens)), eps)
 
 
-def measure_batch(encoder: PreTrainedModel, pixel_values: torch.Tensor, eps: float) -> dict[str, torch.Tensor]:
-    """The tensors of [`LayerMeasures`] for one batch; those that the model does not have are left out."""
-    grid = patch_grid(encoder, pixel_values)
-    operators = operator_types(encoder)
-    outputs = encoder(
-        pixel_values.to(encoder.device),
-        interpolate_pos_encoding=True,
-        output_hidden_states=True,
-        output_attentions=not all(operator.map_is_gram for operator in operators),
-        output_representative_attentions=any(operator.has_representative_attentions for operator in operators),
-    )
-    bases = [
-        next(module for module in layer.attention.modules() if isinstance(module, SelfAttention))
-        for layer in encoder.layers
-    ]
-    per_head = torch.full((len(pixel_values), encoder.config.num_attention_heads), torch.nan, dtype=torch.float64)
+@torch.no_grad()
+def measure(encoding: Encoding, eps: float = EPS) -> dict[str, torch.Tensor]:
+    """
+    The tensors of [`LayerMeasures`] for the images of one encoding, which has to have hidden states and attentions.
+    Measures that no layer has are left out.
+    """
+    num_heads = encoding.encoder.config.num_attention_heads
+    per_head = torch.full((len(encoding.tokens), num_heads), torch.nan, dtype=torch.float64)
+    operators = layer_operators(encoding.encoder)
     found = {name: [per_head] * len(operators) for name in MEASURES}
-    for index, layer in enumerate(encoder.layers):
-        before, code = outputs.hidden_states[index : index + 2]
-        operator_input = layer.layernorm_before(before)
-        after = before + layer.attention(operator_input, grid)[0]
-        if issubclass(operators[index], SharedProjectionSelfAttention):
+    for index, (layer, operator) in enumerate(zip(encoding.encoder.layers, operators, strict=True)):
+        before, code = encoding.hidden_states[index : index + 2]
+        after = encoding.attended_states[index]
+        if isinstance(operator, SharedProjectionSelfAttention):
             for name, tokens in {
                 "coding_rate_before": before,
                 "coding_rate_after": after,
-                "normalised_coding_rate_before": operator_input,
+                "normalised_coding_rate_before": layer.layernorm_before(before),
                 "normalised_coding_rate_after": layer.layernorm_before(after),
             }.items():
-                found[name][index] = basis_coding_rate(bases[index], tokens, eps)
+                found[name][index] = basis_coding_rate(operator, tokens, eps)
         for name, tokens in {"before": layer.layernorm_after(after), "after": code}.items():
             found[f"zeros_{name}"][index] = (tokens == 0).double().mean((1, 2))
             found[f"sparsity_{name}"][index] = hoyer_sparsity(tokens.double())
-        if operators[index].has_representative_attentions:
-            singular_values = torch.linalg.svdvals(outputs.representative_attentions[index].double())
+        if operator.has_representative_attentions:
+            singular_values = torch.linalg.svdvals(encoding.representative_attentions[index].double())
             found["factor_rank"][index] = effective_count(singular_values)
-        if operators[index].map_is_gram:  # the map's singular values are those of the factor, squared
+        if operator.map_is_gram:  # its singular values are the squares of those of its factor
             found["map_rank"][index] = effective_count(singular_values.square())
         else:
-            found["map_rank"][index] = effective_rank(outputs.attentions[index])
+            found["map_rank"][index] = effective_rank(encoding.attentions[index])
     return {
         name: torch.stack([value.to(per_head) for value in values], dim=1)
         for name, values in found.items()
@@ -153,7 +148,16 @@ def measure_batch(encoder: PreTrainedModel, pixel_values: torch.Tensor, eps: flo
     }
 
 
-def measure_layers(model: PreTrainedModel, batches: Iterable[torch.Tensor], eps: float = 0.5) -> LayerMeasures:
+def collect(measured: Iterable[dict[str, torch.Tensor]], eps: float = EPS) -> LayerMeasures:
+    """The [`LayerMeasures`] of several batches that [`measure`] returned. Raises ValueError if there are none."""
+    measured = list(measured)
+    if not measured:
+        raise ValueError("There are no images to measure; give one batch of `pixel_values` at least.")
+    found = {name: torch.cat([batch[name] for batch in measured]) for name in measured[0]}
+    return LayerMeasures(eps=eps, **(dict.fromkeys(MEASURES) | found))
+
+
+def measure_layers(model: PreTrainedModel, batches: Iterable[torch.Tensor], eps: float = EPS) -> LayerMeasures:
     """
     Coding rates before and after every attention step, sparsity before and after every feed-forward block, and the
     ranks of the attention, image by image.
@@ -163,12 +167,8 @@ def measure_layers(model: PreTrainedModel, batches: Iterable[torch.Tensor], eps:
         batches: of `pixel_values`, (batch, channels, height, width) of any size.
         eps: error of the coding rates, in the units of the projected tokens.
     """
-    with eval_encoder(model) as encoder:
-        measured = [measure_batch(encoder, pixel_values, eps) for pixel_values in batches]
-    if not measured:
-        raise ValueError("There are no images to measure; give one batch of `pixel_values` at least.")
-    found = {name: torch.cat([m[name] for m in measured]) for name in measured[0]}
-    return LayerMeasures(eps=eps, **(dict.fromkeys(MEASURES) | found))
+    encodings = (encode(model, batch, output_hidden_states=True, output_attentions=True) for batch in batches)
+    return collect((measure(encoding, eps) for encoding in encodings), eps)
 
 
 def noisy_projections(

@@ -12,10 +12,10 @@ from transformers import BaseImageProcessor, PreTrainedModel
 from ..attention_cbsa import to_pair
 from ..overlays import overlay_signed
 from ..segmentation.images import fit_to_patches, to_pixel_values
-from ..segmentation.inference import attention_maps, evaluating, patch_grid, token_index, unwrap
+from ..segmentation.inference import Encoding, classify, encode, token_index, unwrap
 from ..segmentation.memory import MAX_MEMORY, check_input
-from .attention_maps import ExactMap, exact_maps, map_formula, map_is_exact
-from .measures import LayerMeasures, effective_count, measure_layers
+from .attention_maps import ExactMap, exact_map, map_formula, map_is_exact
+from .measures import LayerMeasures, collect, effective_count, measure
 from .plots import attention_grid, line_panels, representative_sheet
 
 
@@ -50,17 +50,15 @@ def describe_maps(maps: torch.Tensor) -> dict[str, list]:
     return {"peak": rows_and_columns.tolist(), "patches": effective_count(strength).tolist()}
 
 
-def predictions(model: PreTrainedModel, pixel_values: torch.Tensor, count: int = 5) -> list[dict]:
-    """The most probable classes of one image, most probable first; none without a classifier."""
-    config = unwrap(model).config
-    # With one label a classifier of Transformers is a regressor, which has no probabilities.
-    if not hasattr(unwrap(model), "classifier") or config.num_labels < 2:
+def predictions(model: PreTrainedModel, encoding: Encoding, count: int = 5) -> list[dict]:
+    """The most probable classes of the first image, the most probable first; none without a classifier."""
+    found = classify(model, encoding.tokens[:1, 0])
+    if found is None:
         return []
-    with evaluating(unwrap(model)) as model:
-        logits = model(pixel_values.to(model.device), interpolate_pos_encoding=True).logits[0]
-    probabilities, classes = logits.float().softmax(-1).topk(min(count, len(logits)))
-    names = [config.id2label[index] for index in classes.tolist()]
-    return [{"label": n, "probability": p} for n, p in zip(names, probabilities.tolist(), strict=True)]
+    names = unwrap(model).config.id2label
+    probabilities, classes = found[0].topk(min(count, found.shape[1]))
+    pairs = zip(classes.tolist(), probabilities.tolist(), strict=True)
+    return [{"label": names[index], "probability": probability} for index, probability in pairs]
 
 
 def query_name(patch: tuple[int, int] | None) -> str:
@@ -95,16 +93,14 @@ def draw_measures(measures: LayerMeasures) -> Image.Image:
     return line_panels(panels)
 
 
-def inspect_attention(
-    image: Image.Image, model: PreTrainedModel, pixel_values: torch.Tensor, patch: tuple[int, int] | None
-) -> Report:
+def inspect_attention(image: Image.Image, encoding: Encoding, patch: tuple[int, int] | None) -> Report:
     """The query's row of the token-to-token map that the model returns as its `attentions`."""
-    what = f"row of {query_name(patch)} in {map_formula(model)}"
-    exact = "exact" if map_is_exact(model) else "the update is made otherwise"
-    maps = attention_maps(model, pixel_values, patch)[:, 0]
-    numbers = {"what": what.replace("$", ""), "exact": map_is_exact(model), "picture": "attention.png", "values": maps}
-    picture = attention_grid(image, maps, f"attention: {what} ({exact})", patch=patch)
-    return Report(numbers, {"attention.png": picture})
+    formula, exact = map_formula(encoding.encoder), map_is_exact(encoding.encoder)
+    what = f"row of {query_name(patch)} in {formula}"
+    maps = encoding.attention_maps(patch)[:, 0]
+    numbers = {"what": what.replace("$", ""), "exact": exact, "picture": "attention.png", "values": maps}
+    title = f"attention: {what} ({'exact' if exact else 'the update is made otherwise'})"
+    return Report(numbers, {"attention.png": attention_grid(image, maps, title, patch=patch)})
 
 
 def inspect_exact_map(
@@ -149,9 +145,9 @@ def inspect_representatives(
     return Report({**numbers, "pictures": list(pictures)}, pictures)
 
 
-def inspect_measures(model: PreTrainedModel, pixel_values: torch.Tensor) -> Report:
+def inspect_measures(encoding: Encoding) -> Report:
     """Coding rates, sparsity and ranks of every layer."""
-    measures = measure_layers(model, [pixel_values])
+    measures = collect([measure(encoding)])
     means = {name: found and found["mean"] for name, found in measures.summary().items()}
     numbers = {"what": "see LayerMeasures", "eps": measures.eps, "picture": "measures.png", **means}
     return Report(numbers, {"measures.png": draw_measures(measures)})
@@ -185,24 +181,25 @@ def inspect_photo(
     size = fit_to_patches((image.height, image.width), long_side, config.patch_size)
     check_input(model, size, max_memory, share=3)  # all hidden states, and the measures of every layer
     pixel_values = to_pixel_values(image, processor, long_side, config.patch_size)
-    grid = patch_grid(model, pixel_values)
+    layers = range(config.num_hidden_layers)
+    encoding = encode(model, pixel_values, output_hidden_states=True, output_attentions=True, steps_of=layers)
     parts = {
-        "attention": inspect_attention(image, model, pixel_values, patch),
+        "attention": inspect_attention(image, encoding, patch),
         "exact_map": None,
         "representatives": None,
-        "measures": inspect_measures(model, pixel_values),
+        "measures": inspect_measures(encoding),
     }
-    if "cbsa" in config.layer_attention_types:
-        maps = {layer: found for layer, found in enumerate(exact_maps(model, pixel_values)) if found is not None}
+    maps = {layer: exact_map(encoding, layer) for layer in encoding.recorded}
+    if maps:
         size = to_pair(config.representatives_size)
-        parts["exact_map"] = inspect_exact_map(image, maps, grid, patch)
-        parts["representatives"] = inspect_representatives(image, maps, grid, size)
+        parts["exact_map"] = inspect_exact_map(image, maps, encoding.grid, patch)
+        parts["representatives"] = inspect_representatives(image, maps, encoding.grid, size)
     numbers = {
         "attention_type": config.attention_type,
         "input": list(pixel_values.shape[2:]),
-        "grid": list(grid),
+        "grid": list(encoding.grid),
         "query": query_name(patch),
-        "predictions": predictions(model, pixel_values),
+        "predictions": predictions(model, encoding),
         **{name: part and part.numbers for name, part in parts.items()},
     }
     pictures = {name: picture for part in parts.values() if part for name, picture in part.pictures.items()}

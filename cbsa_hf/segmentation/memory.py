@@ -5,7 +5,7 @@ import math
 import numpy as np
 from torch import nn
 
-from .inference import operator_types, unwrap
+from .inference import layer_operators, unwrap
 
 
 MAX_MEMORY = 4 * 10**9  # bytes beyond those of the model
@@ -18,8 +18,8 @@ def encoder_memory(model: nn.Module, size: tuple[int, int]) -> float:
     """
     config = unwrap(model).config
     num_patches = math.prod(side // config.patch_size for side in size)
-    has_factors = all(operator.map_is_gram for operator in operator_types(model))
-    columns = math.prod(np.broadcast_to(config.representatives_size, 2).tolist()) if has_factors else num_patches
+    maps_are_gram = all(operator.map_is_gram for operator in layer_operators(model))
+    columns = math.prod(np.broadcast_to(config.representatives_size, 2).tolist()) if maps_are_gram else num_patches
     per_patch = 32 * config.hidden_size + config.num_hidden_layers * config.num_attention_heads * columns
     return 4.0 * num_patches * per_patch
 

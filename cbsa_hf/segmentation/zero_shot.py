@@ -19,9 +19,9 @@ from .images import (
     to_image,
     to_pixel_values,
 )
-from .inference import evaluating, unwrap
+from .inference import Encoding, classify, encode, unwrap
 from .memory import MAX_MEMORY, check_input, check_memory
-from .patch_grouping import METHOD_OPTIONS, METHODS, Grouping, Options
+from .patch_grouping import METHODS, Grouping, Options
 
 
 @dataclass
@@ -122,24 +122,22 @@ class ZeroShotSegmenter:
         self.options = Options(**options)
         self.options.check(model)
         for name in options:
-            if name in Options.__dataclass_fields__ and name not in METHOD_OPTIONS[method]:
+            if name in Options.__dataclass_fields__ and name not in METHODS[method].options:
                 raise ValueError(f"`{name}` has no effect on the method {method!r}; leave it out.")
         if method == "ncut" and not options.get("attention_weight") and {"layer", "head"} & options.keys():
             raise ValueError("`layer` and `head` have no effect on the method 'ncut' without an `attention_weight`.")
 
     def name(self, grouping: Grouping) -> list[tuple[str | None, float | None]]:
         """Class and probability of each group: the classifier on the mean of its tokens."""
-        model = unwrap(self.model)
-        # With one label a classifier of Transformers is a regressor, which has no probabilities.
-        if not hasattr(model, "classifier") or model.config.num_labels < 2:
-            return [(None, None)] * len(grouping.members)
         members = F.one_hot(grouping.members.argmax(0).flatten(), len(grouping.members)).float().T
         tokens = members @ grouping.tokens.flatten(0, 1) / members.sum(1, keepdim=True).clamp_min(1)
-        with evaluating(model.classifier) as classifier:
-            logits = classifier(tokens.to(model.device, model.dtype))
-        probabilities, classes = logits.float().softmax(-1).max(-1)
+        found = classify(self.model, tokens)
+        if found is None:
+            return [(None, None)] * len(members)
+        names = unwrap(self.model).config.id2label
+        probabilities, classes = found.max(-1)
         return [
-            (model.config.id2label[int(i)] if p >= self.min_probability else None, float(p))
+            (names[int(i)] if p >= self.min_probability else None, float(p))
             for p, i in zip(probabilities, classes, strict=True)
         ]
 
@@ -176,14 +174,36 @@ class ZeroShotSegmenter:
             torch.maximum(largest, found, out=largest)
         return labels.numpy(), enlarge(maps[-1]).numpy()
 
-    def segment(self, image: Image.Image | np.ndarray) -> ZeroShotSegmentation:
-        """Segment one image of [`to_image`]."""
-        size = height_and_width(image)
-        self.check_memory(size)
-        pixel_values = to_pixel_values(image, self.processor, self.long_side, unwrap(self.model).config.patch_size)
-        grouping = METHODS[self.method](self.model, pixel_values, self.options)
+    def encode(self, image: Image.Image | np.ndarray, **options) -> Encoding:
+        """
+        The encoding that [`segment`] makes its segments of.
+
+        Args:
+            image: as [`to_image`] returns it.
+            **options: what else to keep, see [`cbsa_hf.segmentation.inference.encode`].
+
+        Raises:
+            ValueError: the image would take more memory than `max_memory`, or the model's outputs are not finite.
+        """
+        config = unwrap(self.model).config
+        self.check_memory(height_and_width(image))
+        pixel_values = to_pixel_values(image, self.processor, self.long_side, config.patch_size)
+        if METHODS[self.method].needs_steps:
+            options.setdefault("steps_of", [self.options.attention_layer % config.num_hidden_layers])
+        return encode(self.model, pixel_values, output_attentions=True, **options)
+
+    def segment(self, image: Image.Image | np.ndarray, encoding: Encoding | None = None) -> ZeroShotSegmentation:
+        """
+        Segment one image.
+
+        Args:
+            image: as [`to_image`] returns it.
+            encoding: of this image by [`encode`], if there is one already; made when None.
+        """
+        encoding = self.encode(image) if encoding is None else encoding
+        grouping = METHODS[self.method].group(encoding, self.options)
         maps = torch.cat([grouping.members, grouping.saliency.unsqueeze(0)]).float()
-        labels, scores = self.paint(maps, image, size)
+        labels, scores = self.paint(maps, image, height_and_width(image))
         segments = []
         for i, (name, probability) in enumerate(self.name(grouping)):
             mask = labels == i
