@@ -96,10 +96,8 @@ def crate_alpha_logits(weights: dict[str, torch.Tensor], image: torch.Tensor, he
     width, _, patch, _ = weights["conv1.weight"].shape
 
     def norm(x, name, eps):
-        deviation = x - x.mean()
-        return (
-            deviation / (deviation.square().mean() + eps).sqrt() * weights[f"{name}.weight"] + weights[f"{name}.bias"]
-        )
+        x = (x - x.mean()) / (x.var(correction=0) + eps).sqrt()
+        return x * weights[f"{name}.weight"] + weights[f"{name}.bias"]
 
     tokens = [weights["cls_token"][0, 0]]
     for y in range(0, image.shape[1], patch):
