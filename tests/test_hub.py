@@ -85,6 +85,8 @@ def test_push_of_an_encoder(hub, tiny_model, shipped, tmp_path):
 def test_push_at_the_end_of_a_run(hub, training, tmp_path):
     import pretrain
 
+    from arguments import PretrainingArguments
+
     random = np.random.default_rng(0)
     pictures = [PILImage.fromarray(random.integers(0, 256, (16, 16, 3), dtype=np.uint8)) for _ in range(4)]
     rows = {"image": pictures, "label": [0, 1, 0, 1]}
@@ -96,7 +98,7 @@ def test_push_at_the_end_of_a_run(hub, training, tmp_path):
     run = tmp_path / "run"
     settings = {"batch_size": 2, "num_epochs": 1, "num_workers": 0, "report_to": "none"}
     names = {"dataset_name": str(tmp_path), "config_name": str(tmp_path / "config.json"), "output_dir": str(run)}
-    pretrain.main(pretrain.Arguments(**names, **settings, push_to_hub="somebody/trained"))
+    pretrain.main(PretrainingArguments(**names, **settings, push_to_hub="somebody/trained"))
 
     assert hub["repo"][0] == "somebody/trained"
     assert hub["files"] == FILES

@@ -25,8 +25,9 @@ from datasets import Dataset, Features, Image
 from PIL import Image as PILImage
 from safetensors.torch import load_file
 
-from data.segmentation import MaskedImages, check_masks
-from engine import interruption, loop, output, run_state
+from data.labelled_images import LabelledImages
+from data.segmentation import SegmentationDataset, check_masks
+from engine import interruption, loop, output, results, run_state, setup
 from engine.interruption import exit_with_a_sentence
 from engine.run_state import DamagedCheckpoint, DataIdentity, check_sums, write_sums
 from tasks import classification
@@ -314,7 +315,7 @@ class TestOtherData:
 class TestOutput:
     @pytest.fixture
     def nothing_is_loaded(self, monkeypatch):
-        monkeypatch.setattr(loop, "load_images", lambda *_: pytest.fail("something was loaded"))
+        monkeypatch.setattr(setup, "load_images", lambda *_: pytest.fail("something was loaded"))
 
     def test_a_file_in_its_place(self, start, tmp_path, nothing_is_loaded):
         (tmp_path / "file").write_text("x")
@@ -330,17 +331,17 @@ class TestOutput:
             start(Path("/proc/run"))
 
     def test_too_little_room(self, start, tmp_path, monkeypatch):
-        """For two checkpoints; those that are there count. Their size is known well enough."""
+        """For two checkpoints; those that are there count. Their size is known before anything is loaded."""
         usage = namedtuple("usage", "total used free")
         monkeypatch.setattr(output.shutil, "disk_usage", lambda _: usage(0, 0, 10_000))
         with pytest.raises(ValueError, match=r"run has 0\.0 MB left, and this run needs 0\.\d MB for two checkp"):
-            start(tmp_path / "run", **SETTINGS)
+            start(tmp_path / "run", **{**SETTINGS, "dataset_name": "nowhere"})
         assert names(tmp_path / "run") == []
 
         config = json.loads((tmp_path / "data" / "config.json").read_text())
         (tmp_path / "wide.json").write_text(json.dumps(config | {"hidden_size": 96}))
         settings, rooms = {**SETTINGS, "config_name": str(tmp_path / "wide.json")}, []
-        monkeypatch.setattr(loop, "check_room", lambda folder, num_bytes: rooms.append(num_bytes))
+        monkeypatch.setattr(setup, "check_free", lambda folder, num_bytes: rooms.append(num_bytes))
         start(tmp_path / "run", **settings)
         sizes = [sum(file.stat().st_size for file in path.iterdir()) for path in (tmp_path / "run").glob("check*")]
         assert rooms == [pytest.approx(2 * max(sizes), rel=0.1)]
@@ -382,9 +383,9 @@ with open_output({str(tmp_path)!r}):
         class Second:
             is_main_process = False
 
-        monkeypatch.setattr(loop, "build_accelerator", lambda _: Second())
+        monkeypatch.setattr(setup, "build_accelerator", lambda _: Second())
         arguments = type("Arguments", (), {"output_dir": str(tmp_path)})
-        with output.open_output(tmp_path), loop.start_run(arguments) as accelerator:
+        with output.open_output(tmp_path), setup.start_run(arguments) as accelerator:
             assert accelerator.is_main_process is False
 
 
@@ -414,17 +415,17 @@ class TestFullDisk:
 
     def test_while_the_result_is_written(self, start, tmp_path, monkeypatch):
         """There is all of it or nothing; the training is in its checkpoint."""
-        write_card, run = loop.write_card, tmp_path / "run"
+        write_card, run = results.write_card, tmp_path / "run"
 
         def write_too_much(folder, *arguments):
             with full_disk(10):
                 write_card(folder, *arguments)
 
-        monkeypatch.setattr(loop, "write_card", write_too_much)
+        monkeypatch.setattr(results, "write_card", write_too_much)
         with pytest.raises(ValueError, match=r"The result cannot be written to .*run \(.*File too large.*\); make"):
             start(run)
         assert sorted(path.name for path in run.iterdir()) == [".lock", "checkpoint-00000002"]
-        monkeypatch.setattr(loop, "write_card", write_card)
+        monkeypatch.setattr(results, "write_card", write_card)
         start(run, resume_from_checkpoint="last")
         assert json.loads((run / "results.json").read_text())["step"] == 2
         assert not (run / "results.partial").exists()
@@ -517,7 +518,7 @@ class TestWorkers:
 
     def test_what_cannot_be_read_costs_no_step(self, start, tmp_path, whole, monkeypatch):
         """In the second epoch: the state of the step before it is saved, and the way on is told."""
-        set_epoch = loop.LabelledImages.set_epoch
+        set_epoch = LabelledImages.set_epoch
         file = tmp_path / "data" / "train-00000-of-00001.parquet"
 
         def break_all(images, epoch):
@@ -525,7 +526,7 @@ class TestWorkers:
             if epoch == 1:
                 images.corrupt[:] = True
 
-        monkeypatch.setattr(loop.LabelledImages, "set_epoch", break_all)
+        monkeypatch.setattr(LabelledImages, "set_epoch", break_all)
         sound = file.read_bytes()
         break_image(file, 0)
         settings = {**SETTINGS, "checkpointing_steps": None, "max_corrupt": 7}
@@ -626,11 +627,11 @@ class TestLabels:
 class TestMasks:
     NAMES = {0: "sky", 1: "cat"}
 
-    def images(self, *masks) -> MaskedImages:
+    def images(self, *masks) -> SegmentationDataset:
         pictures = [PILImage.new("RGB", (4, 3), (9, 9, 9)) for _ in masks]
         features = Features({"image": Image(), "label": Image()})
         rows = Dataset.from_dict({"image": pictures, "label": list(masks)}, features=features)
-        return MaskedImages(rows, max_corrupt=9, num_labels=2, reduce_labels=False)
+        return SegmentationDataset(rows, max_corrupt=9, num_labels=2, reduce_labels=False)
 
     @pytest.mark.parametrize(
         ("mask", "message"),

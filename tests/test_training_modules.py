@@ -6,7 +6,6 @@ import signal
 import subprocess
 from types import SimpleNamespace
 
-import compare
 import numpy as np
 import pytest
 import torch
@@ -14,7 +13,6 @@ import yaml
 from conftest import ROOT
 from datasets import ClassLabel, Dataset, Features, Image, Value
 from PIL import Image as PILImage
-from pretrain import Arguments
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 from transformers import (
@@ -27,17 +25,23 @@ from transformers import (
     ViTImageProcessorPil,
 )
 
-from arguments import OPTIMIZERS, SegmentationArguments, parse_arguments
+from arguments import (
+    OPTIMIZERS,
+    ComparisonArguments,
+    PretrainingArguments,
+    SegmentationArguments,
+    parse_arguments,
+)
 from cbsa_hf import CBSAConfig, CBSAForImageClassification
 from data.classification import TrainingImages
-from data.distillation import TaughtImages, write_answers
 from data.loading import find_columns, find_mask_columns, load_images
 from data.segmentation import IGNORED, TrainingMasks, class_weights, read_mask, read_names
 from data.streaming import StreamedRows
 from engine.interruption import outlive_interruption
 from engine.optimization import build_optimizer, build_scheduler, parameter_groups
 from evaluation.metrics import MeanIoU, count_pixels
-from tasks.segmentation import Segmentation
+from tasks.distillation import DistillationDataset, write_targets
+from tasks.segmentation import SegmentationLoss
 from tasks.teachers import AutoTeacher, EfficientNetLite, Teacher
 
 
@@ -56,7 +60,7 @@ class TestArguments:
     def test_command_line_overrides_the_recipe(self, tmp_path):
         (tmp_path / "recipe.yaml").write_text(self.RECIPE)
         given = ["--config", str(tmp_path / "recipe.yaml"), "--output_dir", "out", "--crop_sizes", "64"]
-        args = parse_arguments(Arguments, given)
+        args = parse_arguments(PretrainingArguments, given)
         assert (args.dataset_name, args.learning_rate, args.keep_best) == ("somewhere", 1e-4, True)
         assert (args.crop_sizes, args.teacher, args.batch_size) == ([64], None, 64)
 
@@ -71,7 +75,7 @@ class TestArguments:
     def test_bad_recipe(self, tmp_path, text, message):
         (tmp_path / "recipe.yaml").write_text(text)
         with pytest.raises(ValueError, match=r"recipe\.yaml") as error:
-            parse_arguments(Arguments, ["--config", str(tmp_path / "recipe.yaml")])
+            parse_arguments(PretrainingArguments, ["--config", str(tmp_path / "recipe.yaml")])
         assert message in str(error.value)
 
     @pytest.mark.parametrize(
@@ -79,8 +83,8 @@ class TestArguments:
         [
             ("cbsa-tiny-camvid", SegmentationArguments),
             ("cbsa-tiny-camvid-2", SegmentationArguments),
-            ("cbsa-tiny-imagenette", Arguments),
-            ("comparison", compare.Arguments),
+            ("cbsa-tiny-imagenette", PretrainingArguments),
+            ("comparison", ComparisonArguments),
         ],
     )
     def test_every_recipe_is_understood(self, name, arguments_class):
@@ -103,20 +107,20 @@ class TestArguments:
     )
     def test_bad_options(self, arguments, message):
         with pytest.raises(ValueError) as error:
-            parse_arguments(Arguments, [*self.NAMES, *arguments])
+            parse_arguments(PretrainingArguments, [*self.NAMES, *arguments])
         assert message in str(error.value)
 
     def test_good_options(self):
         args = parse_arguments(SegmentationArguments, [*self.NAMES, "--task=x", "--no_photometric_distortion"])
         assert args.photometric_distortion is False
-        assert parse_arguments(Arguments, [*self.NAMES, "--num_workers=0"]).num_workers == 0
+        assert parse_arguments(PretrainingArguments, [*self.NAMES, "--num_workers=0"]).num_workers == 0
 
     @pytest.mark.parametrize(
         "name", ["seed", "attention_type", "feed_forward_type", "resume_from_checkpoint", "push_to_hub"]
     )
     def test_a_comparison_has_no_options_of_one_run(self, name):
         with pytest.raises(ValueError, match=f"names `{name}`, which the script does not know"):
-            parse_arguments(compare.Arguments, [*self.NAMES, f"--{name}=1"])
+            parse_arguments(ComparisonArguments, [*self.NAMES, f"--{name}=1"])
 
 
 class TestColumns:
@@ -227,8 +231,8 @@ class TestMixtures:
         monkeypatch.setattr("tasks.teachers.AutoTeacher", lambda name: ColourTeacher())
         settings = {**self.SETTINGS, "dataset": labelled, "processor": processor, "cutmix_alpha": 1.0}
         teacher = Teacher("colours", MEAN, STD, patch_size=2)
-        write_answers(teacher, TrainingImages(**settings), processor, 128, tmp_path / "answers")
-        item = TaughtImages(teacher, tmp_path / "answers", **settings)[0]
+        write_targets(teacher, TrainingImages(**settings), processor, 128, tmp_path / "answers")
+        item = DistillationDataset(teacher, tmp_path / "answers", **settings)[0]
         pixels = item["pixel_values"] * torch.tensor(STD).view(3, 1, 1) + torch.tensor(MEAN).view(3, 1, 1)
         assert (item["teacher_map_0"] - F.avg_pool2d(pixels, 2)).abs().mean() < 0.02
 
@@ -347,8 +351,8 @@ class TestDistillation:
         }
         teacher = Teacher("colours", MEAN, STD, patch_size=2)
         images = TrainingImages(**settings)
-        write_answers(teacher, images, processor, 128, tmp_path / "answers")  # much finer than the crops
-        taught = TaughtImages(teacher, tmp_path / "answers", **settings)
+        write_targets(teacher, images, processor, 128, tmp_path / "answers")  # much finer than the crops
+        taught = DistillationDataset(teacher, tmp_path / "answers", **settings)
         scale, shift = torch.tensor(STD).view(3, 1, 1), torch.tensor(MEAN).view(3, 1, 1)
         for index in range(len(images)):
             item = taught[index]
@@ -491,7 +495,7 @@ class TestSegmentation:
     def test_loss(self, weights):
         logits, labels = torch.randn(2, 3, 4, 5), torch.randint(0, 3, (2, 4, 5))
         labels[:, 1:3] = IGNORED
-        task = Segmentation(lambda pixel_values: SimpleNamespace(logits=logits), weights)
+        task = SegmentationLoss(lambda pixel_values: SimpleNamespace(logits=logits), weights)
         expected = F.cross_entropy(logits, labels, weights, ignore_index=IGNORED)
         torch.testing.assert_close(task(None, labels)["loss"], expected)
         assert task(None, torch.full_like(labels, IGNORED))["loss"] == 0  # such as a crop of ADE20K
@@ -500,7 +504,7 @@ class TestSegmentation:
         logits, labels = torch.randn(3, 4, 6, 5), torch.randint(0, 3, (3, 6, 5))  # the last class is absent
         labels[0, :2] = IGNORED
         losses = [
-            Segmentation(lambda pixel_values: SimpleNamespace(logits=logits), None, dice)(None, labels)["loss"]
+            SegmentationLoss(lambda pixel_values: SimpleNamespace(logits=logits), None, dice)(None, labels)["loss"]
             for dice in (False, True)
         ]
         shares, overlaps = logits.double().softmax(1), []

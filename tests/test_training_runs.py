@@ -13,16 +13,16 @@ import score
 import torch
 from accelerate.utils import DistributedType
 from datasets import Dataset
-from finetune import FinetuningArguments, finetune_classifier
-from pretrain import Arguments
+from finetune import finetune_classifier
 from safetensors.torch import load_file
 from torch.nn import functional as F
 from transformers import AutoModelForImageClassification, AutoModelForSemanticSegmentation
 from transformers.utils.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
-from engine import interruption, loop
+from arguments import FinetuningArguments, PretrainingArguments, ScoringArguments, parse_arguments
+from engine import interruption, setup
 from engine.interruption import StopRequest
-from engine.loop import build_accelerator
+from engine.setup import build_accelerator
 from evaluation.scores import evaluate_classifier, evaluate_segmenter
 from tasks import classification
 from tasks.heads import load_for_classes
@@ -89,15 +89,15 @@ class TestRuns:
     @pytest.mark.parametrize(("name", "value"), [("ema_decay", 0.5), ("keep_best", True)])
     def test_not_for_sharded_weights(self, monkeypatch, name, value):
         sharded = SimpleNamespace(num_processes=1, distributed_type=DistributedType.FSDP)
-        monkeypatch.setattr(loop, "Accelerator", lambda **_: sharded)
-        with pytest.raises(ValueError, match=f"`--{name}` is not for weights that FSDP shards"):
-            build_accelerator(Arguments(dataset_name="", output_dir="", **{name: value}))
+        monkeypatch.setattr(setup, "Accelerator", lambda **_: sharded)
+        with pytest.raises(ValueError, match=f"`--{name}` does not work with weights that FSDP shards"):
+            build_accelerator(PretrainingArguments(dataset_name="", output_dir="", **{name: value}))
 
     @pytest.mark.parametrize("cached", [True, False])
     def test_what_a_teacher_says_is_learned(self, start, vit, tmp_path, monkeypatch, cached):
         """All eight pictures in a step; every loss by its formula, in float64."""
         network, folder = vit
-        forward, seen = classification.Classification.forward, []
+        forward, seen = classification.ClassificationLoss.forward, []
 
         def watch(task, pixel_values, labels=None, **taught):
             if labels is not None:
@@ -111,8 +111,8 @@ class TestRuns:
                 return losses
             return forward(task, pixel_values)
 
-        monkeypatch.setattr(classification.Classification, "forward", watch)
-        cache = tmp_path / "answers" if cached else None
+        monkeypatch.setattr(classification.ClassificationLoss, "forward", watch)
+        cache = tmp_path / "targets" if cached else None
         settings = {"teacher": str(folder), "teacher_cache": cache and str(cache), "batch_size": 8}
         settings |= {"logits_weight": 2.0, "maps_weight": 3.0, "label_smoothing": 0.1}
         start(tmp_path / "run", **settings)
@@ -153,13 +153,18 @@ class TestRuns:
             torch.testing.assert_close(teacher_logits.float(), answers.logits, atol=1e-4, rtol=1e-4)
             torch.testing.assert_close(teacher_map.float(), maps, atol=1e-4, rtol=1e-4)
 
-    def test_answers_of_something_else(self, start, vit, labelled, tmp_path):
+    def test_targets_of_something_else(self, start, vit, labelled, tmp_path):
         _, folder = vit
-        settings = {"teacher": str(folder), "teacher_cache": str(tmp_path / "answers")}
+        settings = {"teacher": str(folder), "teacher_cache": str(tmp_path / "targets")}
         start(tmp_path / "run", **settings)
-        written = {path: path.stat().st_mtime_ns for path in (tmp_path / "answers").iterdir()}
+        written = {path: path.stat().st_mtime_ns for path in (tmp_path / "targets").iterdir()}
         start(tmp_path / "again", **settings)
-        assert {path: path.stat().st_mtime_ns for path in (tmp_path / "answers").iterdir()} == written
+        (tmp_path / "targets" / "targets.json").rename(
+            tmp_path / "targets" / "answers.json"
+        )  # as version 0.1 wrote it
+        start(tmp_path / "before", **settings)
+        (tmp_path / "targets" / "answers.json").rename(tmp_path / "targets" / "targets.json")
+        assert {path: path.stat().st_mtime_ns for path in (tmp_path / "targets").iterdir()} == written
 
         shutil.copytree(folder, tmp_path / "other")
         labelled.select(range(7)).to_parquet(tmp_path / "seven.parquet")
@@ -171,10 +176,10 @@ class TestRuns:
         ]:
             with pytest.raises(ValueError) as error:
                 start(tmp_path / "new", **{**settings, **changes})
-            assert f"The answers in {tmp_path / 'answers'} are of {difference}" in str(error.value)
+            assert f"The targets in {tmp_path / 'targets'} are of {difference}" in str(error.value)
             assert "choose another `--teacher_cache`, or remove it" in str(error.value)
-        (tmp_path / "answers" / "answers.json").unlink()
-        with pytest.raises(ValueError, match="does not say what its answers are of"):
+        (tmp_path / "targets" / "targets.json").unlink()
+        with pytest.raises(ValueError, match="does not say what its targets are of"):
             start(tmp_path / "new", **settings)
         assert [path.name for path in tmp_path.glob("new/*")] == [".lock"]
 
@@ -272,24 +277,22 @@ class TestScores:
         monkeypatch.setattr(score, "load_checkpoint", lambda *_: pytest.fail("it began"))
         for path in (tmp_path, tmp_path / "nowhere" / "file"):
             with pytest.raises(ValueError, match=f"{path} cannot be written: "):
-                score.main(score.Arguments(dataset_name="nowhere", **{name: str(path)}))
+                score.main(ScoringArguments(dataset_name="nowhere", **{name: str(path)}))
         assert not list(tmp_path.iterdir())
 
     @pytest.mark.parametrize(
         ("task", "options"),
         [
-            ("image-classification", {"flip": True, "stride": [8], "scales": [1.0, 2.0], "reduce_labels": True}),
-            ("image-classification", {"strip": "strip.png", "sharp": True, "min_foreground": 0.5}),
-            ("semantic-segmentation", {"batch_size": 2, "min_foreground": 0.5}),
-            ("zero-shot-segmentation", {"batch_size": 2, "flip": True, "strip": "strip.png", "stride": [8]}),
+            ("image-classification", {"flip": [], "stride": ["8"], "scales": ["1", "2"], "reduce_labels": ["true"]}),
+            ("image-classification", {"strip": ["strip.png"], "sharp": [], "min-foreground": ["0.5"]}),
+            ("semantic-segmentation", {"batch_size": ["64"], "min_foreground": ["0.02"]}),  # even the default
+            ("zero-shot-segmentation", {"batch-size": ["2"], "flip": ["false"], "strip": ["x.png"], "stride": ["8"]}),
         ],
     )
-    def test_options_of_another_task(self, tmp_path, monkeypatch, task, options):
-        monkeypatch.chdir(tmp_path)
-        monkeypatch.setattr(score, "load_checkpoint", lambda *_: pytest.fail("it began"))
+    def test_options_of_another_task(self, tmp_path, task, options):
         for name, value in options.items():
-            with pytest.raises(ValueError, match=f"`--{name}` has no effect with `--task {task}`"):
-                score.main(score.Arguments(dataset_name="nowhere", task=task, **{name: value}))
+            with pytest.raises(ValueError, match=f"`--{name.replace('-', '_')}` has no effect with `--task {task}`"):
+                parse_arguments(ScoringArguments, ["--dataset_name=nowhere", f"--task={task}", f"--{name}", *value])
 
     @pytest.mark.parametrize("name", ["output", "strip"])
     def test_what_exists_is_replaced_with_force_alone(self, tmp_path, monkeypatch, name):
@@ -297,18 +300,18 @@ class TestScores:
         (tmp_path / "file").write_text("mine")
         options = {"dataset_name": "nowhere", "task": "semantic-segmentation", name: str(tmp_path / "file")}
         with pytest.raises(ValueError, match="file exists; name another file, or give --force"):
-            score.main(score.Arguments(**options))
+            score.main(ScoringArguments(**options))
         with pytest.raises(ValueError, match="it began"):
-            score.main(score.Arguments(**options, force=True))
+            score.main(ScoringArguments(**options, force=True))
         assert (tmp_path / "file").read_text() == "mine"
 
     def test_zero_shot_is_for_one_process(self, monkeypatch):
         monkeypatch.setattr(score, "Accelerator", lambda **_: SimpleNamespace(num_processes=2))
         with pytest.raises(ValueError, match="`--task zero-shot-segmentation` is for one process, not 2"):
-            score.main(score.Arguments(dataset_name="nowhere", task="zero-shot-segmentation"))
+            score.main(ScoringArguments(dataset_name="nowhere", task="zero-shot-segmentation"))
 
     def test_a_class_that_never_occurs_is_left_out(self, start, tiny_segmenter):
-        accelerator = build_accelerator(Arguments(dataset_name="", output_dir="", report_to="none"))
+        accelerator = build_accelerator(PretrainingArguments(dataset_name="", output_dir="", report_to="none"))
         segmenter = Mock(return_value=np.array([[0, 1, 1]]), model=tiny_segmenter)
         scores = evaluate_segmenter(segmenter, lambda _: (None, np.array([[0, 1, 3]])), 1, accelerator)
         assert scores == pytest.approx(

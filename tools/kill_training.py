@@ -16,7 +16,6 @@ model and the runs are small: a run is some seconds. Needs Linux and the package
 """
 
 import argparse
-import inspect
 import json
 import os
 import random
@@ -195,23 +194,17 @@ def arm(aim: Aim, folder: str):
 
 def watch_validation(tell: Callable[[], None]):
     """Call that whenever the loop starts to validate."""
-    from engine import loop
+    from tasks.classification import ClassificationTask
+    from tasks.segmentation import SegmentationTask
 
-    train = loop.train
+    for task in (ClassificationTask, SegmentationTask):
+        evaluate = task.evaluate
 
-    def watched(*args, **options):
-        given = inspect.signature(train).bind(*args, **options)
-        validate = given.arguments["validate"]
-
-        def told(network):
+        def told(self, losses, evaluate=evaluate):
             tell()
-            return validate(network)
+            return evaluate(self, losses)
 
-        given.arguments["validate"] = told
-        return train(*given.args, **given.kwargs)
-
-    for name in ("tasks.classification", "tasks.segmentation"):
-        sys.modules[name].train = watched
+        task.evaluate = told
 
 
 def run_script(script: str, argv: list[str], aim: Aim | None):

@@ -109,10 +109,13 @@ def write_sound_dataset(random: Random, folder: Path, masks: bool):
 
 def make_script_command(random: Random, folders: Folders) -> Case:
     """A line for a training script, with some odd values."""
-    import adapt
-    import finetune
-    import pretrain
-    import score
+    from arguments import (
+        AdaptationArguments,
+        FinetuningArguments,
+        PretrainingArguments,
+        ScoringArguments,
+        SegmentationArguments,
+    )
 
     masks = random.random() < 0.3
     write_sound_dataset(random, folders.inputs, masks)
@@ -121,13 +124,13 @@ def make_script_command(random: Random, folders: Folders) -> Case:
     training = [data, batch, f"--output_dir={folders.output / 'run'}", *TRAINING]
     scoring = [data, f"--checkpoint={MODELS / ('segmenter' if masks else 'classifier')}", *([] if masks else [batch])]
     lines = {
-        "pretrain.py": (pretrain.Arguments, [*training, f"--config_name={MODELS / 'classifier'}"]),
+        "pretrain.py": (PretrainingArguments, [*training, f"--config_name={MODELS / 'classifier'}"]),
         "finetune.py": (
-            finetune.TASKS[task][0],
+            SegmentationArguments if masks else FinetuningArguments,
             [*training, f"--model_name_or_path={MODELS / 'classifier'}", f"--task={task}"],
         ),
-        "adapt.py": (adapt.Arguments, [*training, f"--model_name_or_path={MODELS / 'vit'}"]),
-        "score.py": (score.Arguments, [*scoring, f"--task={task}"]),
+        "adapt.py": (AdaptationArguments, [*training, f"--model_name_or_path={MODELS / 'vit'}"]),
+        "score.py": (ScoringArguments, [*scoring, f"--task={task}"]),
     }
     script = pick(random, ("finetune.py", "score.py") if masks else list(lines))
     arguments, line = lines[script]

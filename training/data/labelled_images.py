@@ -1,10 +1,11 @@
-"""Rows of a data set whose images may be broken."""
+"""Reading labelled images from a data set, and skipping broken ones."""
 
 import logging
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import fsspec
 import numpy as np
 import torch
 from datasets import Dataset, Image
@@ -22,20 +23,46 @@ logger = logging.getLogger(__name__)
 
 
 def to_tensor(image: PILImage.Image, processor: BaseImageProcessor) -> torch.Tensor:
-    """An RGB image -> (3, height, width), scaled and normalised as the processor says."""
+    """The pixels of an RGB image, (3, height, width), float32, scaled and normalised as the processor says."""
     pixels = np.asarray(image, dtype=np.float32) * processor.rescale_factor
     pixels = (pixels - np.float32(processor.image_mean)) / np.float32(processor.image_std)
     return torch.from_numpy(pixels).permute(2, 0, 1)
 
 
 def checksum_image(encoded: dict | None) -> int:
-    """Of an image that is still encoded, or of its file's name where the data set has no more."""
+    """CRC-32 of an encoded image, or of its file name if the data set holds no bytes."""
     encoded = encoded or {}
     return zlib.crc32(encoded.get("bytes") or Path(encoded.get("path") or "").name.encode())
 
 
+def read_encoded(read: Callable, encoded: dict | None, name: str) -> PILImage.Image:
+    """
+    Read an image or mask that a data set holds as bytes, or names by a path or by an address like `hf://...` or
+    `zip://...::...`, as streams do.
+
+    Args:
+        read: `open_image` or `open_mask`.
+        encoded: the data set's value, not decoded.
+        name: of the image, for messages.
+
+    Raises:
+        ImageError: if it cannot be read.
+    """
+    path = (encoded or {}).get("path") or ""
+    if "://" not in path or encoded.get("bytes") is not None:
+        return read(encoded, name=name)
+    try:
+        with fsspec.open(path, "rb") as file:
+            return read(file, name=name)
+    except ImageError:
+        raise
+    except Exception as error:  # each file system has errors of its own
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise ImageError(f"{name} cannot be read: {reason.rstrip('.')}.") from error
+
+
 def check_label(label: int | None, num_labels: int, name: str):
-    """A ValueError when it is the number of no class."""
+    """Raises ValueError if a label is not the number of a class; `name` is the image's, for the message."""
     if type(label) is not int or not 0 <= label < num_labels:
         given = "no label" if label is None else f"the label {label!r}"
         raise ValueError(f"{name} has {given}; the data set names the classes 0 to {num_labels - 1}.")
@@ -43,13 +70,15 @@ def check_label(label: int | None, num_labels: int, name: str):
 
 def check_labels(dataset: Dataset | StreamedRows, split: str, warns: bool = True):
     """
-    Look at all labels of a split of two columns; those of a stream are looked at one by one, when they come.
+    Check all labels of a split. Those of a stream are checked one by one, when they are read.
 
     Args:
-        warns: whether to name the classes without an image in the log.
+        dataset: of two columns, image and label.
+        split: its name, for messages.
+        warns: log the names of the classes that have no image.
 
     Raises:
-        ValueError: a label that no class has.
+        ValueError: if a label is not the number of a class.
     """
     if isinstance(dataset, StreamedRows):
         return
@@ -65,7 +94,7 @@ def check_labels(dataset: Dataset | StreamedRows, split: str, warns: bool = True
 
 
 def warn_of_missing(names: list[str], subject: str, reason: str = ""):
-    """A warning that names classes, ten at most."""
+    """Log a warning that names up to ten classes."""
     if names:
         more = f" and {len(names) - 10} more" if len(names) > 10 else ""
         logger.warning("%s is of the class %s%s.%s", subject, ", ".join(map(repr, names[:10])), more, reason)
@@ -73,18 +102,18 @@ def warn_of_missing(names: list[str], subject: str, reason: str = ""):
 
 class LabelledImages(torch.utils.data.Dataset):
     """
-    Rows of a data set whose images may be broken: those are skipped, named in the log, and counted.
+    A data set of images with labels or masks. Broken images are skipped, named in the log, and counted.
 
     Args:
-        dataset: of two columns, an image, and a label or mask.
-        max_corrupt: how many broken images are too many to go on; of a stream, in one epoch.
+        dataset: of two columns: an image, and a label or mask.
+        max_corrupt: how many images may be broken; of a stream, in one epoch.
     """
 
     def __init__(self, dataset: Dataset | StreamedRows, max_corrupt: int):
         self.image_column, self.label_column = dataset.features
         self.num_labels = getattr(dataset.features[self.label_column], "num_classes", None)
         self.fingerprint = getattr(dataset, "_fingerprint", None)
-        if not isinstance(dataset, StreamedRows):  # whose rows are encoded
+        if not isinstance(dataset, StreamedRows):  # which leaves images encoded already
             for column, feature in dataset.features.items():
                 if isinstance(feature, Image):
                     dataset = dataset.cast_column(column, Image(decode=False))
@@ -97,20 +126,23 @@ class LabelledImages(torch.utils.data.Dataset):
         return len(self.dataset)
 
     def __getitems__(self, batch: list) -> list[dict[str, torch.Tensor]]:
-        """The items of a batch, as its sampler has chosen them."""
+        """The items of a batch, for what its sampler yielded: indices, or pairs from [`StreamedRows`]."""
         return [self[index] for index in self.indices(batch)]
 
     def indices(self, batch: list) -> list[int]:
-        """The indices of the rows of a batch, which a stream holds from now on."""
+        """The indices of a batch. A stream keeps the rows for them."""
         return self.dataset.hold(batch) if isinstance(self.dataset, StreamedRows) else batch
 
     def set_epoch(self, epoch: int):
+        """Set the epoch that augmentation depends on, in all workers."""
         self.epoch.fill_(epoch)
         if isinstance(self.dataset, StreamedRows):
-            self.corrupt.zero_()  # every epoch has an order of its own
+            self.corrupt.zero_()  # indices mean other rows in every epoch
 
     def sample(self) -> list[int]:
-        """Checksums of some encoded images at even distances, of a stream of its first: to know the data set again."""
+        """
+        Checksums of some images, by which the data set is recognised: at even distances, or a stream's first ones.
+        """
         if isinstance(self.dataset, StreamedRows):
             rows = self.dataset.first(SAMPLE_SIZE)
         else:
@@ -119,17 +151,17 @@ class LabelledImages(torch.utils.data.Dataset):
         return [checksum_image(row[self.image_column]) for row in rows]
 
     def name(self, index: int, row: dict) -> str:
-        """What messages call an image: its file where the data set has that, and its row."""
+        """An image's name in messages: its row, and its file if the data set names one."""
         path = (row[self.image_column] or {}).get("path")
         place = f"{index} of this epoch" if isinstance(self.dataset, StreamedRows) else str(index)
         return f"Image {place}" + (f" ({path})" if path else "")
 
     def read(self, index: int) -> tuple[PILImage.Image, int | np.ndarray] | None:
         """
-        Image in RGB, and label or mask; None when one of them cannot be read.
+        The image in RGB and its label or mask; None if one of them cannot be read.
 
         Raises:
-            ValueError: a label that no class has.
+            ValueError: if the label is not the number of a class, or the mask does not fit.
         """
         row = self.dataset[index]
         name = self.name(index, row)
@@ -142,16 +174,25 @@ class LabelledImages(torch.utils.data.Dataset):
             return None
 
     def read_row(self, row: dict, name: str) -> tuple[PILImage.Image, int | np.ndarray]:
-        image = open_image(row[self.image_column], name=name)
+        """See [`read`]; raises ImageError if the image or the mask cannot be read."""
+        image = read_encoded(open_image, row[self.image_column], name)
         check_label(row[self.label_column], self.num_labels, name)
         return image, row[self.label_column]
 
     def readable(self) -> Iterator[tuple[PILImage.Image, int | PILImage.Image]]:
-        """What [`read`] says of each row in turn, the broken ones left out."""
+        """What [`read`] returns for each row in turn, without the broken ones."""
         return (found for index in range(len(self)) if (found := self.read(index)) is not None)
 
     def read_next(self, index: int) -> tuple[int, PILImage.Image, int | PILImage.Image]:
-        """That row, or the next that can be read, of a stream in the same batch: its index, and what [`read`] says."""
+        """
+        The row of that index, or the next one that can be read; of a stream, the next one in the same batch.
+
+        Returns:
+            Its index, and what [`read`] returns for it.
+
+        Raises:
+            ValueError: if no row can be read, or more than `max_corrupt` are broken.
+        """
         streams = isinstance(self.dataset, StreamedRows)
         first, count = (self.dataset.indices[0], len(self.dataset.batch)) if streams else (0, len(self))
         for _ in range(count):
@@ -162,7 +203,7 @@ class LabelledImages(torch.utils.data.Dataset):
         raise ValueError(f"None of {count} images in turn can be read (the log names them).")
 
     def check(self):
-        """A ValueError when too many images were broken."""
+        """Raises ValueError if more than `max_corrupt` images were broken."""
         count = int(self.corrupt.sum())
         if count > self.max_corrupt:
             raise ValueError(

@@ -1,4 +1,4 @@
-"""One pass over labelled images: the number that every script reports."""
+"""Scores of a classifier and of a segmenter on labelled images."""
 
 from collections.abc import Callable
 
@@ -20,16 +20,16 @@ def evaluate_classifier(
     classify: Callable[[torch.Tensor], torch.Tensor], dataloader: DataLoader, accelerator: Accelerator
 ) -> dict[str, float]:
     """
-    Accuracy and mean cross-entropy over a prepared dataloader, each image counted once by however many processes;
-    images whose label is -100 are left out.
+    Accuracy and mean cross-entropy over a dataloader. Each image counts once, for any number of processes; images with
+    the label -100 do not count.
 
     Args:
-        classify: pixels -> logits.
-        dataloader: batches of `pixel_values` and `labels`.
-        accelerator: that prepared the dataloader.
+        classify: returns the logits (batch, num_labels) for pixels (batch, channels, height, width).
+        dataloader: prepared by the accelerator; its batches have `pixel_values` and `labels`.
+        accelerator: its processes share the work.
 
     Raises:
-        ValueError: a label that no class has.
+        ValueError: if a label is not the number of a class, or no image can be read.
     """
     metric = Accuracy(keep_in_memory=True)
     losses = []
@@ -58,14 +58,17 @@ def evaluate_segmenter(
     accelerator: Accelerator,
 ) -> dict[str, float]:
     """
-    Mean IoU, pixel accuracy and the IoU of each class that occurs, each image counted once by however many processes,
-    at its own size.
+    Mean IoU, pixel accuracy, and the IoU of each class that occurs. Each image counts once, at its own size, for any
+    number of processes.
 
     Args:
         segmenter: of a model for semantic segmentation.
-        read: index -> image and labels (height, width); None for a broken image, which is left out.
-        num_images: how many there are.
-        accelerator: whose processes share the work.
+        read: returns the image of an index and its labels (height, width); None if it is broken and does not count.
+        num_images: number of images.
+        accelerator: its processes share the work.
+
+    Raises:
+        ValueError: if there is no labelled pixel, or no image can be read.
     """
     config = segmenter.model.config
     metric, total = MeanIoU(keep_in_memory=True), 0
