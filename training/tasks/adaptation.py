@@ -82,8 +82,8 @@ def replace_attention(
     """
     A copy of a ViT with another attention. If the classes differ, its classifier is a new one.
 
-    `agent` and `mita` keep all weights. `cbsa` has one projection in place of three; it starts as that of the keys, without
-    their bias.
+    `agent` and `mita` keep all weights. `cbsa` has one projection in place of three; it starts as that of the keys,
+    without their bias.
 
     Args:
         original: with softmax attention.
