@@ -70,7 +70,7 @@ def _(module: CBSALayer, weights: Weights):
         dictionary = weights["feed_forward.dictionary"]
         step, threshold = module.feed_forward.step_size, module.feed_forward.threshold
         weights["feed_forward.in_proj.weight"] = step * dictionary.T
-        weights["feed_forward.in_proj.bias"] = torch.full((dictionary.shape[1],), -step * threshold).to(dictionary)
+        weights["feed_forward.in_proj.bias"] = dictionary.new_full((dictionary.shape[1],), -step * threshold)
         fold_norm(weights, "layernorm_after", "feed_forward.in_proj")
     elif module.feed_forward.has_norm:
         fold_norm(weights, "layernorm_after", "feed_forward.fc1")
