@@ -144,7 +144,7 @@ class SelfAttention(nn.Module):
         self.scaling = head_dim**-0.5
         self.base_num_patches = base_num_patches
         self.num_other_tokens = num_other_tokens
-        self.representatives = representatives
+        self.representatives = representatives if self.uses_representatives else None
         self.out_proj = nn.Linear(num_heads * head_dim, hidden_size)
         self.add_weights(hidden_size, num_heads * head_dim)
 
@@ -441,8 +441,9 @@ class MixtureOfTopKSelfAttention(SoftmaxSelfAttention):
         (batch, h, n, p), (batch, h, n, M), (batch, h, n, k, p) -> (batch, h, n, M), (batch, h, n, k).
         """
         to_keys = (keys @ queries.unsqueeze(-1)).squeeze(-1)
-        logits = torch.cat([self.scaling**2 * similarity, self.scaling * to_keys], dim=-1)
-        return torch.softmax(logits, dim=-1).split([similarity.shape[-1], keys.shape[-2]], dim=-1)
+        weights = torch.softmax(torch.cat([self.scaling**2 * similarity, self.scaling * to_keys], dim=-1), dim=-1)
+        num_landmarks = similarity.shape[-1]
+        return weights[..., :num_landmarks], weights[..., num_landmarks:]
 
     def forward(self, hidden_states, grid, output_attentions=False, output_representative_attentions=False):
         q, k, v = self.project(hidden_states)
@@ -459,11 +460,12 @@ class MixtureOfTopKSelfAttention(SoftmaxSelfAttention):
             token_map = (to_landmarks @ attention).scatter_add(-1, pick(selected, nearest), to_keys)
             return self.merge_heads(token_map @ v), token_map, attention
 
-        # A loop would tie a compiled graph to one number of tiles.
-        size = q.shape[2] if is_torchdynamo_compiling() else self.tile
+        tiles = [(q, similarity, nearest)]
+        if not is_torchdynamo_compiling():  # a graph would be tied to one number of tiles
+            tiles = zip(*(x.split(self.tile, dim=2) for x in tiles[0]), strict=True)
         gathered = attention @ v
         updates = []
-        for queries, similar, index in zip(*(x.split(size, dim=2) for x in (q, similarity, nearest)), strict=True):
+        for queries, similar, index in tiles:
             to_landmarks, to_keys = self.attend_jointly(queries, similar, pick(keys, index))
             updates.append(to_landmarks @ gathered + (to_keys.unsqueeze(-2) @ pick(values, index)).squeeze(-2))
         return self.merge_heads(torch.cat(updates, dim=2)), None, attention

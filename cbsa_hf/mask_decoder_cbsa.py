@@ -82,16 +82,16 @@ class MaskDecoderLayer(GradientCheckpointingLayer):
         base_num_patches: int | None = None,
     ):
         super().__init__()
-        attention = ATTENTIONS[attention_type]
-        options = {
-            "base_num_patches": base_num_patches,
-            "num_other_tokens": config.num_labels,
-            "folded": config.folded,
-        }
-        if attention.uses_representatives:
-            options["representatives"] = PooledRepresentatives(config.decoder_representatives_size, first_token=0)
         self.layernorm_before = block_norm(config, hidden_size)
-        self.attention = attention(hidden_size, config.decoder_num_heads, head_dim, **options)
+        self.attention = ATTENTIONS[attention_type](
+            hidden_size,
+            config.decoder_num_heads,
+            head_dim,
+            PooledRepresentatives(config.decoder_representatives_size, first_token=0),
+            base_num_patches=base_num_patches,
+            num_other_tokens=config.num_labels,
+            folded=config.folded,
+        )
         if has_mlp:
             self.layernorm_after = block_norm(config, hidden_size)
             self.feed_forward = nn.Sequential(
@@ -102,7 +102,7 @@ class MaskDecoderLayer(GradientCheckpointingLayer):
                 )
             )
         self.has_mlp = has_mlp
-        self.map_is_gram = attention.map_is_gram
+        self.map_is_gram = self.attention.map_is_gram
 
     def forward(
         self, hidden_states: torch.Tensor, grid: tuple[int, int], output_attentions: bool = False

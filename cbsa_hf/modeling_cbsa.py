@@ -326,19 +326,29 @@ FEED_FORWARDS = {"ista": CBSAISTA, "odl": CBSAODL, "mlp": CBSAMLP, "none": CBSAN
 
 
 def build_attention(config: CBSAConfig, attention_type: str, base_num_patches: int | None = None) -> SelfAttention:
-    """That operator, with its representatives where it has any; `base_num_patches` is N0 where it takes one."""
-    attention = ATTENTIONS[attention_type]
-    options = {"base_num_patches": base_num_patches, "folded": config.folded}
-    size = to_pair(config.landmarks_size if attention_type == "mita" else config.representatives_size)
-    if attention.uses_representatives and config.representatives_type == "pool":
-        # The reference's quirk reads all tokens but the last as the grid, so its grid starts at CLS.
+    """
+    The attention operator of a layer of the encoder.
+
+    Args:
+        config: says which representatives the operator has, if it needs any.
+        attention_type: its name in `ATTENTIONS`.
+        base_num_patches: N0 of the size factor; None for no size factor.
+    """
+    height, width = to_pair(config.landmarks_size if attention_type == "mita" else config.representatives_size)
+    if config.representatives_type == "pool":
+        # The reference implementation takes all tokens but the last for the grid, which then starts at CLS.
         first_token = {"patches": 1 + config.num_register_tokens, "all_but_last": 0}[config.pooled_tokens]
-        options["representatives"] = PooledRepresentatives(size, first_token)
-    elif attention.uses_representatives:
-        options["representatives"] = LearnedRepresentatives(
-            config.num_attention_heads, size[0] * size[1], config.head_dim
-        )
-    return attention(config.hidden_size, config.num_attention_heads, config.head_dim, **options)
+        representatives = PooledRepresentatives((height, width), first_token)
+    else:
+        representatives = LearnedRepresentatives(config.num_attention_heads, height * width, config.head_dim)
+    return ATTENTIONS[attention_type](
+        config.hidden_size,
+        config.num_attention_heads,
+        config.head_dim,
+        representatives,
+        base_num_patches=base_num_patches,
+        folded=config.folded,
+    )
 
 
 class CBSADropPath(nn.Module):

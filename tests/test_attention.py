@@ -137,8 +137,7 @@ def build(name: str, hidden_size=6, heads=2, head_dim=3, learned=False):
     """The operator in float64, random throughout, with 2 x 2 representatives on a grid behind CLS."""
     torch.manual_seed(0)
     representatives = LearnedRepresentatives(heads, 4, head_dim) if learned else PooledRepresentatives((2, 2), 1)
-    attention = ATTENTIONS[name]
-    operator = attention(hidden_size, heads, head_dim, representatives if attention.uses_representatives else None)
+    operator = ATTENTIONS[name](hidden_size, heads, head_dim, representatives)
     for parameter in operator.parameters():
         nn.init.normal_(parameter)
     return operator.double()
