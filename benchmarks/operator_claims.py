@@ -80,7 +80,8 @@ def linear_cost(bench: Workbench) -> Finding:
     ]
     run = (
         "`torch.utils.flop_counter` on one attention layer of width 192 with 3 heads and 8 x 8 representatives "
-        f"(`mita`: 5 x 5 landmarks), and its time on this CPU, {torch.get_num_threads()} thread(s), five repetitions after two."
+        f"(`mita`: 5 x 5 landmarks), and its time on this CPU, {torch.get_num_threads()} thread(s), five repetitions "
+        "after two."
     )
     header = [
         "million multiply-adds at N =",
