@@ -15,14 +15,12 @@ from .checkpoints import load_checkpoint
 from .conversion.convert import ORIGINS, compare_outputs, convert_checkpoint, model_card, save_conversion
 from .hub import push_checkpoint
 from .interpretability.attention_maps import attention_maps, map_formula
-from .interpretability.plots import attention_grid
-from .interpretability.report import inspect_photo, save_report
-from .overlays import class_colours, class_legend, overlay_classes, overlay_mask
+from .overlays import class_colours, class_legend, draw_mask, overlay_classes
 from .photo_jobs import STANDARD_INPUT, Job, check_job, find_photos, plan_folder, save_pngs
 from .segmentation.images import MAX_PIXELS, MAX_RATIO, fit_to_patches, open_image, to_pixel_values
 from .segmentation.memory import MAX_MEMORY, check_input
 from .segmentation.patch_grouping import METHODS
-from .segmentation.sliding_window import SlidingWindowSegmenter
+from .segmentation.sliding_window import SlidingWindowSegmenter, label_names
 from .segmentation.zero_shot import Segment, ZeroShotSegmentation, ZeroShotSegmenter
 
 
@@ -118,7 +116,7 @@ def load_finder(args: argparse.Namespace) -> Finder:
         segmenter = SlidingWindowSegmenter(
             model, processor, long_side=args.long_side, sharp=args.sharp, max_memory=args.max_memory
         )
-        return lambda image: show_classes(image, segmenter(image), model.config.id2label)
+        return lambda image: show_classes(image, segmenter(image), label_names(model))
     given = {"method": "method", "segments": "num_segments"}
     options = {option: getattr(args, name) for name, option in given.items() if name in args}
     if args.long_side is not None:
@@ -143,18 +141,18 @@ def name_segment(segment: Segment, index: int) -> str:
 
 
 def show_foreground(image: Image.Image, found: ZeroShotSegmentation) -> tuple[Image.Image, Image.Image, str]:
-    """Overlay, mask, and what was found in words."""
+    """Overlay, drawn on the photo itself, mask, and what was found in words."""
     names = [name_segment(s, i) for i, s in enumerate(found.segments) if s.score > 0 and s.name is not None]
     text = ", ".join([f"{found.mask.mean():.0%} of the pixels are foreground", *names])
-    return overlay_mask(image, found.mask), Image.fromarray(found.mask), text
+    draw_mask(image, found.mask)
+    return image, Image.fromarray(found.mask), text
 
 
 def show_segments(image: Image.Image, found: ZeroShotSegmentation) -> tuple[Image.Image, Image.Image, str]:
     """Overlay with a legend, segment indices as a mask, and what was found in words."""
     names = {i: name_segment(segment, i) for i, segment in enumerate(found.segments)}
-    labels = found.labels.astype(np.min_scalar_type(len(names)))
-    text = ", ".join(text for _, text in class_legend(labels, names))
-    return overlay_classes(image, labels, names), label_picture(labels, len(names)), text
+    text = ", ".join(text for _, text in class_legend(found.labels, names))
+    return overlay_classes(image, found.labels, names), label_picture(found.labels, len(names)), text
 
 
 def show_classes(
@@ -166,6 +164,8 @@ def show_classes(
 
 
 def attention(args: argparse.Namespace):
+    from .interpretability.plots import attention_grid  # Matplotlib, without which `segment` starts sooner
+
     check_job(Job(args.photo, (args.output,)), [args.photo], args.force)
     image = read_photo(args.photo, args)
     model, processor = load_checkpoint(args.checkpoint)
@@ -179,6 +179,8 @@ def attention(args: argparse.Namespace):
 
 
 def inspect(args: argparse.Namespace):
+    from .interpretability.report import inspect_photo, save_report
+
     check_folder(args.output)
     image = read_photo(args.photo, args)
     report = inspect_photo(image, *load_checkpoint(args.checkpoint), args.long_side, args.patch, args.max_memory)

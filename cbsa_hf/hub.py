@@ -7,6 +7,7 @@ from huggingface_hub import HfApi, ModelCard
 from huggingface_hub.errors import HFValidationError, HTTPError  # of whichever HTTP client the Hub's library uses
 
 from .checkpoints import default_checkpoint, load_checkpoint
+from .modeling_cbsa import CBSAPreTrainedModel
 
 
 REQUIRED_METADATA = ("library_name", "pipeline_tag", "license")
@@ -29,22 +30,35 @@ def load_card(checkpoint: str) -> ModelCard:
     return card
 
 
-def address(text: str, folder: str, name: str, auto_class: str) -> str:
-    """The text of a card, its example loading what is published under `name`; one is added where there is none."""
-    text = text.replace(f'from_pretrained("{folder}"', f'from_pretrained("{name}"')
-    if f'from_pretrained("{name}"' in text:
-        return text
-    return f"""{text.rstrip()}
+def auto_class_of(model: CBSAPreTrainedModel) -> str:
+    """Name of the Auto class that loads a model of this library, such as `AutoModelForImageClassification`."""
+    return f"AutoModel{type(model).__name__.removeprefix('CBSA').removeprefix('Model')}"
 
-## From the Hub
 
-```python
+def loading_example(name: str, auto_class: str) -> str:
+    """Markdown: a block of Python that loads the model and the image processor with that id from the Hub."""
+    return f"""```python
 from transformers import AutoImageProcessor, {auto_class}
 
 processor = AutoImageProcessor.from_pretrained("{name}")
 model = {auto_class}.from_pretrained("{name}", trust_remote_code=True)
-```
-"""
+```"""
+
+
+def load_by_id(text: str, folder: str, name: str, auto_class: str) -> str:
+    """
+    The text of a model card with its example loading the model by its hub id; an example is added if there is none.
+
+    Args:
+        text: Markdown.
+        folder: name of the folder that the example loads from now.
+        name: the hub id.
+        auto_class: name of the Auto class, for the example that is added.
+    """
+    text = text.replace(f'from_pretrained("{folder}"', f'from_pretrained("{name}"')
+    if f'from_pretrained("{name}"' in text:
+        return text
+    return f"{text.rstrip()}\n\n## From the Hub\n\n{loading_example(name, auto_class)}\n"
 
 
 def push_checkpoint(name: str, checkpoint: str | None = None, private: bool = False) -> str:
@@ -65,8 +79,7 @@ def push_checkpoint(name: str, checkpoint: str | None = None, private: bool = Fa
     checkpoint = default_checkpoint() if checkpoint is None else checkpoint
     model, processor = load_checkpoint(checkpoint)
     card = load_card(checkpoint)
-    auto_class = f"AutoModel{type(model).__name__.removeprefix('CBSA').removeprefix('Model')}"
-    card.text = address(card.text, Path(checkpoint).name, name, auto_class)
+    card.text = load_by_id(card.text, Path(checkpoint).name, name, auto_class_of(model))
     with TemporaryDirectory() as folder:
         model.save_pretrained(folder)
         processor.save_pretrained(folder)

@@ -2,6 +2,7 @@
 
 import io
 import json
+import math
 import signal
 import subprocess
 import sys
@@ -12,7 +13,7 @@ import pytest
 import torch
 from conftest import ROOT
 from PIL import Image
-from transformers import AutoImageProcessor, Dinov2Config
+from transformers import AutoImageProcessor, Dinov2Config, SegformerImageProcessorPil
 
 from cbsa_hf import (
     CBSAConfig,
@@ -25,7 +26,7 @@ from cbsa_hf import (
 from cbsa_hf.cli import main
 from cbsa_hf.interpretability.attention_maps import exact_maps
 from cbsa_hf.interpretability.report import Report
-from cbsa_hf.segmentation.images import to_pixel_values
+from cbsa_hf.segmentation.images import MAX_PIXELS, to_pixel_values
 
 
 @pytest.fixture
@@ -69,6 +70,58 @@ def test_segment_into_classes(photo, photo_file, tiny_segmenter, saved_segmenter
     for i in np.unique(labels):
         (colour,) = {tuple(pixel) for pixel in colours[labels == i].tolist()}
         assert colour in legend
+
+
+def test_segment_into_one_class(photo, photo_file, tiny_config, tmp_path, capsys):
+    """What belongs to the class, by a sigmoid above a half, and the background."""
+    torch.manual_seed(0)
+    tiny_config.id2label, tiny_config.label2id = {0: "fur"}, {"fur": 0}
+    model = CBSAForSemanticSegmentation(tiny_config).eval()
+    processor = SegformerImageProcessorPil(size={"height": 300, "width": 451})
+    pixel_values = processor(photo, do_resize=False, return_tensors="pt")["pixel_values"]
+    with torch.no_grad():
+        model.decoder.mask_norm.bias -= model(pixel_values).logits.median()
+        probabilities = model(pixel_values).logits[0, 0].sigmoid().numpy()
+    folder = tmp_path / "model"
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    command = ["segment", str(photo_file), "-o", str(tmp_path / "x.png"), "--task", "semantic"]
+    assert main([*command, "--checkpoint", str(folder)]) == 0
+    labels = np.asarray(Image.open(tmp_path / "x_mask.png"))
+    clear = np.abs(probabilities - 0.5) > 1e-4
+    assert np.array_equal(labels[clear], (probabilities > 0.5)[clear])
+    share = labels.mean()
+    assert 0.1 < share < 0.9
+    told = capsys.readouterr().out
+    assert f"fur {share:.0%}" in told and f"background {1 - share:.0%}" in told
+
+
+HUNGRY = """
+import sys
+from pathlib import Path
+
+
+def peak() -> int:
+    # Of this process alone, in kB; `ru_maxrss` begins at its parent's.
+    return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0])
+
+
+from cbsa_hf.cli import main
+
+before = peak()
+assert main(sys.argv[1:]) == 0
+print((peak() - before) / 1000)
+"""
+
+
+def test_memory_of_the_largest_photo(tmp_path):
+    """A small file of as many pixels as are allowed, in one of the modes that have to be converted."""
+    side = math.isqrt(MAX_PIXELS)
+    Image.new("RGBA", (side, side), (9, 99, 200, 128)).save(tmp_path / "large.png")
+    command = ["segment", str(tmp_path / "large.png"), "-o", str(tmp_path / "x.png")]
+    result = subprocess.run([sys.executable, "-c", HUNGRY, *command], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert float(result.stdout.splitlines()[-1]) < 300  # MB beyond imports
 
 
 def test_attention(photo_file, tmp_path):

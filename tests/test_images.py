@@ -16,9 +16,10 @@ from transformers import ViTImageProcessorPil, pipeline
 
 from cbsa_hf import CBSAForImageClassification, SlidingWindowSegmenter, ZeroShotSegmenter
 from cbsa_hf.interpretability.report import inspect_photo
-from cbsa_hf.overlays import MASK_COLOUR, dilate, overlay_mask
+from cbsa_hf.overlays import MASK_COLOUR, class_colours, dilate, overlay_classes, overlay_mask
 from cbsa_hf.segmentation.images import (
     ImageError,
+    bands,
     fit_to_patches,
     open_image,
     open_mask,
@@ -362,6 +363,59 @@ def test_other_numbers_of_channels(num_channels):
     torch.testing.assert_close(pixel_values, expected, atol=1e-5, rtol=0)
 
 
+@pytest.mark.parametrize(("mode", "num_channels"), [("LA", 2), ("RGBA", 4), ("CMYK", 4)])
+def test_bands_of_pictures_are_channels(noise, mode, num_channels):
+    """Nothing is laid over white or converted; turned upright as ever."""
+    picture = noise.convert(mode)
+    picture.putpixel((3, 2), (9,) * num_channels)
+    values = np.asarray(picture)
+    assert np.array_equal(to_image(picture, num_channels=num_channels), values)
+    exif = turned(6)
+    found = to_image(encoded(picture, "TIFF", exif=exif), num_channels=num_channels) if mode != "LA" else None
+    assert found is None or np.array_equal(found, np.rot90(values, 3))
+    with pytest.raises(ImageError, match=r"^An image has the channels R, G, B, and the model takes \d; give an array"):
+        to_image(noise, num_channels=num_channels)
+
+
+def test_one_channel_is_grey(noise):
+    grey = noise.convert("L")
+    expected = np.asarray(grey)[..., None]
+    for source in (grey, encoded(grey, "PNG"), grey.convert("RGB"), np.asarray(grey)):
+        assert np.array_equal(to_image(source, num_channels=1), expected)
+    luma = np.asarray(noise).astype(float) @ [0.299, 0.587, 0.114]
+    assert np.abs(to_image(noise, num_channels=1)[..., 0] - luma).max() < 1
+
+
+def test_bands_make_the_same(noise, monkeypatch):
+    pictures = [noise.convert(mode) for mode in ("RGBA", "LA", "P", "CMYK", "1")]
+    pictures[0].putalpha(noise.convert("L"))
+    pictures += [Image.fromarray(LEVELS / np.float32(255)), Image.fromarray(LEVELS.astype(np.uint16) * 257)]
+    expected = [np.asarray(to_rgb(picture)) for picture in pictures]
+    monkeypatch.setattr(bands, "__defaults__", (100,))
+    for picture, whole in zip(pictures, expected, strict=True):
+        assert np.array_equal(np.asarray(to_rgb(picture)), whole)
+    rows = [slice(0, 5), slice(5, 10), slice(10, 11)]
+    assert list(bands(11, 20)) == rows
+
+
+def test_big_endian_values():
+    values = LEVELS.astype(np.uint16) * 257
+    for source in (values.astype(">u2"), (LEVELS / 255).astype(">f4")):
+        assert np.array_equal(np.asarray(to_image(source))[..., 0], LEVELS)
+
+
+def test_classes_are_drawn_over_the_whole(noise, monkeypatch):
+    """By one formula over all pixels; the legend is below."""
+    labels = np.asarray(noise.convert("L")) // 64
+    names = dict(enumerate("abcd"))
+    expected = np.array(Image.blend(noise, Image.fromarray(class_colours(4)[labels]), 0.6))
+    expected[:, 1:][labels[:, 1:] != labels[:, :-1]] = 255
+    expected[1:][labels[1:] != labels[:-1]] = 255
+    for pixels in (10**6, 700, 1):
+        monkeypatch.setattr(bands, "__defaults__", (pixels,))
+        assert np.array_equal(np.asarray(overlay_classes(noise, labels, names))[:50, :70], expected)
+
+
 def test_addresses(photo, shipped):
     pictures = {"/cat.jpg": with_segment(encoded(photo, "JPEG"), 0xE1, b"Exif\0\0nonsense"), "/text.jpg": b"no image"}
 
@@ -388,12 +442,13 @@ def test_addresses(photo, shipped):
             server.shutdown()
 
 
-def test_mask_is_drawn_as_by_a_filter(noise):
+def test_mask_is_drawn_as_by_a_filter(noise, monkeypatch):
     mask = np.asarray(noise.convert("L")) > 200
     assert np.array_equal(dilate(mask, 0), mask)
     for radius in range(1, 9):
         filtered = Image.fromarray(mask.astype(np.uint8)).filter(ImageFilter.MaxFilter(2 * radius + 1))
         assert np.array_equal(dilate(mask, radius), np.asarray(filtered) > 0)
+    monkeypatch.setattr(bands, "__defaults__", (500,))
     overlay = np.asarray(overlay_mask(noise, mask))
     edge, pixels = dilate(mask, 1) & ~mask, np.asarray(noise, dtype=np.float32)
     assert (overlay[edge] == 255).all()

@@ -159,8 +159,8 @@ def test_rows_are_those_of_the_whole(size):
         return [logits[:, top:bottom, left:right] for left, top, right, bottom in boxes]
 
     rows = LogitRows(predict, (97, 131), (32, 48), (19, 40), 5, logits.device)
-    starts = range(0, size[0], 10)
-    resized = torch.cat([rows.resized(i, min(i + 10, size[0]), size) for i in starts], dim=1)
+    parts = [slice(i, min(i + 10, size[0])) for i in range(0, size[0], 10)]
+    resized = torch.cat([rows.resized(part, size) for part in parts], dim=1)
     expected = F.interpolate(logits[None], size=size, mode="bilinear")[0]
     torch.testing.assert_close(resized, expected, rtol=1e-4, atol=1e-4)
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import torch
-from huggingface_hub import ModelCardData
+from huggingface_hub import ModelCard, ModelCardData
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformers import BaseImageProcessor, SegformerImageProcessorPil, ViTImageProcessorPil
@@ -19,6 +19,7 @@ from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from ..checkpoints import check_processor
 from ..checkpoints.weight_files import check_finite, one_sentence
 from ..configuration_cbsa import CBSAConfig
+from ..hub import auto_class_of, loading_example
 from ..modeling_cbsa import CBSAForImageClassification, CBSAForSemanticSegmentation, CBSAModel, CBSAPreTrainedModel
 from .checkpoint_files import find_weights, load_source_config, load_weights, read_preprocessing
 from .derive_config import derive_config
@@ -171,53 +172,50 @@ def compare_outputs(model: CBSAPreTrainedModel, path: Path) -> dict[str, tuple[f
     return differences
 
 
-def model_card(conversion: Conversion, name: str, source: str, license: str | None, attribution: str | None) -> str:
-    """Text of README.md: where the weights come from, their licence, and how to load them."""
+def model_card(
+    conversion: Conversion, name: str, source: str, license: str | None, attribution: str | None
+) -> ModelCard:
+    """
+    The model card of a conversion: where the weights come from, their licence, and how to load them.
+
+    Args:
+        conversion: what the card describes.
+        name: the model's name or hub id.
+        source: where the weights come from, for people to read.
+        license: identifier of the weights' licence, such as `apache-2.0`; None if it is unknown.
+        attribution: a sentence that says whose weights they are; by default it names the source and the paper.
+    """
     origin, config = ORIGINS[conversion.origin], conversion.model.config
-    auto_class, task, decoder = "AutoModel", "image-feature-extraction", ""
+    task, decoder = "image-feature-extraction", ""
     if isinstance(conversion.model, CBSAForImageClassification):
-        auto_class, task = "AutoModelForImageClassification", "image-classification"
+        task = "image-classification"
     elif isinstance(conversion.model, CBSAForSemanticSegmentation):
-        auto_class, task = "AutoModelForSemanticSegmentation", "image-segmentation"
-        decoder = f", decoder `{config.decoder_type}` for {config.num_labels} classes"
-    data = ModelCardData(
-        library_name="transformers",
-        pipeline_tag=task,
-        license=license or "other",
-        tags=["cbsa"],
-    )
+        task, decoder = "image-segmentation", f", decoder `{config.decoder_type}` for {config.num_labels} classes"
     exactness = "It computes what the original computes, up to rounding."
     if config.attention_type != origin.attention_types[0]:
         exactness = "It does not compute what the original computes: fine-tune it."
-    licence = f"The weights' licence is {license}." if license else "The weights' licence is that of their origin."
-    attribution = attribution or f"The weights come from `{source}` ([paper](https://arxiv.org/abs/{origin.paper}))."
-    return f"""---
-{data.to_yaml()}
----
-
-# {name}
-
-{origin.title}, converted by `cbsa convert` of cbsa-hf: attention `{config.attention_type}`, {config.num_hidden_layers}
-layers of width {config.hidden_size} with {config.num_attention_heads} heads{decoder}. {exactness}
-
-{attribution} {licence}
-
-```python
-from transformers import AutoImageProcessor, {auto_class}
-
-processor = AutoImageProcessor.from_pretrained("{name}")
-model = {auto_class}.from_pretrained("{name}", trust_remote_code=True)
-```
-"""
+    return ModelCard.from_template(
+        ModelCardData(library_name="transformers", pipeline_tag=task, license=license or "other", tags=["cbsa"]),
+        template_path=str(Path(__file__).parent / "card_template.md"),
+        name=name,
+        origin=origin,
+        config=config,
+        decoder=decoder,
+        exactness=exactness,
+        attribution=attribution
+        or f"The weights come from `{source}` ([paper](https://arxiv.org/abs/{origin.paper})).",
+        licence=f"The weights' licence is {license or 'that of their origin'}.",
+        example=loading_example(name, auto_class_of(conversion.model)),
+    )
 
 
-def save_conversion(conversion: Conversion, output: Path, card: str):
+def save_conversion(conversion: Conversion, output: Path, card: ModelCard):
     """Write model, image processor and model card to a new or empty folder: all of it, or nothing."""
     with TemporaryDirectory(prefix=f".{output.name}.", dir=output.parent) as partial:
         folder = Path(partial) / output.name
         conversion.model.save_pretrained(folder)
         conversion.processor.save_pretrained(folder)
-        (folder / "README.md").write_text(card, encoding="utf-8")
+        card.save(folder / "README.md")
         if output.is_dir():
             output.rmdir()
         folder.rename(output)

@@ -6,13 +6,14 @@ edges moved to a photograph's.
 import os
 import stat
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from io import BytesIO
 from typing import BinaryIO, TypeVar
 
 import numpy as np
 import torch
 from PIL import ExifTags, Image, UnidentifiedImageError
+from torch.nn import functional as F
 from transformers import BaseImageProcessor
 
 from .image_files import open_bytes
@@ -22,9 +23,10 @@ ImageSource = Image.Image | np.ndarray | torch.Tensor | str | os.PathLike | byte
 
 T = TypeVar("T")
 
-MAX_PIXELS = 2**26  # of a file: 8192 x 8192
+MAX_PIXELS = 27_000_000  # of a file: 6000 x 4500
 MAX_RATIO = 200  # of a file's longer side to the shorter
 ROUNDING = 1e-3  # that floats may lie beyond 0 and 1
+PIXELS_AT_A_TIME = 2**18  # in a band of rows; any number gives the same
 BYTES_PER_PIXEL = 8  # that a file may have at most: 16-bit RGBA, not compressed
 
 ORIENTATIONS = {
@@ -111,7 +113,7 @@ def check_size(size: tuple[int, int], name: str, max_pixels: int, max_ratio: flo
 
 
 def decode(source: "ImageSource", name: str | None, max_pixels: int, max_ratio: float) -> tuple[Image.Image, str]:
-    """A file's image as its decoder gives it, within the limits; and its name."""
+    """A file's image as its decoder gives it, but upright, within the limits; and its name."""
     if isinstance(source, dict):
         source, path = source.get("bytes"), source.get("path")
         name = name or path
@@ -124,7 +126,7 @@ def decode(source: "ImageSource", name: str | None, max_pixels: int, max_ratio: 
     try:
         image = open_bytes(data)
         check_size(image.size, name, max_pixels, max_ratio)
-        image.load()
+        image = turn_upright(image)
     except ImageError:
         raise
     except UnidentifiedImageError as error:
@@ -154,7 +156,7 @@ def open_image(
         ImageError: no such file, not an image, damaged, beyond a limit, or of values that [`to_image`] does not take.
     """
     image, name = decode(source, name, max_pixels, max_ratio)
-    return to_rgb(image, name)
+    return convert_to_rgb(image, name)
 
 
 def open_mask(
@@ -168,8 +170,8 @@ def open_mask(
     Read a whole file of labels: turned upright as its photo is, its values and mode as they are stored. Arguments and
     errors are those of [`open_image`].
     """
-    image, name = decode(source, name, max_pixels, max_ratio)
-    image = turn_upright(image).copy()
+    image, _ = decode(source, name, max_pixels, max_ratio)
+    image = image.copy()
     image.info = {}
     return image
 
@@ -185,55 +187,90 @@ def turn_upright(image: Image.Image) -> Image.Image:
     return image if method is None else image.transpose(method)
 
 
+def bands(height: int, width: int, pixels: int = PIXELS_AT_A_TIME) -> Iterator[slice]:
+    """The rows of an image in parts of about so many pixels: what is computed of one is let go before the next."""
+    step = max(1, pixels // width)
+    for first in range(0, height, step):
+        yield slice(first, min(first + step, height))
+
+
+def crop_rows(image: Image.Image, rows: slice) -> Image.Image:
+    """That band of an image."""
+    return image.crop((0, rows.start, image.width, rows.stop))
+
+
 def to_rgb(image: Image.Image, name: str = "An image") -> Image.Image:
     """
     Upright by its orientation, in RGB, without metadata: transparency laid over white, values as [`to_image`] says.
+    An image that is all that already is returned itself.
 
     Raises:
         ImageError: it cannot be decoded, or its values are out of range.
     """
+    if type(image) is Image.Image and image.mode == "RGB" and not image.info:
+        return image  # as it is already
     try:
         image = turn_upright(image)
-        if image.mode.startswith(("I", "F")):
-            values = np.asarray(image)
-            image = Image.fromarray(to_eight_bits(values.astype(np.uint16) if fits_16_bits(values) else values, name))
-        if image.mode == "La":
-            image = image.convert("LA")
-        if image.has_transparency_data:
-            image = image.convert("RGBA")
-            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-        image = image.convert("RGB")  # a copy, in any case
-        image.info = {}
-        return image
+    except Exception as error:
+        raise failure(name, error) from error
+    return convert_to_rgb(image, name)
+
+
+def convert_to_rgb(image: Image.Image, name: str) -> Image.Image:
+    """What [`to_rgb`] makes of an image that is upright: a new one, a band at a time."""
+    try:
+        has_levels = image.mode.startswith(("I", "F"))
+        if has_levels:
+            parts = (np.asarray(crop_rows(image, rows)) for rows in bands(image.height, image.width))
+            dtype, low, high = value_range(parts)
+            if dtype == np.int32 and low >= 0 and high <= 65535:  # 16 bits, which Pillow reads into 32
+                dtype = np.dtype(np.uint16)
+            check_values(dtype, low, high, name)
+        result = Image.new("RGB", image.size)
+        for rows in bands(image.height, image.width):
+            band = crop_rows(image, rows)
+            band = Image.fromarray(scale_values(np.asarray(band))) if has_levels else lay_over_white(band)
+            result.paste(band.convert("RGB"), (0, rows.start))
+        return result
     except ImageError:
         raise
     except Exception as error:
         raise failure(name, error) from error
 
 
-def fits_16_bits(values: np.ndarray) -> bool:
-    """Pillow reads 16 bits into 32 in some of its modes."""
-    return values.dtype.kind == "i" and values.min() >= 0 and values.max() <= 65535
+def lay_over_white(image: Image.Image) -> Image.Image:
+    """The image itself where nothing is transparent."""
+    if image.mode == "La":
+        image = image.convert("LA")
+    if not image.has_transparency_data:
+        return image
+    image = image.convert("RGBA")
+    return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
 
 
-def to_eight_bits(values: np.ndarray, name: str) -> np.ndarray:
+def value_range(parts: Iterable[np.ndarray]) -> tuple[np.dtype, float, float]:
+    """Type, least and largest value of parts of an image."""
+    ranges = [(part.dtype, part.min(), part.max()) for part in parts]
+    dtype = ranges[0][0].newbyteorder("=")
+    low, high = np.min([r[1] for r in ranges]), np.max([r[2] for r in ranges])
+    return dtype, low, high
+
+
+def check_values(dtype: np.dtype, low: float, high: float, name: str):
     """
-    Values of an image to uint8, by the rule of [`to_image`].
+    Whether values of that type and range can be made 8 bits by the rule of [`to_image`].
 
     Raises:
-        ImageError: another type, or values out of range.
+        ImageError: they cannot.
     """
-    if values.dtype == np.uint8:
-        return values
-    if values.dtype == bool:
-        return values * np.uint8(255)
-    is_float = values.dtype.kind == "f"
-    if not is_float and values.dtype != np.uint16:
+    if dtype in (np.uint8, bool):
+        return
+    is_float = dtype.kind == "f"
+    if not is_float and dtype != np.uint16:
         raise ImageError(
-            f"{name} has values of type {values.dtype}; give uint8 (0 to 255), uint16 (0 to 65535), bool, or floats "
-            "from 0 to 1."
+            f"{name} has values of type {dtype}; give uint8 (0 to 255), uint16 (0 to 65535), bool, or floats from 0 "
+            "to 1."
         )
-    low, high = values.min(), values.max()
     if is_float and not (low >= -ROUNDING and high <= 1 + ROUNDING):  # false for NaN
         raise ImageError(f"{name} has floats from {low:g} to {high:g}; scale them to the range from 0 to 1.")
     if 0 < high <= (1 / 255 if is_float else 4095):
@@ -242,7 +279,15 @@ def to_eight_bits(values: np.ndarray, name: str) -> np.ndarray:
             f"{name} has no value above {high:g}, where {white} is white, and would be all but black; scale its "
             f"values to the range from 0 to {white}."
         )
-    if is_float:
+
+
+def scale_values(values: np.ndarray) -> np.ndarray:
+    """Values that [`check_values`] let through, as uint8."""
+    if values.dtype == np.uint8:
+        return values
+    if values.dtype == bool:
+        return values * np.uint8(255)
+    if values.dtype.kind == "f":
         return (values.astype(np.float32, copy=False).clip(0, 1) * 255).round().astype(np.uint8)
     return (values // 257).astype(np.uint8)
 
@@ -261,26 +306,44 @@ def to_image(source: "ImageSource", *, name: str | None = None, num_channels: in
 
     Args:
         name: of the image in messages.
-        num_channels: that the model takes. With any number but 3 only arrays and tensors of that many will do, and one
-            of type uint8 is returned, (height, width, channels), nothing laid over anything.
+        num_channels: that the model takes. With another number than 3 the result is an array (height, width, channels)
+            of type uint8, and nothing is laid over anything. It is made of arrays and tensors of that many channels,
+            and of files and PIL images of that many bands, such as RGBA for 4. For 1 channel any file or PIL image
+            will do; its grey is taken.
 
     Raises:
         ImageError: none of these.
     """
-    if num_channels == 3 and isinstance(source, Image.Image):
-        return to_rgb(source, name or "An image")
-    if num_channels == 3 and not isinstance(source, (np.ndarray, torch.Tensor)):
-        return open_image(source, name=name)
-    name = name or "An image"
+    if isinstance(source, (np.ndarray, torch.Tensor)):
+        return array_to_image(source, name or "An image", num_channels)
+    if num_channels in (1, 3):
+        image = (
+            to_rgb(source, name or "An image") if isinstance(source, Image.Image) else open_image(source, name=name)
+        )
+        return image if num_channels == 3 else np.asarray(image.convert("L"))[..., None]
+    if isinstance(source, Image.Image):
+        image, name = turn_upright(source), name or "An image"
+    else:
+        image, name = decode(source, name, MAX_PIXELS, MAX_RATIO)
+    if len(image.getbands()) != num_channels:
+        raise ImageError(
+            f"{name} has the channels {', '.join(image.getbands())}, and the model takes {num_channels}; give an "
+            f"array (height, width, {num_channels})."
+        )
+    return np.array(image)
+
+
+def array_to_image(source: np.ndarray | torch.Tensor, name: str, num_channels: int) -> Image.Image | np.ndarray:
+    """[`to_image`] of an array or a tensor."""
     if isinstance(source, torch.Tensor):
         source = source.detach().cpu()
         source = (source.float() if source.dtype == torch.bfloat16 else source).numpy()
-    if not isinstance(source, np.ndarray):
-        raise ImageError(f"{name} is a {type(source).__name__}; give an array or a tensor of {num_channels} channels.")
-    values = to_eight_bits(channels_last(source, num_channels, name), name)
+    values = channels_last(source, num_channels, name)
+    check_values(*value_range([values]), name)
+    values = scale_values(values)
     if num_channels != 3:
         return values
-    return to_rgb(Image.fromarray(values[..., 0] if values.shape[2] == 1 else values), name)
+    return convert_to_rgb(Image.fromarray(values[..., 0] if values.shape[2] == 1 else values), name)
 
 
 def for_each_image(
@@ -358,10 +421,31 @@ def to_pixel_values(
     [`fit_to_patches`].
     """
     height, width = fit_to_patches(height_and_width(image), long_side, patch_size)
-    if isinstance(image, np.ndarray):  # the processor would resize 1, 3 or 4 channels alone
-        return normalise([resize(image, (width, height), processor.resample)], processor)
-    size = {"height": height, "width": width}
-    return processor(image, size=size, do_resize=True, do_center_crop=False, return_tensors="pt")["pixel_values"]
+    # By the processor itself a photo would be copied twice before it is resized, or not be resized for its channels.
+    return normalise([resize(image, (width, height), processor.resample)], processor)
+
+
+def resize_rows(
+    take: Callable[[int, int], torch.Tensor], height: int, rows: slice, size: tuple[int, int]
+) -> torch.Tensor:
+    """
+    Those rows of `F.interpolate(maps, size, mode="bilinear")`, (k, rows, width), without the other ones.
+
+    Args:
+        take: first row and the one after the last -> those rows of the maps, (k, rows, width of the maps).
+        height: of the maps.
+        rows: of the result.
+        size: (height, width) of the whole result.
+    """
+    position = ((torch.arange(rows.start, rows.stop) + 0.5) * (height / size[0]) - 0.5).clamp(min=0)
+    above = position.long()
+    below = (above + 1).clamp(max=height - 1)
+    first = int(above[0])
+    maps = take(first, int(below[-1]) + 1)
+    weight = (position - above).unsqueeze(1).to(maps.device)
+    maps = torch.lerp(maps[:, above - first], maps[:, below - first], weight)
+    # Along the width alone.
+    return F.interpolate(maps.unsqueeze(0), size=(rows.stop - rows.start, size[1]), mode="bilinear")[0]
 
 
 def follow_edges(maps: torch.Tensor, image: Image.Image | np.ndarray, radius: int) -> torch.Tensor:

@@ -12,25 +12,30 @@ from .zero_shot import ZeroShotSegmentation, ZeroShotSegmenter
 TASK = "cbsa-zero-shot-segmentation"
 
 
-def fetch(address: str) -> bytes:
-    """The first bytes of an address, one more than [`open_image`] takes."""
+def fetch(url: str) -> bytes:
+    """
+    The bytes behind a URL; of a file larger than [`to_image`] accepts only as many as it takes to refuse it.
+
+    Raises:
+        ImageError: the server does not answer, or not with a file.
+    """
     data = bytearray()
     try:
-        with httpx.stream("GET", address, follow_redirects=True, timeout=60) as response:
+        with httpx.stream("GET", url, follow_redirects=True, timeout=60) as response:
             response.raise_for_status()
             for part in response.iter_bytes():
                 data += part
                 if len(data) > BYTES_PER_PIXEL * MAX_PIXELS:
                     break
     except (httpx.HTTPError, httpx.InvalidURL) as error:
-        raise ImageError(f"{address} cannot be fetched: {' '.join(str(error).split())}.") from error
+        raise ImageError(f"{url} cannot be fetched: {' '.join(str(error).split())}.") from error
     return bytes(data)
 
 
 class ZeroShotSegmentationPipeline(Pipeline):
     """
-    [`ZeroShotSegmenter`] as a pipeline. Images are PIL images, arrays, paths or addresses, one or a list; keywords are
-    those of the segmenter, for all calls or one.
+    [`ZeroShotSegmenter`] as a pipeline. Images are PIL images, arrays, paths or URLs, one or a list. Keywords are
+    those of the segmenter, given to `pipeline` for all calls or to one call.
 
     An image becomes a dictionary: `mask`, the foreground, a PIL image of 0 and 255; and `segments`, the most
     foreground first, each with `label` and `probability`, None where unknown, `score`, foreground above 0, and `mask`.
@@ -53,9 +58,8 @@ class ZeroShotSegmentationPipeline(Pipeline):
         return {}, options, {}
 
     def preprocess(self, image) -> dict[str, Image.Image]:
-        is_address = isinstance(image, str) and image.startswith(("http://", "https://"))
         num_channels = self.model.config.num_channels
-        if is_address:
+        if isinstance(image, str) and image.startswith(("http://", "https://")):
             return {"image": to_image(fetch(image), name=image, num_channels=num_channels)}
         return {"image": to_image(image, num_channels=num_channels)}
 

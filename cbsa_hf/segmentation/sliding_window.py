@@ -12,18 +12,20 @@ from ..attention_cbsa import to_pair
 from .images import (
     ImageError,
     ImageSource,
+    bands,
     follow_edges,
     for_each_image,
     height_and_width,
     normalise,
     resize,
+    resize_rows,
     to_image,
 )
 from .inference import check_outputs, evaluating, unwrap
 from .memory import MAX_MEMORY, check_memory
 
 
-ROWS_AT_A_TIME = 64  # of the result; any number gives the same
+PIXELS_AT_A_TIME = 2**18  # of the result; any number gives the same
 EDGE_RADIUS = 10  # pixels; chosen on the validation images of CamVid
 
 
@@ -88,16 +90,15 @@ class LogitRows:
         rows, columns = self.counts
         return self.sums[:, first - self.first : last - self.first] / (rows[first:last, None] * columns)
 
-    def resized(self, first: int, last: int, size: tuple[int, int]) -> torch.Tensor:
-        """The rows from `first` until before `last` of `F.interpolate(logits, size, mode="bilinear")`."""
-        position = ((torch.arange(first, last) + 0.5) * (self.size[0] / size[0]) - 0.5).clamp(min=0)
-        above = position.long()
-        below = (above + 1).clamp(max=self.size[0] - 1)
-        rows = self.take(above[0].item(), below[-1].item() + 1)
-        weight = (position - above).unsqueeze(1).to(rows.device)
-        rows = torch.lerp(rows[:, above - above[0]], rows[:, below - above[0]], weight)
-        # Along the width alone.
-        return F.interpolate(rows.unsqueeze(0), size=(last - first, size[1]), mode="bilinear")[0]
+    def resized(self, rows: slice, size: tuple[int, int]) -> torch.Tensor:
+        """Those rows of `F.interpolate(logits, size, mode="bilinear")`."""
+        return resize_rows(self.take, self.size[0], rows, size)
+
+
+def label_names(model: torch.nn.Module) -> dict[int, str]:
+    """What the labels of [`SlidingWindowSegmenter`] mean: the classes, or one class and what does not belong to it."""
+    names = unwrap(model).config.id2label
+    return names if len(names) > 1 else {0: "background", 1: names[0]}
 
 
 class SlidingWindowSegmenter:
@@ -188,9 +189,9 @@ class SlidingWindowSegmenter:
         height, width = (max(1, round(side * scale)) for side in (full_height, full_width))
         num_labels = config.num_labels
         # The band that is there and the one that it is moved to; and the rows that are asked for, before and after.
-        rows = 2 * min(self.window[0], height) + 4 * ROWS_AT_A_TIME * max(1, scale)
+        asked_for = 4 * max(PIXELS_AT_A_TIME, full_width) * max(1, scale) ** 2
         what = f"Logits of {num_labels} classes for an image {width} pixels wide"
-        memory = 4 * num_labels * max(width, full_width) * rows
+        memory = 4 * num_labels * (2 * min(self.window[0], height) * width + asked_for)
         check_memory(memory, what, "lower `long_side` (`--long-side`)", self.max_memory)
 
         def crop(left, top, right, bottom):
@@ -241,11 +242,10 @@ class SlidingWindowSegmenter:
         base = self.base_scale(*size)
         sources = [self.logit_rows(model, image, base * scale) for scale in self.scales]
         labels = np.empty(size, dtype=np.min_scalar_type(num_labels - 1))
-        for first in range(0, size[0], ROWS_AT_A_TIME):
-            last = min(first + ROWS_AT_A_TIME, size[0])
-            logits = sum(source.resized(first, last, size) for source in sources)
+        for rows in bands(*size, PIXELS_AT_A_TIME):
+            logits = torch.stack([source.resized(rows, size) for source in sources]).sum(0)
             # One label is what a pixel is or is not, by a sigmoid above a half.
-            labels[first:last] = (logits.argmax(0) if num_labels > 1 else logits[0] > 0).cpu()
+            labels[rows] = (logits.argmax(0) if num_labels > 1 else logits[0] > 0).cpu()
         return labels
 
     def __call__(self, images: ImageSource | Sequence[ImageSource]) -> np.ndarray | list[np.ndarray | ImageError]:

@@ -1,7 +1,8 @@
 """Segmentation without labels, by the tokens and the attention of a classifier that never saw a mask."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property, partial
 
 import numpy as np
 import torch
@@ -10,12 +11,15 @@ from torch.nn import functional as F
 from transformers import BaseImageProcessor, PreTrainedModel
 
 from .images import (
+    PIXELS_AT_A_TIME,
     ImageError,
     ImageSource,
+    bands,
     fit_to_patches,
     follow_edges,
     for_each_image,
     height_and_width,
+    resize_rows,
     to_image,
     to_pixel_values,
 )
@@ -28,16 +32,23 @@ from .patch_grouping import METHODS, Grouping, Options
 class Segment:
     """
     Args:
-        mask: (height, width) of the image, bool.
+        labels: (height, width) of the image, the index of each pixel's segment.
+        index: of this one.
         score: how much it is foreground, the mean of its pixels' scores.
         name: the class that its patches show; None where none is known well enough.
         probability: of the likeliest class, named or not; None where the model has no classifier.
     """
 
-    mask: np.ndarray
+    labels: np.ndarray = field(repr=False)
+    index: int
     score: float
     name: str | None = None
     probability: float | None = None
+
+    @property
+    def mask(self) -> np.ndarray:
+        """(height, width) of the image, bool, made anew each time."""
+        return self.labels == self.index
 
 
 @dataclass
@@ -45,23 +56,24 @@ class ZeroShotSegmentation:
     """
     Args:
         mask: (height, width) of the image, bool; True is foreground, a score above 0.
-        scores: (height, width), how much each pixel is foreground. Method `attention`: the attention of CLS, divided
-            by the least in the foreground, less 1. Others: how much more rarely than on average a random walk from
-            there visits the surroundings, how central it is and how much CLS attends to it, in standard deviations.
+        labels: (height, width), the index of each pixel's segment.
         segments: a partition of the image, the most foreground first.
+        draw_scores: makes `scores`.
     """
 
     mask: np.ndarray
-    scores: np.ndarray
+    labels: np.ndarray
     segments: list[Segment]
+    draw_scores: Callable[[], np.ndarray] = field(repr=False)
 
-    @property
-    def labels(self) -> np.ndarray:
-        """(height, width), the index of each pixel's segment."""
-        labels = np.zeros(self.mask.shape, dtype=np.intp)
-        for index, segment in enumerate(self.segments):
-            labels[segment.mask] = index
-        return labels
+    @cached_property
+    def scores(self) -> np.ndarray:
+        """
+        (height, width), how much each pixel is foreground. Method `attention`: the attention of CLS, divided by the
+        least in the foreground, less 1. Others: how much more rarely than on average a random walk from there visits
+        the surroundings, how central it is and how much CLS attends to it, in standard deviations.
+        """
+        return self.draw_scores()
 
 
 class ZeroShotSegmenter:
@@ -145,34 +157,49 @@ class ZeroShotSegmenter:
         """A ValueError for an image of that (height, width) which would take more than `max_memory`."""
         seen = fit_to_patches(size, self.long_side, unwrap(self.model).config.patch_size)
         check_input(self.model, seen, self.max_memory)
-        # A mask for each segment, and the numbers that segments are found by, a map at a time.
-        num_segments = self.options.num_segments
-        memory = size[0] * size[1] * (num_segments + 20 + (80 if self.sharp else 0))
+        # The image, what is found in it, and a band of the maps; sharp ones are filtered whole, one at a time.
+        num_segments, pixels = self.options.num_segments, size[0] * size[1]
+        memory = pixels * (100 if self.sharp else 8) + 8 * (num_segments + 1) * min(pixels, PIXELS_AT_A_TIME)
         what = f"An image of {size[1]} x {size[0]} pixels in {num_segments} segments"
         check_memory(memory, what, "give a smaller image, or fewer `num_segments` (`--segments`)", self.max_memory)
 
-    def paint(
-        self, maps: torch.Tensor, image: Image.Image | np.ndarray, size: tuple[int, int]
-    ) -> tuple[np.ndarray, np.ndarray]:
+    def enlarge(
+        self, maps: torch.Tensor, image: Image.Image | np.ndarray
+    ) -> Iterator[tuple[slice, Iterator[torch.Tensor]]]:
         """
-        The index of the largest of the maps but the last in each pixel, and the last; maps are (k + 1, height, width)
-        of the patches. One at a time is made as large as the image.
+        Maps (k, height, width) of the patches at the size of the image: rows, and what each of the maps is there, in
+        turn, (rows, width) each. Sharp edges take the whole image at once, others a band.
         """
+        size = height_and_width(image)
+        if not self.sharp:
+            for rows in bands(*size):
+                yield rows, iter(resize_rows(lambda first, last: maps[:, first:last], maps.shape[1], rows, size))
+            return
+        radius = max(1, round(max(size) / max(maps.shape[1:])))  # a patch
+        enlarged = (F.interpolate(values[None, None], size=size, mode="bilinear")[0] for values in maps)
+        yield slice(0, size[0]), (follow_edges(values, image, radius)[0] for values in enlarged)
 
-        def enlarge(values: torch.Tensor) -> torch.Tensor:
-            full = F.interpolate(values[None, None], size=size, mode="bilinear")[0]
-            if self.sharp:
-                patch = max(size) / max(values.shape)
-                full = follow_edges(full, image, radius=max(1, round(patch)))
-            return full[0]
+    def draw(self, values: torch.Tensor, image: Image.Image | np.ndarray) -> np.ndarray:
+        """A map (height, width) of the patches, at the size of the image."""
+        return np.concatenate([next(found).numpy() for _, found in self.enlarge(values.unsqueeze(0), image)])
 
-        largest = enlarge(maps[0])
-        labels = torch.zeros(size, dtype=torch.int16)
-        for index in range(1, len(maps) - 1):
-            found = enlarge(maps[index])
-            labels[found > largest] = index
-            torch.maximum(largest, found, out=largest)
-        return labels.numpy(), enlarge(maps[-1]).numpy()
+    def paint(self, grouping: Grouping, image: Image.Image | np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """The group of each pixel, whether it is foreground, and the mean score of each group, NaN if it is empty."""
+        size, num_groups = height_and_width(image), len(grouping.members)
+        labels, mask = np.empty(size, dtype=np.min_scalar_type(num_groups)), np.empty(size, dtype=bool)
+        sums, counts = np.zeros(num_groups), np.zeros(num_groups, dtype=np.int64)
+        saliency = grouping.saliency.float()
+        for rows, maps in self.enlarge(torch.cat([grouping.members.float(), saliency.unsqueeze(0)]), image):
+            largest, band = next(maps), labels[rows]
+            band[:] = 0
+            for index, values in zip(range(1, num_groups), maps, strict=False):
+                band[(values > largest).numpy()] = index
+                largest = torch.maximum(largest, values)
+            scores = next(maps).numpy()
+            mask[rows] = scores > 0
+            counts += np.bincount(band.ravel(), minlength=num_groups)
+            sums += np.bincount(band.ravel(), weights=scores.ravel(), minlength=num_groups)
+        return labels, mask, np.divide(sums, counts, out=np.full(num_groups, np.nan), where=counts > 0)
 
     def encode(self, image: Image.Image | np.ndarray, **options) -> Encoding:
         """
@@ -202,15 +229,16 @@ class ZeroShotSegmenter:
         """
         encoding = self.encode(image) if encoding is None else encoding
         grouping = METHODS[self.method].group(encoding, self.options)
-        maps = torch.cat([grouping.members, grouping.saliency.unsqueeze(0)]).float()
-        labels, scores = self.paint(maps, image, height_and_width(image))
-        segments = []
-        for i, (name, probability) in enumerate(self.name(grouping)):
-            mask = labels == i
-            if mask.any():
-                segments.append(Segment(mask, float(scores[mask].mean()), name, probability))
-        segments.sort(key=lambda segment: -segment.score)
-        return ZeroShotSegmentation(scores > 0, scores, segments)
+        labels, mask, scores = self.paint(grouping, image)
+        found = np.flatnonzero(~np.isnan(scores))
+        order = found[np.argsort(-scores[found], kind="stable")]
+        rank = np.zeros(len(scores), dtype=labels.dtype)
+        rank[order] = np.arange(len(order))
+        for rows in bands(*labels.shape):
+            labels[rows] = rank[labels[rows]]
+        names = self.name(grouping)
+        segments = [Segment(labels, index, float(scores[i]), *names[i]) for index, i in enumerate(order)]
+        return ZeroShotSegmentation(mask, labels, segments, partial(self.draw, grouping.saliency.float(), image))
 
     def __call__(
         self, images: ImageSource | Sequence[ImageSource]
