@@ -67,13 +67,14 @@ class PooledRepresentatives(nn.Module):
     def forward(self, tokens: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
         """(batch, heads, tokens, p) -> (batch, heads, m, p)."""
         patches = tokens[:, :, self.first_token : self.first_token + grid[0] * grid[1]]
-        patches = patches.transpose(2, 3).flatten(1, 2).unflatten(2, grid)  # (batch, heads * p, height, width)
+        # (batch, heads * p, height, width), channels last: a view, and the layout that torch pools fastest.
+        patches = patches.transpose(1, 2).flatten(2).transpose(1, 2).unflatten(2, grid)
         if is_torchdynamo_compiling():  # torch's own pool is faster, but ties the graph to one size
             rows, columns = (adaptive_bins(n, m, patches) for n, m in zip(grid, self.size, strict=True))
             bins = rows @ patches @ columns.T
         else:
             bins = F.adaptive_avg_pool2d(patches, self.size)
-        return bins.flatten(2).unflatten(1, (tokens.shape[1], -1)).transpose(2, 3)
+        return bins.flatten(2).transpose(1, 2).unflatten(2, (tokens.shape[1], -1)).transpose(1, 2)
 
 
 class LearnedRepresentatives(nn.Module):
@@ -166,7 +167,7 @@ class SelfAttention(nn.Module):
 
         (batch, h, queries, p), (batch, h, keys, p) -> (batch, h, queries, keys); rows sum to 1.
         """
-        return torch.softmax(queries @ keys.transpose(2, 3) * self.scaling, dim=-1)
+        return torch.softmax((queries * self.scaling) @ keys.transpose(2, 3), dim=-1)
 
     def forward(
         self,
@@ -268,6 +269,7 @@ class ContractAndBroadcastSelfAttention(SharedProjectionSelfAttention):
         tokens = self.split_heads(self.proj(hidden_states))
 
         initial_representatives = self.representatives(tokens, grid)
+        tokens = tokens.contiguous()  # one copy; otherwise every product makes its own
         attention = self.attend(initial_representatives, tokens)
         representatives = initial_representatives + self.step_rep * (attention @ tokens)
         # `scaled_dot_product_attention` is slower for so few representatives, by a quarter of a training step on CPU.

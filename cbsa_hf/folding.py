@@ -8,7 +8,7 @@ from torch import nn
 
 from .attention_cbsa import ContractAndBroadcastSelfAttention, SelfAttention, SoftmaxSelfAttention
 from .mask_decoder_cbsa import MaskDecoderLayer
-from .modeling_cbsa import CBSAISTA, CBSAODL, CBSAConvStem, CBSALayer, CBSAPatchify, CBSAPreTrainedModel
+from .modeling_cbsa import CBSAISTA, CBSAODL, CBSAConvStem, CBSALayer, CBSAPatchify, CBSAPreTrainedModel, ista_product
 
 
 Weights = dict[str, torch.Tensor]  # of one module, by the names that they have in it
@@ -60,11 +60,10 @@ def _(module: CBSAPatchify, weights: Weights):
 def _(module: CBSALayer, weights: Weights):
     fold_attention(module.attention, weights)
     if isinstance(module.feed_forward, CBSAISTA):
-        dictionary = weights["feed_forward.weight"]
-        step, threshold = module.feed_forward.step_size, module.feed_forward.threshold
-        gradient = dictionary.T - dictionary.T @ dictionary
-        weights["feed_forward.weight"] = torch.eye(len(dictionary), dtype=gradient.dtype) + step * gradient
-        weights["feed_forward.bias"] = torch.full((len(dictionary),), -step * threshold, dtype=gradient.dtype)
+        dictionary, ista = weights["feed_forward.weight"], module.feed_forward
+        weights["feed_forward.weight"], weights["feed_forward.bias"] = ista_product(
+            dictionary, ista.step_size, ista.threshold
+        )
         fold_norm(weights, "layernorm_after", "feed_forward")
     elif isinstance(module.feed_forward, CBSAODL):
         dictionary = weights["feed_forward.dictionary"]

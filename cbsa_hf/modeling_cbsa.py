@@ -127,7 +127,8 @@ class CBSAConvStem(nn.Module):
 
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """(batch, channels, height, width) -> (batch, hidden_size, grid height, grid width)."""
-        return self.layers(pixel_values)
+        # Channels last: convolutions and batch norm are faster on a CPU, and the tokens are a view of the map.
+        return self.layers(pixel_values.contiguous(memory_format=torch.channels_last))
 
 
 class CBSALinearEmbedding(nn.Module):
@@ -237,6 +238,17 @@ class CBSAEmbeddings(nn.Module):
         return hidden_states, grid
 
 
+def ista_product(dictionary: torch.Tensor, step_size: float, threshold: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    ISTA as one linear layer and a ReLU: weight `I + step * (D^T - D^T D)`, bias `-step * threshold`.
+
+    (d, d) -> (d, d), (d,)
+    """
+    identity = torch.eye(len(dictionary), dtype=dictionary.dtype, device=dictionary.device)
+    weight = torch.add(identity, dictionary.t() - dictionary.t() @ dictionary, alpha=step_size)
+    return weight, dictionary.new_full((len(dictionary),), -step_size * threshold)
+
+
 class CBSAISTA(nn.Module):
     """
     One proximal gradient step towards a sparse code in the dictionary D (CRATE, arXiv 2306.01129):
@@ -251,7 +263,7 @@ class CBSAISTA(nn.Module):
         self.step_size = config.ista_step_size
         self.threshold = config.ista_threshold
         self.weight = nn.Parameter(torch.empty(config.hidden_size, config.hidden_size))
-        # In a folded model the weight is I + step * (D^T - D^T D), and the bias takes over the threshold.
+        # A folded model has the weight and bias of `ista_product`.
         self.bias = nn.Parameter(torch.empty(config.hidden_size)) if config.folded else None
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
@@ -259,8 +271,13 @@ class CBSAISTA(nn.Module):
         if self.bias is not None:
             return F.relu(F.linear(hidden_states, self.weight, self.bias))
         weight = self.weight
+        # Mixed precision adds the step to `hidden_states` in their own precision; a compiler fuses the addition.
+        in_steps = is_torchdynamo_compiling() or torch.is_autocast_enabled(hidden_states.device.type)
+        has_many_tokens = hidden_states.numel() > weight.numel()
+        if has_many_tokens and not in_steps:
+            return F.relu(F.linear(hidden_states, *ista_product(weight, self.step_size, self.threshold)))
         # A compiled graph takes one of the two ways for all sizes, so that no size needs another graph.
-        if is_torchdynamo_compiling() or hidden_states.numel() > weight.numel():
+        if has_many_tokens or is_torchdynamo_compiling():
             # One product with D^T - D^T D instead of two. To form this matrix costs as much as d tokens.
             gradient = F.linear(hidden_states, weight.t() - weight.t() @ weight)
         else:

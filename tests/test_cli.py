@@ -162,7 +162,7 @@ def test_inspect(photo, photo_file, shipped, tmp_path, capsys, patch):
     assert report["exact_map"]["exact"] is True
     np.testing.assert_allclose(report["exact_map"]["values"], dense, rtol=1e-3, atol=1e-5)
     peaks = np.asarray(report["representatives"]["reads"][7]["peak"])
-    factor = exact_maps(model, pixel_values)[7].factor[0, ..., 1:]
+    factor = exact_maps(model, pixel_values)[7].representative_attentions[0, ..., 1:]
     assert (peaks @ [8, 1] == factor.argmax(-1).numpy()).all()
     assert np.asarray(report["measures"]["coding_rate_after"]).shape == (12, 3)
 
@@ -230,7 +230,7 @@ def test_inspect_that_fails_leaves_nothing(photo_file, tmp_path, monkeypatch, ca
 
     monkeypatch.setattr(Image.Image, "save", save)
     report = Report({}, {"attention.png": Image.new("RGB", (8, 8))})
-    monkeypatch.setattr("cbsa_hf.cli.inspect_photo", lambda *args: report)
+    monkeypatch.setattr("cbsa_hf.interpretability.report.inspect_photo", lambda *args: report)
     check_refusal(["inspect", str(photo_file), "-o", str(tmp_path / "report")], "is full", tmp_path, capsys)
 
 

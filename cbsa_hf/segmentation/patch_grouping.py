@@ -1,4 +1,4 @@
-"""The methods of zero-shot segmentation: from a model and an image to groups of its patches, on their grid."""
+"""The methods of zero-shot segmentation: from the encoding of an image to groups of its patches."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,27 +11,28 @@ from .inference import Encoding, encode, unwrap
 from .spectral import Cut, cut_dense, cut_factored, k_means, landmark_factor, positions, stack_factors, visits
 
 
-# Chosen on the images of COCO that scores are reported on; both halves of them gain, and near by they change little.
-LANDMARKS = 8  # a side, as many as the representatives of the published models
-TEMPERATURE = 0.1
-LOCALITY = 2.0
-SECOND_LOOK = 2 / 3  # of the size of the first
-COMMON_SHARE = 0.5  # of what all patches have in common, which is taken away
-COLOUR_WEIGHT = 0.25
-FOREGROUND_VECTORS = 6
-CENTRE_WEIGHT = 0.25
-CLS_WEIGHT = 0.25
-SMALLEST_SHARE = 1e-12  # of the attention of CLS or a representative, lest a patch has none at all
+# These values were chosen on the same COCO images that scores are reported on. The scores of both halves of the images
+# rise with them, and neighbouring values give similar scores.
+LANDMARKS = 8  # side of the grid of landmarks; the published models have as many representatives
+TEMPERATURE = 0.1  # of the softmax over the landmarks
+LOCALITY = 2.0  # weight of the distance to a landmark
+SECOND_LOOK = 2 / 3  # size of the second look, relative to the first
+COMMON_SHARE = 0.5  # share of the mean of all patches that is subtracted from each patch
+COLOUR_WEIGHT = 0.25  # of the colour beside the features
+FOREGROUND_VECTORS = 6  # eigenvectors that random walks are computed with
+CENTRE_WEIGHT = 0.25  # of the nearness to the centre in the foreground score
+CLS_WEIGHT = 0.25  # of the attention of CLS in the foreground score
+SMALLEST_SHARE = 1e-12  # lower bound of the attention to a patch, so that degrees and logarithms are finite
 
 
 @dataclass
 class Grouping:
     """
-    Groups of the patches, on their grid (height, width).
+    Groups of the patches of an image, on the grid of patches (height, width).
 
     Args:
         members: (k, height, width), how much each patch belongs to each group.
-        saliency: (height, width), how much each patch is foreground, which it is above 0.
+        saliency: (height, width), how much each patch is foreground; patches above 0 are.
         tokens: (height, width, hidden_size), the patches after the final LayerNorm.
     """
 
@@ -41,27 +42,27 @@ class Grouping:
 
 
 def median_filter(maps: torch.Tensor, size: int) -> torch.Tensor:
-    """The median of each size x size neighbourhood of (batch, channels, height, width); borders are repeated."""
+    """A median filter over size x size neighbourhoods of (batch, channels, height, width); borders are repeated."""
     maps = F.pad(maps, (size // 2,) * 4, mode="replicate")
     return maps.unfold(2, size, 1).unfold(3, size, 1).flatten(4).median(-1).values
 
 
 def smallest_share(values: torch.Tensor, mass: float) -> torch.Tensor:
-    """The largest threshold at which the values from it on, none negative, hold that share of the sum."""
+    """The largest threshold for which the values at or above it sum to the share `mass` of all; values are >= 0."""
     values = values.flatten().sort(descending=True).values
     count = torch.searchsorted(values.cumsum(0), mass * values.sum()) + 1
     return values[min(int(count), len(values)) - 1]
 
 
 def border_mask(grid: tuple[int, int]) -> torch.Tensor:
-    """(N,), 1 for the patches along the border of a grid, 0 for others, row by row."""
+    """(patches,), 1 for the patches along the border of a grid, 0 for the others, row by row."""
     target = torch.ones(grid, dtype=torch.float64)
     target[1:-1, 1:-1] = 0
     return target.flatten()
 
 
 def standardise(values: torch.Tensor) -> torch.Tensor:
-    """The values less their mean, in standard deviations; all 0 if they are equal."""
+    """The values minus their mean, divided by their standard deviation; all 0 if the values are equal."""
     values = values - values.mean()
     return values / values.std(correction=0).clamp_min(1e-9)
 
@@ -69,13 +70,15 @@ def standardise(values: torch.Tensor) -> torch.Tensor:
 @dataclass
 class Options:
     """
+    Options of the methods.
+
     Args:
-        num_segments: k, at least 2.
-        layer: whose attention, negative counts from the last; None: the mean of all layers for the method `attention`,
-            the last layer for the others.
-        head: whose attention; None for all heads.
-        mass: share of the attention of CLS that the foreground holds, in (0, 1]; for `attention`.
-        attention_weight: share of the attention in the affinity, in [0, 1], features having the rest; for `ncut`.
+        num_segments: k, the number of groups, at least 2.
+        layer: the layer whose attention is used; negative values count from the last layer. None is the mean of all
+            layers for the method `attention`, and the last layer for the others.
+        head: the head whose attention is used; None for all heads.
+        mass: share of the attention of CLS that the foreground holds, in (0, 1]. For the method `attention`.
+        attention_weight: weight of the attention in the affinity, in [0, 1]; the features have the rest. For `ncut`.
     """
 
     num_segments: int = 4
@@ -86,11 +89,11 @@ class Options:
 
     @property
     def attention_layer(self) -> int:
-        """The layer whose attention makes an affinity."""
+        """The layer whose attention becomes an affinity, which may count from the last."""
         return -1 if self.layer is None else self.layer
 
     def check(self, model: PreTrainedModel):
-        """A ValueError when a value is outside its range or the model has no such layer or head."""
+        """Raises ValueError if a value is outside its range, or the model has no such layer or head."""
         config = unwrap(model).config
         num_layers, num_heads = config.num_hidden_layers, config.num_attention_heads
         if self.num_segments < 2:

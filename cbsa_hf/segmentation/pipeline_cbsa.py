@@ -37,8 +37,9 @@ class ZeroShotSegmentationPipeline(Pipeline):
     [`ZeroShotSegmenter`] as a pipeline. Images are PIL images, arrays, paths or URLs, one or a list. Keywords are
     those of the segmenter, given to `pipeline` for all calls or to one call.
 
-    An image becomes a dictionary: `mask`, the foreground, a PIL image of 0 and 255; and `segments`, the most
-    foreground first, each with `label` and `probability`, None where unknown, `score`, foreground above 0, and `mask`.
+    The result for an image is a dictionary. `mask` is the foreground, a PIL image of 0 and 255. `segments` are
+    dictionaries in descending order of `score`, which is above 0 for foreground; each one also has `mask`, and `label`
+    and `probability`, which may be None.
 
     Example:
 
@@ -58,6 +59,7 @@ class ZeroShotSegmentationPipeline(Pipeline):
         return {}, options, {}
 
     def preprocess(self, image) -> dict[str, Image.Image]:
+        """Read an image, from a URL if it is one."""
         num_channels = self.model.config.num_channels
         if isinstance(image, str) and image.startswith(("http://", "https://")):
             return {"image": to_image(fetch(image), name=image, num_channels=num_channels)}
@@ -67,6 +69,7 @@ class ZeroShotSegmentationPipeline(Pipeline):
         return {"found": ZeroShotSegmenter(self.model, self.image_processor, **options)(inputs["image"])}
 
     def postprocess(self, outputs: dict[str, ZeroShotSegmentation]) -> dict:
+        """The result as PIL images and plain values."""
         found = outputs["found"]
         segments = [
             {
@@ -81,13 +84,21 @@ class ZeroShotSegmentationPipeline(Pipeline):
 
 
 def registration() -> dict:
-    """What `save_pretrained` writes of the pipeline, so that it opens with `trust_remote_code=True`."""
+    """
+    The entry that `save_pretrained` writes into `config.json`, so that `trust_remote_code=True` finds the pipeline.
+    """
     implementation = {"impl": ZeroShotSegmentationPipeline, "pt": (AutoModelForImageClassification,), "type": "image"}
     return {TASK: implementation}
 
 
 def register_pipeline(default: str):
-    """Make the task known to `pipeline`; `default` is its checkpoint, which stays out of what is saved."""
+    """
+    Make the task known to `pipeline`.
+
+    Args:
+        default: path of the checkpoint that `pipeline` loads without a model. It is not written by `save_pretrained`:
+            `_registered_impl`, which `register_pipeline` fills with it and `save_pretrained` writes, is set again.
+    """
     PIPELINE_REGISTRY.register_pipeline(
         TASK,
         pipeline_class=ZeroShotSegmentationPipeline,
@@ -98,4 +109,4 @@ def register_pipeline(default: str):
     ZeroShotSegmentationPipeline._registered_impl = registration()
 
 
-ZeroShotSegmentationPipeline._registered_impl = registration()  # there is no other where this file is remote code
+ZeroShotSegmentationPipeline._registered_impl = registration()  # also where this file is remote code

@@ -1,4 +1,4 @@
-"""Segmentation without labels, by the tokens and the attention of a classifier that never saw a mask."""
+"""Segment photos with the tokens and the attention of a classifier that was never trained with masks."""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -31,12 +31,14 @@ from .patch_grouping import METHODS, Grouping, Options
 @dataclass
 class Segment:
     """
+    One segment of an image.
+
     Args:
-        labels: (height, width) of the image, the index of each pixel's segment.
-        index: of this one.
-        score: how much it is foreground, the mean of its pixels' scores.
-        name: the class that its patches show; None where none is known well enough.
-        probability: of the likeliest class, named or not; None where the model has no classifier.
+        labels: (height, width) of the image, the index of the segment of each pixel.
+        index: index of this segment.
+        score: how much it is foreground: the mean of the scores of its pixels.
+        name: the most probable class of its patches; None if its probability is below `min_probability`.
+        probability: of the most probable class; None if the model has no classifier.
     """
 
     labels: np.ndarray = field(repr=False)
@@ -47,18 +49,20 @@ class Segment:
 
     @property
     def mask(self) -> np.ndarray:
-        """(height, width) of the image, bool, made anew each time."""
+        """(height, width) of the image, bool; computed at each access."""
         return self.labels == self.index
 
 
 @dataclass
 class ZeroShotSegmentation:
     """
+    The segmentation of one image.
+
     Args:
-        mask: (height, width) of the image, bool; True is foreground, a score above 0.
-        labels: (height, width), the index of each pixel's segment.
-        segments: a partition of the image, the most foreground first.
-        draw_scores: makes `scores`.
+        mask: (height, width) of the image, bool; True for the foreground, where the score is above 0.
+        labels: (height, width), the index in `segments` of the segment of each pixel.
+        segments: a partition of the image, in descending order of the score.
+        draw_scores: computes `scores`.
     """
 
     mask: np.ndarray
@@ -69,33 +73,36 @@ class ZeroShotSegmentation:
     @cached_property
     def scores(self) -> np.ndarray:
         """
-        (height, width), how much each pixel is foreground. Method `attention`: the attention of CLS, divided by the
-        least in the foreground, less 1. Others: how much more rarely than on average a random walk from there visits
-        the surroundings, how central it is and how much CLS attends to it, in standard deviations.
+        (height, width), how much each pixel is foreground; computed at the first access.
+
+        For the method `attention` it is the attention of CLS divided by its smallest value in the foreground, minus 1.
+        For the other methods it combines three scores, in standard deviations: how rarely random walks from the pixel
+        visit the border of the image, how near it is to the centre, and how much CLS attends to it.
         """
         return self.draw_scores()
 
 
 class ZeroShotSegmenter:
     """
-    Segments of a photo, which of them are foreground, and what they show. Methods:
+    Divides a photo into segments, decides which are foreground, and names them by the classes of the model. Methods:
 
-    - `ncut`: the normalised cut of the patches' affinity, in time linear in their number.
-    - `representatives`: the representatives of a layer are merged; each patch goes with those that attend to it.
-    - `attention`: foreground and background by the attention of CLS alone.
+    - `ncut`: the normalised cut of an affinity between the patches, in time linear in their number.
+    - `representatives`: groups the representatives of a layer; a patch joins the group that attends to it most.
+    - `attention`: foreground and background from the attention of CLS.
 
     Args:
-        model: a CBSA model, any attention type. The segments of classifiers have names.
+        model: a CBSA model with any attention type. Only classifiers name the segments.
         processor: its image processor.
-        method: see above.
-        sharp: move the edges to those of the image; needs kornia.
-        long_side: pixels that the image's longer side is resized to; positions are interpolated.
-        min_probability: what a class needs for a segment to be named after it.
-        max_memory: bytes that one image may take, by an estimate that is made before.
-        **options: of the method; see [`Options`].
+        method: one of the above.
+        sharp: move the edges of segments to the edges of the image; needs kornia.
+        long_side: the longer side of the image is resized to that many pixels; positions are interpolated.
+        min_probability: probability that a class needs to become the name of a segment.
+        max_memory: bytes that one image may take, as estimated before it is processed.
+        **options: options of the method: `num_segments`, `layer`, `head`, `mass`, `attention_weight`; see `Options`
+            in `cbsa_hf.segmentation.patch_grouping`.
 
     Raises:
-        ValueError: no such method, or an option outside its range or without effect on it.
+        ValueError: there is no such method, or an option is outside its range or has no effect on the method.
 
     Example:
 
@@ -140,7 +147,7 @@ class ZeroShotSegmenter:
             raise ValueError("`layer` and `head` have no effect on the method 'ncut' without an `attention_weight`.")
 
     def name(self, grouping: Grouping) -> list[tuple[str | None, float | None]]:
-        """Class and probability of each group: the classifier on the mean of its tokens."""
+        """Name and probability of each group, from the classifier applied to the mean of its tokens."""
         members = F.one_hot(grouping.members.argmax(0).flatten(), len(grouping.members)).float().T
         tokens = members @ grouping.tokens.flatten(0, 1) / members.sum(1, keepdim=True).clamp_min(1)
         found = classify(self.model, tokens)
@@ -154,10 +161,10 @@ class ZeroShotSegmenter:
         ]
 
     def check_memory(self, size: tuple[int, int]):
-        """A ValueError for an image of that (height, width) which would take more than `max_memory`."""
+        """Raises ValueError if an image of that (height, width) would take more than `max_memory`."""
         seen = fit_to_patches(size, self.long_side, unwrap(self.model).config.patch_size)
         check_input(self.model, seen, self.max_memory)
-        # The image, what is found in it, and a band of the maps; sharp ones are filtered whole, one at a time.
+        # The image, mask and labels, and a band of the maps. Sharp maps are filtered as a whole, one at a time.
         num_segments, pixels = self.options.num_segments, size[0] * size[1]
         memory = pixels * (100 if self.sharp else 8) + 8 * (num_segments + 1) * min(pixels, PIXELS_AT_A_TIME)
         what = f"An image of {size[1]} x {size[0]} pixels in {num_segments} segments"
@@ -167,8 +174,14 @@ class ZeroShotSegmenter:
         self, maps: torch.Tensor, image: Image.Image | np.ndarray
     ) -> Iterator[tuple[slice, Iterator[torch.Tensor]]]:
         """
-        Maps (k, height, width) of the patches at the size of the image: rows, and what each of the maps is there, in
-        turn, (rows, width) each. Sharp edges take the whole image at once, others a band.
+        Maps over the patches at the size of the image, band by band; with `sharp` the whole image is one band.
+
+        Args:
+            maps: (k, grid height, grid width).
+            image: guides the edges if `sharp`.
+
+        Yields:
+            The rows of a band, and an iterator over the maps in that band, each (rows, width).
         """
         size = height_and_width(image)
         if not self.sharp:
@@ -180,11 +193,17 @@ class ZeroShotSegmenter:
         yield slice(0, size[0]), (follow_edges(values, image, radius)[0] for values in enlarged)
 
     def draw(self, values: torch.Tensor, image: Image.Image | np.ndarray) -> np.ndarray:
-        """A map (height, width) of the patches, at the size of the image."""
+        """A map (grid height, grid width) over the patches at the size of the image, (height, width)."""
         return np.concatenate([next(found).numpy() for _, found in self.enlarge(values.unsqueeze(0), image)])
 
     def paint(self, grouping: Grouping, image: Image.Image | np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """The group of each pixel, whether it is foreground, and the mean score of each group, NaN if it is empty."""
+        """
+        Bring a grouping of patches to the pixels.
+
+        Returns:
+            (height, width), the group of each pixel; (height, width), whether it is foreground; and (k,), the mean
+            score of each group, NaN if it has no pixels.
+        """
         size, num_groups = height_and_width(image), len(grouping.members)
         labels, mask = np.empty(size, dtype=np.min_scalar_type(num_groups)), np.empty(size, dtype=bool)
         sums, counts = np.zeros(num_groups), np.zeros(num_groups, dtype=np.int64)
@@ -203,11 +222,11 @@ class ZeroShotSegmenter:
 
     def encode(self, image: Image.Image | np.ndarray, **options) -> Encoding:
         """
-        The encoding that [`segment`] makes its segments of.
+        The encoding of an image that [`segment`] needs.
 
         Args:
             image: as [`to_image`] returns it.
-            **options: what else to keep, see [`cbsa_hf.segmentation.inference.encode`].
+            **options: what else to keep; see `cbsa_hf.segmentation.inference.encode`.
 
         Raises:
             ValueError: the image would take more memory than `max_memory`, or the model's outputs are not finite.
@@ -225,7 +244,7 @@ class ZeroShotSegmenter:
 
         Args:
             image: as [`to_image`] returns it.
-            encoding: of this image by [`encode`], if there is one already; made when None.
+            encoding: what [`encode`] returned for this image; None encodes it.
         """
         encoding = self.encode(image) if encoding is None else encoding
         grouping = METHODS[self.method].group(encoding, self.options)
@@ -244,12 +263,17 @@ class ZeroShotSegmenter:
         self, images: ImageSource | Sequence[ImageSource]
     ) -> ZeroShotSegmentation | list[ZeroShotSegmentation | ImageError]:
         """
-        Segment one image or several, of any size and mode: whatever [`to_image`] takes.
+        Segment one image or several, of any size and mode.
 
-        Of several, one that cannot be read does not discard the others: the list holds its `ImageError` in that place.
+        Args:
+            images: a file, PIL image, array or tensor, or a list of them; see `cbsa_hf.segmentation.images.to_image`.
+
+        Returns:
+            The segmentation, or a list of them. In the list an image that cannot be read has its `ImageError` in its
+            place, and a warning says so.
 
         Raises:
-            ValueError: a single image cannot be read, or takes too much memory; the message is one sentence for
+            ValueError: a single image cannot be read, or takes too much memory. The message is one sentence for
                 people.
         """
         num_channels = unwrap(self.model).config.num_channels

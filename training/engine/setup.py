@@ -17,6 +17,7 @@ from data.labelled_images import LabelledImages
 from data.loading import find_split, load_images
 from data.streaming import StreamedRows
 from engine.interruption import outlive_interruption
+from engine.memory import keep_freed_memory
 from engine.optimization import STATES
 from engine.output import check_free, open_output
 from engine.run_state import CHECKPOINTS
@@ -34,6 +35,7 @@ def build_accelerator(args: RunArguments) -> Accelerator:
     Raises:
         ValueError: if the batch cannot be divided among processes and parts, or an option does not work with FSDP.
     """
+    keep_freed_memory()
     accelerator = Accelerator(
         log_with=None if args.report_to == "none" else args.report_to,
         project_dir=args.output_dir,
