@@ -183,8 +183,8 @@ class Origin:
     decoder_type: str | None = None
 
 
-# Origins are tried in this order: state dicts of Segmenter also have the mark of timm, those of ToST and CRATE-alpha the
-# mark of CRATE, and those of DINOv2 the mark of ViT.
+# Origins are tried in this order: state dicts of Segmenter also have the mark of timm, those of ToST and CRATE-alpha
+# the mark of CRATE, and those of DINOv2 the mark of ViT.
 ORIGINS = {
     "cbt-segmenter": Origin(
         "CBT segmenter",
