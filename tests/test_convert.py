@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import zipfile
 from pathlib import Path
 
@@ -86,8 +87,9 @@ def crate_alpha_weights(width=24, layers=2, patch=8, patches=16, labels=5) -> di
         shapes |= {f"transformer.layers.{i}.{j}.norm.{kind}": (width,) for j in (0, 1) for kind in ("weight", "bias")}
         shapes |= {f"transformer.layers.{i}.0.fn.{name}.weight": (width, width) for name in ("qkv", "to_out.0")}
         shapes |= {f"transformer.layers.{i}.1.fn.{name}": (width, 4 * width) for name in ("D", "D1")}
-    # Tokens as small as the epsilons, lest these do not show.
-    return {name: torch.randn(shape) * (0.003 if "norm" not in name else 0.5) for name, shape in shapes.items()}
+    # Tokens as small as the epsilons, so that these show; a dictionary so large that part of the code is not zero.
+    large = re.compile(r"norm|mlp_head\.0|fn\.D$")
+    return {name: torch.randn(shape) * (0.5 if large.search(name) else 0.003) for name, shape in shapes.items()}
 
 
 def crate_alpha_logits(weights: dict[str, torch.Tensor], image: torch.Tensor, heads: int) -> torch.Tensor:
