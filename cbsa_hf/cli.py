@@ -27,7 +27,8 @@ from .segmentation.zero_shot import Segment, ZeroShotSegmentation, ZeroShotSegme
 Finder = Callable[[Image.Image], tuple[Image.Image, Image.Image, str]]
 """Takes a photo; returns the overlay, the mask, and a description in words."""
 
-FOREGROUND_ONLY = ("method", "segments")
+FOREGROUND_OPTIONS = {"method": "method", "segments": "num_segments"}
+"""Options of `segment` only for the task `foreground`: name -> name in [`ZeroShotSegmenter`]."""
 
 
 def check_folder(path: Path):
@@ -49,7 +50,7 @@ def read_photo(photo: str, args: argparse.Namespace) -> Image.Image:
 def plan_segmentation(args: argparse.Namespace) -> list[Job]:
     """The photos to read and the pictures to write. Raises ValueError for options without effect."""
     if args.task == "semantic":
-        for name in FOREGROUND_ONLY:
+        for name in FOREGROUND_OPTIONS:
             if name in args:
                 raise ValueError(f"`--{name}` has no effect with `--task semantic`; leave it out.")
     photos = find_photos(args.photos)
@@ -120,8 +121,7 @@ def load_finder(args: argparse.Namespace) -> Finder:
             model, processor, long_side=args.long_side, sharp=args.sharp, max_memory=args.max_memory
         )
         return lambda image: show_classes(image, segmenter(image), label_names(model))
-    given = {"method": "method", "segments": "num_segments"}
-    options = {option: getattr(args, name) for name, option in given.items() if name in args}
+    options = {option: getattr(args, name) for name, option in FOREGROUND_OPTIONS.items() if name in args}
     if args.long_side is not None:
         options["long_side"] = args.long_side
     segmenter = ZeroShotSegmenter(

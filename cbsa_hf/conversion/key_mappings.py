@@ -321,6 +321,3 @@ def fold_layer_scale(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor
                 raise ValueError(f"The weights lack what becomes `{key}`.")
             folded[key] = folded[key] * factor
     return folded
-
-
-__all__ = ["ORIGINS", "Origin", "convert_state_dict", "detect_origin"]

@@ -52,13 +52,13 @@ def describe_maps(maps: torch.Tensor) -> dict[str, list]:
     return {"peak": rows_and_columns.tolist(), "patches": effective_count(strength).tolist()}
 
 
-def predictions(model: PreTrainedModel, encoding: Encoding, count: int = 5) -> list[dict]:
-    """The most probable classes of the first image, the most probable first; none without a classifier."""
+def predictions(model: PreTrainedModel, encoding: Encoding) -> list[dict]:
+    """The five most probable classes of the first image, in order; none without a classifier."""
     found = classify(model, encoding.tokens[:1, 0])
     if found is None:
         return []
     names = unwrap(model).config.id2label
-    probabilities, classes = found[0].topk(min(count, found.shape[1]))
+    probabilities, classes = found[0].topk(min(5, found.shape[1]))
     pairs = zip(classes.tolist(), probabilities.tolist(), strict=True)
     return [{"label": names[index], "probability": probability} for index, probability in pairs]
 
