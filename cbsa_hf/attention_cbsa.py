@@ -13,13 +13,7 @@ from torch import nn
 from torch.nn import functional as F
 from transformers.utils import is_torchdynamo_compiling
 
-from .configuration_cbsa import CBSAConfig
-
-
-def to_pair(size: int | Iterable[int]) -> tuple[int, int]:
-    """Returns (height, width) for a pair, or for the one side of a square."""
-    height, width = (size, size) if isinstance(size, int) else size
-    return height, width
+from .configuration_cbsa import CBSAConfig, to_pair
 
 
 def block_norm(config: CBSAConfig, width: int) -> nn.LayerNorm:
@@ -69,7 +63,8 @@ class PooledRepresentatives(nn.Module):
         patches = tokens[:, :, self.first_token : self.first_token + grid[0] * grid[1]]
         # (batch, heads * p, height, width), channels last: a view, and the layout that torch pools fastest.
         patches = patches.transpose(1, 2).flatten(2).transpose(1, 2).unflatten(2, grid)
-        if is_torchdynamo_compiling():  # torch's own pool is faster, but ties the graph to one size
+        # torch's own pool is faster, but ties a compiled graph to one size; the old ONNX exporter knows few cases.
+        if is_torchdynamo_compiling() or torch.jit.is_tracing():
             rows, columns = (adaptive_bins(n, m, patches) for n, m in zip(grid, self.size, strict=True))
             bins = rows @ patches @ columns.T
         else:

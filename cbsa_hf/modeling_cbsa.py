@@ -19,7 +19,7 @@ from transformers.modeling_outputs import (
     SemanticSegmenterOutput,
 )
 from transformers.processing_utils import Unpack
-from transformers.utils import TransformersKwargs, is_torchdynamo_compiling, is_torchdynamo_exporting
+from transformers.utils import TransformersKwargs, is_torchdynamo_compiling, is_torchdynamo_exporting, logging
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs, maybe_install_capturing_hooks
 
@@ -31,10 +31,21 @@ from .attention_cbsa import (
     SelfAttention,
     TokenStatisticsSelfAttention,
     block_norm,
-    to_pair,
 )
-from .configuration_cbsa import CBSAConfig
+from .configuration_cbsa import CBSAConfig, to_pair
 from .mask_decoder_cbsa import DECODERS, ClassTokenMaskDecoder
+
+
+logger = logging.get_logger(__name__)
+
+
+def warn_of_trace():
+    """Says once, while `torch.jit.trace` or the old ONNX exporter records a graph, that the graph has one size."""
+    if torch.jit.is_tracing():
+        logger.warning_once(
+            "`torch.jit.trace` and `torch.onnx.export(dynamo=False)` record a graph for images of this one size. "
+            "`torch.export.export` and `torch.onnx.export(dynamo=True)` make a graph for every size."
+        )
 
 
 @dataclass
@@ -225,6 +236,7 @@ class CBSAEmbeddings(nn.Module):
     def forward(
         self, pixel_values: torch.Tensor, interpolate_pos_encoding: bool | None = None
     ) -> tuple[torch.Tensor, tuple[int, int]]:
+        warn_of_trace()
         self.check_size(pixel_values, interpolate_pos_encoding)
         patches = self.patch_embeddings(pixel_values.to(self.cls_token.dtype))  # (batch, hidden_size, *grid)
         grid = tuple(patches.shape[2:])
@@ -271,13 +283,13 @@ class CBSAISTA(nn.Module):
         if self.bias is not None:
             return F.relu(F.linear(hidden_states, self.weight, self.bias))
         weight = self.weight
+        # A graph takes one way for every number of tokens, so that it is not made again for some of them.
+        in_graph = is_torchdynamo_compiling()
+        in_one_product = in_graph or hidden_states.numel() > weight.numel()
         # Mixed precision adds the step to `hidden_states` in their own precision; a compiler fuses the addition.
-        in_steps = is_torchdynamo_compiling() or torch.is_autocast_enabled(hidden_states.device.type)
-        has_many_tokens = hidden_states.numel() > weight.numel()
-        if has_many_tokens and not in_steps:
+        if in_one_product and not (in_graph or torch.is_autocast_enabled(hidden_states.device.type)):
             return F.relu(F.linear(hidden_states, *ista_product(weight, self.step_size, self.threshold)))
-        # A compiled graph takes one of the two ways for all sizes, so that no size needs another graph.
-        if has_many_tokens or is_torchdynamo_compiling():
+        if in_one_product:
             # One product with D^T - D^T D instead of two. To form this matrix costs as much as d tokens.
             gradient = F.linear(hidden_states, weight.t() - weight.t() @ weight)
         else:
@@ -677,6 +689,7 @@ class CBSAForSemanticSegmentation(CBSAPreTrainedModel):
                 f"A backbone of type {self.config.backbone_config.model_type!r} has no `representative_attentions`; "
                 "they are the CBSA encoder's."
             )
+        warn_of_trace()
         outputs = self.backbone.forward_with_filtered_kwargs(
             pixel_values.to(dtype_of(self.backbone)),
             **{name: self.is_wanted(name, kwargs) for name in ("output_hidden_states", "output_attentions")},

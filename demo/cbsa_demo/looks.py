@@ -12,7 +12,7 @@ from PIL import Image
 from transformers import BaseImageProcessor
 
 from cbsa_hf import CBSAPreTrainedModel, SlidingWindowSegmenter, ZeroShotSegmenter, load_checkpoint
-from cbsa_hf.attention_cbsa import to_pair
+from cbsa_hf.configuration_cbsa import to_pair
 from cbsa_hf.interpretability.attention_maps import exact_map, map_formula
 from cbsa_hf.interpretability.measures import collect, measure
 from cbsa_hf.interpretability.report import predictions
