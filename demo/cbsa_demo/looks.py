@@ -203,11 +203,10 @@ class Explorer:
     The models of the page, and what they found in the photos of late.
 
     Args:
-        checkpoints: folders or hub ids by the names that visitors see; None is the one that ships with the package.
-            Visitors choose among these only.
+        checkpoints: folders or hub ids by the names that visitors see. Visitors choose among these only.
     """
 
-    def __init__(self, checkpoints: dict[str, str | None]):
+    def __init__(self, checkpoints: dict[str, str]):
         self.checkpoints = checkpoints
         self.models = Kept(len(checkpoints) + 1)
         self.looks = Kept(MAX_LOOKS)
