@@ -19,7 +19,7 @@ from transformers.utils.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT
 from arguments import PretrainingArguments, parse_arguments
 from cbsa_hf import PRESETS, preset_path
 from cbsa_hf.checkpoints.weight_files import CheckpointError, one_sentence
-from cbsa_hf.modeling_cbsa import to_pair
+from cbsa_hf.configuration_cbsa import to_pair
 from data.loading import class_names, find_columns
 from engine.interruption import exit_with_a_sentence
 from engine.loop import TrainingRun

@@ -9,8 +9,7 @@ import torch
 from transformers import AutoImageProcessor, BaseImageProcessor
 from transformers.image_utils import PILImageResampling
 
-from ..attention_cbsa import to_pair
-from ..configuration_cbsa import CBSAConfig
+from ..configuration_cbsa import CBSAConfig, to_pair
 from ..modeling_cbsa import CBSAForImageClassification, CBSAForSemanticSegmentation, CBSAModel, CBSAPreTrainedModel
 from .weight_files import (
     CheckpointError,

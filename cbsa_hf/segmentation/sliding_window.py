@@ -9,7 +9,7 @@ from PIL import Image
 from torch.nn import functional as F
 from transformers import BaseImageProcessor, PreTrainedModel
 
-from ..attention_cbsa import to_pair
+from ..configuration_cbsa import to_pair
 from .images import (
     ImageError,
     ImageSource,

@@ -1,8 +1,10 @@
 """What a training run leaves behind and what it goes on from, and scores: in this process, on a few pictures."""
 
 import json
+import multiprocessing
 import shutil
 import signal
+import subprocess
 from contextlib import nullcontext
 from types import SimpleNamespace
 from unittest.mock import Mock
@@ -17,12 +19,13 @@ from finetune import finetune_classifier
 from PIL import Image
 from safetensors.torch import load_file
 from torch.nn import functional as F
+from torch.utils.data import DataLoader
 from transformers import AutoModelForImageClassification, AutoModelForSemanticSegmentation
 from transformers.utils.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 from arguments import FinetuningArguments, PretrainingArguments, ScoringArguments, parse_arguments
 from engine import interruption, setup
-from engine.interruption import StopRequest
+from engine.interruption import StopRequest, outlive_interruption
 from engine.setup import build_accelerator
 from evaluation.scores import evaluate_classifier, evaluate_segmenter
 from tasks import classification
@@ -209,6 +212,19 @@ def test_signals_ask_for_a_stop(number, status):
         signal.raise_signal(signal.SIGTERM)
         assert stop.status == status
     assert {each: signal.getsignal(each) for each in before} == before
+
+
+@pytest.mark.skipif(not hasattr(signal, "sigwaitinfo"), reason="the sender of a signal is not told here")
+def test_a_worker_ends_for_its_parent_alone():
+    others = multiprocessing.active_children()
+    batches = iter(DataLoader(range(100), num_workers=1, worker_init_fn=outlive_interruption))
+    assert next(batches).item() == 0
+    (worker,) = [child for child in multiprocessing.active_children() if child not in others]
+    subprocess.run(["kill", str(worker.pid)], check=True)
+    assert [next(batches).item() for _ in range(20)] == list(range(1, 21))
+    worker.terminate()
+    worker.join(60)
+    assert worker.exitcode == 0
 
 
 class TestHeads:

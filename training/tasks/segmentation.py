@@ -17,8 +17,8 @@ from transformers import (
 
 from arguments import SegmentationArguments
 from cbsa_hf import SlidingWindowSegmenter
-from cbsa_hf.attention_cbsa import to_pair
 from cbsa_hf.checkpoints import load_config, load_processor
+from cbsa_hf.configuration_cbsa import to_pair
 from cbsa_hf.overlays import class_strip
 from cbsa_hf.segmentation.sliding_window import label_names
 from data.segmentation import IGNORED, SegmentationDataset, TrainingMasks, check_masks, class_weights, read_size
