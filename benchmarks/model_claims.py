@@ -7,12 +7,13 @@ import sys
 from pathlib import Path
 
 import torch
+from PIL import Image
 from small_models import accuracy, with_attention
 from transformers import PreTrainedModel
 from workbench import FAILS, FAMILY, HOLDS, NOT_RUN, OPEN, Finding, Workbench, not_run, sign_verdict, spread, table
 
 from cbsa_hf import default_checkpoint, load_checkpoint
-from cbsa_hf.interpretability.measures import accuracy_under_noise, measure_layers, noisy_projections
+from cbsa_hf.interpretability.measures import LayerMeasures, accuracy_under_noise, measure_layers, noisy_projections
 from cbsa_hf.interpretability.plots import line_panels
 
 
@@ -27,7 +28,7 @@ def digest_of(text: str, *paths: Path) -> str:
 def score_masks(bench: Workbench, name: str, checkpoint: str) -> dict[str, float]:
     """What `training/score.py` says of a checkpoint's masks; from the cache unless data, weights or code changed."""
     code = [ROOT / "training" / name for name in ("score.py", "evaluation/zero_shot.py")]
-    code += sorted((ROOT / "cbsa_hf").glob("*.py"))
+    code += sorted((ROOT / "cbsa_hf").rglob("*.py"))
     weights = [Path(checkpoint) / name for name in ("model.safetensors", "config.json")]
     digest = digest_of(bench.masks_name, *weights, *code)
     output = bench.cache / f"masks-{name}-{digest}.json"
@@ -75,15 +76,11 @@ def zero_shot_segmentation(bench: Workbench) -> Finding:
     return Finding(run, verdicts, [table(["mean IoU of the foreground", *scores], rows)])
 
 
-def objective(bench: Workbench) -> Finding:
-    """Claim 2."""
-    parts = (
-        "Attention lowers the coding rate, tokens normalised as the operator is given them",
-        "Attention lowers the coding rate, tokens as the residual stream has them",
-        "ISTA makes tokens sparser",
-    )
-    if bench.dataset_name is None:
-        return not_run(NO_DATA, *parts)
+RATES = ("normalised_coding_rate", "coding_rate")  # the fields of `LayerMeasures` that claim 2 compares
+
+
+def measure_objective(bench: Workbench) -> dict[str, LayerMeasures]:
+    """The measures of the shipped model, of the checkpoints compared and of small models, by the model's name."""
     models = {"shipped": load_checkpoint()}
     models |= {name: load_checkpoint(folder) for name, folder in bench.compared().items() if name != "softmax"}
     measured = {}
@@ -95,41 +92,47 @@ def objective(bench: Workbench) -> Finding:
         for seed in bench.seeds:
             model = bench.small(name, seed, attention_type=name)
             measured[f"small {name}, seed {seed}"] = measure_layers(model, small_images)
+    return measured
 
-    rows, falls = [], {}
-    for name, found in measured.items():
-        changes = {
-            kind: getattr(found, f"{kind}_after") - getattr(found, f"{kind}_before")
-            for kind in ("normalised_coding_rate", "coding_rate")
-        }
-        falls[name] = {kind: (change.mean(0) < 0).double().mean().item() for kind, change in changes.items()}
-        rows.append(
-            [
-                name,
-                *(f"{change.mean():+.2f} ± {change.mean((1, 2)).std():.2f}" for change in changes.values()),
-                *(f"{share:.0%}" for share in falls[name].values()),
-                f"{found.zeros_after[:, 0].mean():.2f}, {found.zeros_after[:, -1].mean():.2f}",
-                f"{found.sparsity_before.mean():.2f}, {found.sparsity_after.mean():.2f}",
-            ]
-        )
-    header = ["model", "change, normalised", "change, as they are", "falls, normalised", "falls, as they are"]
-    header += ["zeros after ISTA, first and last layer", "Hoyer sparsity before and after"]
 
-    model, processor = models["shipped"]
+def rate_changes(found: LayerMeasures) -> dict[str, torch.Tensor]:
+    """The change of each of `RATES` by the attention step, (images, layers, heads)."""
+    return {kind: getattr(found, f"{kind}_after") - getattr(found, f"{kind}_before") for kind in RATES}
+
+
+def share_of_falls(found: LayerMeasures) -> dict[str, float]:
+    """The share of layers and heads in which each of `RATES` falls, by the mean over images."""
+    return {kind: (change.mean(0) < 0).double().mean().item() for kind, change in rate_changes(found).items()}
+
+
+def objective_row(name: str, found: LayerMeasures) -> list[str]:
+    """The row of a model in the table of claim 2."""
+    return [
+        name,
+        *(f"{change.mean():+.2f} ± {change.mean((1, 2)).std():.2f}" for change in rate_changes(found).values()),
+        *(f"{share:.0%}" for share in share_of_falls(found).values()),
+        f"{found.zeros_after[:, 0].mean():.2f}, {found.zeros_after[:, -1].mean():.2f}",
+        f"{found.sparsity_before.mean():.2f}, {found.sparsity_after.mean():.2f}",
+    ]
+
+
+def eps_table(bench: Workbench) -> str:
+    """The share of the heads in which the coding rate of the shipped model falls, for several values of eps."""
+    model, processor = load_checkpoint()
     few = [pixel_values for pixel_values, _ in bench.photos(processor, 16)]
-    eps_rows = []
-    for eps in (0.1, 0.5, 2.0):
-        found = measure_layers(model, few, eps)
-        shares = [
-            (getattr(found, f"{kind}_after").mean(0) < getattr(found, f"{kind}_before").mean(0)).double().mean()
-            for kind in ("normalised_coding_rate", "coding_rate")
-        ]
-        eps_rows.append([eps, *(f"{share:.0%}" for share in shares)])
+    rows = [
+        [eps, *(f"{share:.0%}" for share in share_of_falls(measure_layers(model, few, eps)).values())]
+        for eps in (0.1, 0.5, 2.0)
+    ]
+    return table(["eps, shipped model", "heads where it falls, normalised", "as they are"], rows)
 
-    shipped, verdicts = measured["shipped"], {}
+
+def objective_verdicts(measured: dict[str, LayerMeasures], parts: tuple[str, str, str]) -> dict[str, tuple[str, str]]:
+    """The verdicts of claim 2, by the models with `cbsa`."""
+    verdicts, shipped = {}, measured["shipped"]
     ours = [name for name in measured if name in ("shipped", "cbsa") or name.startswith("small cbsa")]
-    for part, kind in zip(parts, ("normalised_coding_rate", "coding_rate"), strict=False):
-        shares = [falls[name][kind] for name in ours]
+    for part, kind in zip(parts, RATES, strict=False):
+        shares = [share_of_falls(measured[name])[kind] for name in ours]
         verdict = HOLDS if min(shares) >= 0.9 else FAILS if max(shares) <= 0.1 else OPEN
         listed = ", ".join(f"{name} ({share:.0%})" for name, share in zip(ours, shares, strict=True))
         verdicts[part] = (verdict, f"share of the heads in which it falls, by the mean over images: {listed}.")
@@ -137,34 +140,49 @@ def objective(bench: Workbench) -> Finding:
     zeros = shipped.zeros_after.mean()
     reason = f"Hoyer sparsity rises in {sparser:.0%} of the shipped model's layers, and {zeros:.0%} become 0."
     verdicts[parts[2]] = (HOLDS if sparser == 1 else FAILS if sparser == 0 else OPEN, reason)
+    return verdicts
 
-    layers = list(range(shipped.zeros_after.shape[1]))
-    change = {
-        "normalised": shipped.normalised_coding_rate_after - shipped.normalised_coding_rate_before,
-        "as they are": shipped.coding_rate_after - shipped.coding_rate_before,
-    }
+
+def draw_objective(found: LayerMeasures) -> Image.Image:
+    """Change of the coding rates, zeros and sparsity over the layers of a model."""
+    changes = zip(("normalised", "as they are"), rate_changes(found).values(), strict=True)
     panels = [
         {
             "title": "change of the coding rate by attention",
             "y": "nats",
-            "lines": {name: values.mean(2).numpy() for name, values in change.items()},
+            "lines": {name: values.mean(2).numpy() for name, values in changes},
         },
-        {"title": "zeros after ISTA", "y": "share of entries", "lines": {"shipped": shipped.zeros_after.numpy()}},
+        {"title": "zeros after ISTA", "y": "share of entries", "lines": {"shipped": found.zeros_after.numpy()}},
         {
             "title": "Hoyer sparsity",
             "y": "0 dense, 1 one entry",
-            "lines": {"before ISTA": shipped.sparsity_before.numpy(), "after": shipped.sparsity_after.numpy()},
+            "lines": {"before ISTA": found.sparsity_before.numpy(), "after": found.sparsity_after.numpy()},
         },
     ]
-    panels = [{"x": "layer", "positions": layers, **panel} for panel in panels]
+    layers = list(range(found.zeros_after.shape[1]))
+    return line_panels([{"x": "layer", "positions": layers, **panel} for panel in panels])
+
+
+def objective(bench: Workbench) -> Finding:
+    """Claim 2."""
+    parts = (
+        "Attention lowers the coding rate, tokens normalised as the operator is given them",
+        "Attention lowers the coding rate, tokens as the residual stream has them",
+        "ISTA makes tokens sparser",
+    )
+    if bench.dataset_name is None:
+        return not_run(NO_DATA, *parts)
+    measured = measure_objective(bench)
     run = (
         f"`measure_layers` on {bench.num_images} validation images (256 for small models): the coding rate of the "
         "tokens in the basis of each head before the attention step and after it, residual included, eps = 0.5, in "
         f"nats. Changes are means over layers and heads, ± over images. {bench.describe_small()}"
     )
-    eps_table = table(["eps, shipped model", "heads where it falls, normalised", "as they are"], eps_rows)
-    picture = ("The shipped model: mean and standard deviation over images.", line_panels(panels))
-    return Finding(run, verdicts, [table(header, rows), eps_table], picture)
+    header = ["model", "change, normalised", "change, as they are", "falls, normalised", "falls, as they are"]
+    header += ["zeros after ISTA, first and last layer", "Hoyer sparsity before and after"]
+    rows = [objective_row(name, found) for name, found in measured.items()]
+    picture = ("The shipped model: mean and standard deviation over images.", draw_objective(measured["shipped"]))
+    return Finding(run, objective_verdicts(measured, parts), [table(header, rows), eps_table(bench)], picture)
 
 
 def pooled_representatives(bench: Workbench) -> Finding:
@@ -210,68 +228,80 @@ def pooled_representatives(bench: Workbench) -> Finding:
     return Finding(run, verdicts, [table(header, rows)], picture)
 
 
-def robustness(bench: Workbench) -> Finding:
-    """Claim 4."""
-    parts = ("cbsa loses less accuracy than softmax, small models", "the same, checkpoints of the comparison")
-    if bench.dataset_name is None:
-        return not_run(NO_DATA, *parts)
-    scales = [0.25, 0.5, 0.75, 1.0, 1.5]
-    retained, rows = {}, []
+NOISE_SCALES = (0.25, 0.5, 0.75, 1.0, 1.5)  # of claim 4, relative to the weights
 
-    def add_row(name: str, model: PreTrainedModel, curves: torch.Tensor) -> torch.Tensor:
-        """Curves (samples, 1 + scales) of accuracy, without noise first; returns the share that is kept."""
-        sizes = [weight.square().mean().sqrt().item() for weight in noisy_projections(model, 0).values()]
-        if (curves[:, 0] == 0).any():
-            raise ValueError(f"The {name} gets no image right; does it know the classes of {bench.dataset_name}?")
-        kept = curves[:, 1:] / curves[:, :1]
-        rows.append([name, spread(curves[:, 0]), spread(sizes), *(spread(kept[:, i], 2) for i in range(len(scales)))])
-        return kept
 
-    batches = bench.validation_set.batches()[:4]
-    for name in FAMILY:
-        curves = []
-        for seed in bench.seeds:
-            model = bench.small(name, seed, attention_type=name)
-            noisy = [accuracy_under_noise(model, batches, [0, *scales], seed=draw) for draw in range(3)]
-            curves.append(torch.tensor(noisy).mean(0))
-        retained[name] = add_row(f"small {name}", model, torch.stack(curves))
-    lead = (retained["cbsa"] - retained["softmax"]).mean(1).tolist()
-    listed = ", ".join(f"{value:+.3f}" for value in lead)
-    reason = f"share of the accuracy kept, mean over scales, cbsa minus softmax per seed: {listed}."
-    verdicts = {parts[0]: (sign_verdict(lead), reason)}
+def noise_curves(model: PreTrainedModel, batches: list[tuple[torch.Tensor, torch.Tensor]]) -> torch.Tensor:
+    """Accuracy without noise and at each of `NOISE_SCALES`, for three draws of the noise: (draws, 1 + scales)."""
+    scales = (0, *NOISE_SCALES)
+    return torch.tensor([accuracy_under_noise(model, batches, scales, seed=draw) for draw in range(3)])
 
-    kept = {}
-    for name, folder in bench.compared().items():
-        model, processor = load_checkpoint(folder)
-        photos = bench.photos(processor, 2 * bench.num_images)
-        curves = [accuracy_under_noise(model, photos, [0, *scales], seed=draw) for draw in range(3)]
-        kept[name] = add_row(f"checkpoint {name}", model, torch.tensor(curves))
-    if {"cbsa", "softmax"} <= kept.keys():
-        lead = (kept["cbsa"] - kept["softmax"]).mean(1).tolist()
-        listed = ", ".join(f"{value:+.3f}" for value in lead)
-        verdicts[parts[1]] = (sign_verdict(lead), f"the same, per draw of the noise: {listed}; one training seed.")
-    else:
-        verdicts[parts[1]] = (NOT_RUN, "it needs `--checkpoints` with `cbsa` and `softmax`.")
+
+def share_kept(name: str, curves: torch.Tensor) -> torch.Tensor:
+    """Accuracy at each noise scale divided by that without noise, (samples, scales). `curves` are [`noise_curves`]."""
+    if (curves[:, 0] == 0).any():
+        raise ValueError(f"The {name} gets no image right; does it know the classes of the data set?")
+    return curves[:, 1:] / curves[:, :1]
+
+
+def robustness_row(name: str, model: PreTrainedModel, curves: torch.Tensor) -> list[str]:
+    """The row of a model in the table of claim 4."""
+    sizes = [weight.square().mean().sqrt().item() for weight in noisy_projections(model, 0).values()]
+    kept = share_kept(name, curves)
+    return [name, spread(curves[:, 0]), spread(sizes), *(spread(column, 2) for column in kept.T)]
+
+
+def draw_robustness(groups: dict[str, dict[str, torch.Tensor]]) -> Image.Image:
+    """The share of the accuracy kept against the scale of the noise: a panel for each title of `groups`."""
     panels = [
         {
             "title": title,
             "x": "noise / root mean square of the weights",
             "y": "share of the accuracy kept",
-            "positions": [0, *scales],
+            "positions": [0, *NOISE_SCALES],
             "lines": {name: torch.cat([torch.ones(len(v), 1), v], dim=1).numpy() for name, v in found.items()},
         }
-        for title, found in (("small models, over seeds", retained), ("checkpoints, over draws", kept))
+        for title, found in groups.items()
         if found
     ]
+    return line_panels(panels)
+
+
+def robustness(bench: Workbench) -> Finding:
+    """Claim 4."""
+    parts = ("cbsa loses less accuracy than softmax, small models", "the same, checkpoints of the comparison")
+    if bench.dataset_name is None:
+        return not_run(NO_DATA, *parts)
+    small, compared, rows = {}, {}, []
+    batches = bench.validation_set.batches()[:4]
+    for name in FAMILY:
+        models = [bench.small(name, seed, attention_type=name) for seed in bench.seeds]
+        curves = torch.stack([noise_curves(model, batches).mean(0) for model in models])
+        rows.append(robustness_row(f"small {name}", models[-1], curves))
+        small[name] = share_kept(name, curves)
+    for name, folder in bench.compared().items():
+        model, processor = load_checkpoint(folder)
+        curves = noise_curves(model, bench.photos(processor, 2 * bench.num_images))
+        rows.append(robustness_row(f"checkpoint {name}", model, curves))
+        compared[name] = share_kept(name, curves)
+
+    verdicts = dict.fromkeys(parts, (NOT_RUN, "it needs `--checkpoints` with `cbsa` and `softmax`."))
+    lead = (small["cbsa"] - small["softmax"]).mean(1).tolist()
+    reason = "share of the accuracy kept, mean over scales, cbsa minus softmax per seed: "
+    verdicts[parts[0]] = (sign_verdict(lead), f"{reason}{', '.join(f'{value:+.3f}' for value in lead)}.")
+    if {"cbsa", "softmax"} <= compared.keys():
+        lead = (compared["cbsa"] - compared["softmax"]).mean(1).tolist()
+        listed = ", ".join(f"{value:+.3f}" for value in lead)
+        verdicts[parts[1]] = (sign_verdict(lead), f"the same, per draw of the noise: {listed}; one training seed.")
     run = (
         "`accuracy_under_noise`: Gaussian noise on the matrices that project to queries, keys and values (one for the "
         "white-box operators, three for softmax), its standard deviation the scale times each matrix's root mean "
         f"square; three draws. Small models on {len(batches) * 256} images at most, checkpoints on "
-        f"{2 * bench.num_images}. " + bench.describe_small()
+        f"{2 * bench.num_images}. {bench.describe_small()}"
     )
-    header = ["model", "accuracy", "root mean square of the weights", *(f"kept at {scale}" for scale in scales)]
-    picture = ("Mean and standard deviation.", line_panels(panels))
-    return Finding(run, verdicts, [table(header, rows)], picture)
+    header = ["model", "accuracy", "root mean square of the weights", *(f"kept at {scale}" for scale in NOISE_SCALES)]
+    picture = draw_robustness({"small models, over seeds": small, "checkpoints, over draws": compared})
+    return Finding(run, verdicts, [table(header, rows)], ("Mean and standard deviation.", picture))
 
 
 def adaptation(bench: Workbench) -> Finding:

@@ -2,99 +2,107 @@
 
 import math
 import time
+from dataclasses import dataclass
 
 import torch
 from matplotlib.figure import Figure
 from PIL import Image
+from synthetic import (
+    distance_to_subspaces,
+    draw_union_of_subspaces,
+    iterate_operator,
+    operator_of_bases,
+)
 from torch.utils.flop_counter import FlopCounterMode
 from workbench import FAILS, HOLDS, OPEN, Finding, Workbench, spread, table
 
 from cbsa_hf.attention_cbsa import ATTENTIONS, PooledRepresentatives, SelfAttention
 from cbsa_hf.interpretability.measures import coding_rate
 from cbsa_hf.interpretability.plots import line_panels, render
-from cbsa_hf.interpretability.synthetic import (
-    distance_to_subspaces,
-    draw_union_of_subspaces,
-    iterate_operator,
-    operator_of_bases,
-)
 
 
-def linear_cost(bench: Workbench) -> Finding:
-    """Claim 5."""
-    sides, timed = [8, 16, 32, 64, 128], [8, 16, 32, 64]
-    counts, seconds = {}, {}
+SIDES, TIMED_SIDES = (8, 16, 32, 64, 128), (8, 16, 32, 64)  # of the grids of claim 5, in patches
+NUM_STEPS = 12  # of claim 6
 
-    def build(name: str) -> SelfAttention:
-        operator = ATTENTIONS[name]
-        return operator(192, 3, 64, PooledRepresentatives(8, 1) if operator.uses_representatives else None)
 
-    for name in ATTENTIONS:
-        counts[name] = []
-        for side in sides:
-            with torch.device("meta"), FlopCounterMode(display=False) as counter:
-                build(name)(torch.empty(1, 1 + side**2, 192), (side, side))
-            counts[name].append(counter.get_total_flops() / 2)
-    torch.manual_seed(0)
-    for name in ("cbsa", "softmax"):
-        operator, seconds[name] = build(name), []
-        for side in timed:
-            tokens, samples = torch.randn(1, 1 + side**2, 192), []
-            for _ in range(7):
-                started = time.perf_counter()
-                with torch.no_grad():
-                    operator(tokens, (side, side))
-                samples.append(time.perf_counter() - started)
-            seconds[name].append(samples[2:])
+def build_operator(name: str) -> SelfAttention:
+    """An operator of width 192 with 3 heads, and with 8 x 8 representatives, `mita` with 5 x 5, if it has any."""
+    return ATTENTIONS[name](192, 3, 64, PooledRepresentatives(5 if name == "mita" else 8, 1))
 
-    growth = {name: counts[name][-1] / counts[name][-2] / 4 for name in counts}
-    slopes = {name: torch.log2(torch.tensor(count[-1] / count[-2])).item() / 2 for name, count in counts.items()}
-    N, d, m, p = 1 + sides[-1] ** 2, 192, 64, 64
-    formula = 2 * N * d**2 + 3 * N * m * d + 2 * m * m * p * 3
-    rows = [
-        [name, *(f"{count / 1e6:,.1f}" for count in counts[name]), f"{slopes[name]:.2f}", f"{growth[name]:.2f}"]
-        for name in counts
-    ]
-    exact = "is" if counts["cbsa"][-1] == formula else "is not"
-    verdict = HOLDS if abs(slopes["cbsa"] - 1) < 0.05 else FAILS
-    reason = (
-        f"the last fourfold of the tokens costs {4 * growth['cbsa']:.2f} times as much, for softmax "
-        f"{4 * growth['softmax']:.1f} times; the count {exact} 2 N d^2 + 3 N m d + 2 m^2 d."
-    )
+
+def count_operations(name: str, side: int) -> float:
+    """Multiply-adds of one operator for CLS and side x side patches."""
+    with torch.device("meta"), FlopCounterMode(display=False) as counter:
+        build_operator(name)(torch.empty(1, 1 + side**2, 192), (side, side))
+    return counter.get_total_flops() / 2
+
+
+@torch.no_grad()
+def time_operator(operator: SelfAttention, side: int) -> list[float]:
+    """Milliseconds of five runs, after two that are not counted, for CLS and side x side patches."""
+    tokens, samples = torch.randn(1, 1 + side**2, 192), []
+    for _ in range(7):
+        started = time.perf_counter()
+        operator(tokens, (side, side))
+        samples.append(1e3 * (time.perf_counter() - started))
+    return samples[2:]
+
+
+def cost_panels(counts: dict[str, list[float]], milliseconds: dict[str, list[list[float]]]) -> Image.Image:
+    """Multiply-adds and time of each operator against the number of tokens."""
+    shared = {"x": "tokens", "scale": "log"}
     panels = [
         {
             "title": "multiply-adds of one layer",
-            "x": "tokens",
             "y": "millions",
-            "scale": "log",
-            "positions": [1 + side**2 for side in sides],
+            "positions": [1 + side**2 for side in SIDES],
             "lines": {name: [[count / 1e6 for count in counts[name]]] for name in ("cbsa", "softmax", "mssa")},
         },
         {
             "title": "time of one layer here",
-            "x": "tokens",
             "y": "milliseconds",
-            "scale": "log",
-            "positions": [1 + side**2 for side in timed],
-            "lines": {name: 1e3 * torch.tensor(values).T.numpy() for name, values in seconds.items()},
+            "positions": [1 + side**2 for side in TIMED_SIDES],
+            "lines": {name: torch.tensor(values).T.numpy() for name, values in milliseconds.items()},
         },
     ]
+    return line_panels([shared | panel for panel in panels])
+
+
+def linear_cost(bench: Workbench) -> Finding:
+    """Claim 5."""
+    counts = {name: [count_operations(name, side) for side in SIDES] for name in ATTENTIONS}
+    torch.manual_seed(0)
+    operators = {name: build_operator(name) for name in ("cbsa", "softmax")}
+    milliseconds = {name: [time_operator(found, side) for side in TIMED_SIDES] for name, found in operators.items()}
+
+    growth = {name: count[-1] / count[-2] / 4 for name, count in counts.items()}
+    slopes = {name: math.log2(count[-1] / count[-2]) / 2 for name, count in counts.items()}
+    N, d, m, p = 1 + SIDES[-1] ** 2, 192, 64, 64
+    exact = "is" if counts["cbsa"][-1] == 2 * N * d**2 + 3 * N * m * d + 2 * m * m * p * 3 else "is not"
+    reason = (
+        f"the last fourfold of the tokens costs {4 * growth['cbsa']:.2f} times as much, for softmax "
+        f"{4 * growth['softmax']:.1f} times; the count {exact} 2 N d^2 + 3 N m d + 2 m^2 d."
+    )
+    verdict = HOLDS if abs(slopes["cbsa"] - 1) < 0.05 else FAILS
     run = (
-        "`torch.utils.flop_counter` on one attention layer of width 192 with 3 heads and 8 x 8 representatives, and "
-        f"its time on this CPU, {torch.get_num_threads()} thread(s), five repetitions after two."
+        "`torch.utils.flop_counter` on one attention layer of width 192 with 3 heads and 8 x 8 representatives "
+        f"(`mita`: 5 x 5 landmarks), and its time on this CPU, {torch.get_num_threads()} thread(s), five repetitions "
+        "after two."
     )
-    header = [
-        "million multiply-adds at N =",
-        *(str(1 + side**2) for side in sides),
-        "exponent",
-        "cost per token, N x 4",
-    ]
+    header = ["million multiply-adds at N =", *(str(1 + side**2) for side in SIDES)]
+    operations = table(
+        [*header, "exponent", "cost per token, N x 4"],
+        [
+            [name, *(f"{count / 1e6:,.1f}" for count in found), f"{slopes[name]:.2f}", f"{growth[name]:.2f}"]
+            for name, found in counts.items()
+        ],
+    )
     timing = table(
-        ["milliseconds at N =", *(str(1 + side**2) for side in timed)],
-        [[name, *(spread([1e3 * s for s in samples], 2) for samples in values)] for name, values in seconds.items()],
+        ["milliseconds at N =", *(str(1 + side**2) for side in TIMED_SIDES)],
+        [[name, *(spread(samples, 2) for samples in found)] for name, found in milliseconds.items()],
     )
-    picture = ("Operations and time against tokens, both axes logarithmic.", line_panels(panels))
-    return Finding(run, {"Cost grows linearly with tokens": (verdict, reason)}, [table(header, rows), timing], picture)
+    picture = ("Operations and time against tokens, both axes logarithmic.", cost_panels(counts, milliseconds))
+    return Finding(run, {"Cost grows linearly with tokens": (verdict, reason)}, [operations, timing], picture)
 
 
 def plane_panels(states: torch.Tensor, bases: torch.Tensor, labels: torch.Tensor, steps: list[int]) -> Image.Image:
@@ -129,43 +137,46 @@ def stack_pictures(upper: Image.Image, lower: Image.Image) -> Image.Image:
     return picture
 
 
-def union_of_subspaces(bench: Workbench) -> Finding:
-    """Claim 6."""
-    settings = {
-        "4 subspaces of 4 dimensions in 64": ((4, 4, 64), 8, True),
-        "the same, 16 x 16 representatives": ((4, 4, 64), 16, True),
-        "the same, subspace after subspace": ((4, 4, 64), 8, False),
-        "8 of 8 dimensions, which fill the 64": ((8, 8, 64), 8, True),
-    }
-    num_steps, rows, distances, rates = 12, [], {}, {}
-    for name, (shape, representatives_size, interleaved) in settings.items():
-        distances[name], rates[name], kept = [], [], []
-        for seed in bench.seeds:
-            generator = torch.Generator().manual_seed(seed)
-            tokens, bases, labels = draw_union_of_subspaces(*shape, 256, 0.5, generator, interleaved)
-            operator = operator_of_bases(bases, representatives_size)
-            states = iterate_operator(operator, tokens, (16, 16), num_steps)
-            found = distance_to_subspaces(states, bases)
-            distances[name].append(found.gather(2, labels.expand(len(states), -1).unsqueeze(2)).mean((1, 2)))
-            rates[name].append(sum(coding_rate(states @ basis.T) for basis in bases))
-            kept.append((found[-1].argmin(1) == labels).double().mean())
-        path, rate = torch.stack(distances[name]), torch.stack(rates[name])
-        rows.append(
-            [
-                name,
-                *(spread(path[:, step]) for step in (0, 4, num_steps)),
-                f"{spread(rate[:, 0], 1)}, {spread(rate[:, -1], 1)}",
-                spread(kept, 2),
-            ]
-        )
-    paths = torch.stack(distances["4 subspaces of 4 dimensions in 64"])
-    ratio = (paths[:, -1] / paths[:, 0]).max().item()
-    verdict = HOLDS if ratio < 0.5 else OPEN if ratio < 1 else FAILS
-    reason = (
-        f"the distance falls to {spread(paths[:, -1] / paths[:, 0], 2)} of what it was, every seed below {ratio:.2f}. "
-        "Less so where representatives are pooled from one subspace each, and where the subspaces fill the space; and "
-        "there tokens go over to other subspaces."
-    )
+@dataclass
+class Compression:
+    """
+    What iterating the operator does to tokens around subspaces, one row for each seed.
+
+    Args:
+        distances: (seeds, 1 + steps), sine of the angle between a token and its own subspace, mean over tokens.
+        rates: (seeds, 1 + steps), coding rate in nats, sum over the bases.
+        kept: (seeds,), share of the tokens that are still nearest to their own subspace after the last step.
+    """
+
+    distances: torch.Tensor
+    rates: torch.Tensor
+    kept: torch.Tensor
+
+
+def compress(shape: tuple[int, int, int], size: int, interleaved: bool, seeds: tuple[int, ...]) -> Compression:
+    """
+    Iterate the operator with the true bases on 256 tokens.
+
+    Args:
+        shape: number and dimension of the subspaces, and dimension of the space.
+        size: side of the grid of representatives.
+        interleaved: whether tokens of all subspaces lie side by side.
+        seeds: of the tokens.
+    """
+    distances, rates, kept = [], [], []
+    for seed in seeds:
+        generator = torch.Generator().manual_seed(seed)
+        tokens, bases, labels = draw_union_of_subspaces(*shape, 256, 0.5, generator, interleaved)
+        states = iterate_operator(operator_of_bases(bases, size), tokens, (16, 16), NUM_STEPS)
+        found = distance_to_subspaces(states, bases)
+        distances.append(found.gather(2, labels.expand(len(states), -1).unsqueeze(2)).mean((1, 2)))
+        rates.append(sum(coding_rate(states @ basis.T) for basis in bases))
+        kept.append((found[-1].argmin(1) == labels).double().mean())
+    return Compression(torch.stack(distances), torch.stack(rates), torch.stack(kept))
+
+
+def draw_compression(found: dict[str, Compression]) -> Image.Image:
+    """Above: tokens around two planes, step by step. Below: distances and coding rates of all settings."""
     tokens, bases, labels = draw_union_of_subspaces(2, 2, 3, 256, 0.4, torch.Generator().manual_seed(4))
     states = iterate_operator(operator_of_bases(bases, 16), tokens, (16, 16), 8, length=9.0)
     panels = [
@@ -173,24 +184,51 @@ def union_of_subspaces(bench: Workbench) -> Finding:
             "title": title,
             "x": "step",
             "y": unit,
-            "positions": list(range(num_steps + 1)),
-            "lines": {name: torch.stack(found[name]).numpy() for name in settings},
+            "positions": list(range(NUM_STEPS + 1)),
+            "lines": {name: getattr(setting, field).numpy() for name, setting in found.items()},
         }
-        for title, unit, found in (
-            ("distance to the own subspace", "sine of the angle", distances),
-            ("coding rate, sum over bases", "nats", rates),
+        for title, unit, field in (
+            ("distance to the own subspace", "sine of the angle", "distances"),
+            ("coding rate, sum over bases", "nats", "rates"),
         )
     ]
-    picture = stack_pictures(plane_panels(states, bases, labels, [0, 1, 2, 4, 8]), line_panels(panels, width=6.5))
+    return stack_pictures(plane_panels(states, bases, labels, [0, 1, 2, 4, 8]), line_panels(panels, width=6.5))
+
+
+def union_of_subspaces(bench: Workbench) -> Finding:
+    """Claim 6."""
+    found = {
+        "4 subspaces of 4 dimensions in 64": compress((4, 4, 64), 8, True, bench.seeds),
+        "the same, 16 x 16 representatives": compress((4, 4, 64), 16, True, bench.seeds),
+        "the same, subspace after subspace": compress((4, 4, 64), 8, False, bench.seeds),
+        "8 of 8 dimensions, which fill the 64": compress((8, 8, 64), 8, True, bench.seeds),
+    }
+    rows = [
+        [
+            name,
+            *(spread(setting.distances[:, step]) for step in (0, 4, NUM_STEPS)),
+            f"{spread(setting.rates[:, 0], 1)}, {spread(setting.rates[:, -1], 1)}",
+            spread(setting.kept, 2),
+        ]
+        for name, setting in found.items()
+    ]
+    paths = next(iter(found.values())).distances
+    ratio = (paths[:, -1] / paths[:, 0]).max().item()
+    verdict = HOLDS if ratio < 0.5 else OPEN if ratio < 1 else FAILS
+    reason = (
+        f"the distance falls to {spread(paths[:, -1] / paths[:, 0], 2)} of what it was, every seed below {ratio:.2f}. "
+        "Less so where representatives are pooled from one subspace each, and where the subspaces fill the space; and "
+        "there tokens go over to other subspaces."
+    )
     run = (
         "`ContractAndBroadcastSelfAttention` with the true bases as projections and their transposes as output, steps "
         "1, 8 x 8 representatives over 256 tokens; residual steps `z + operator(z)`, tokens brought to length sqrt(d) "
         f"before each; noise of half the signal's length; {len(bench.seeds)} seeds, ± over them."
     )
-    header = ["tokens", "distance at the start", "after 4 steps", f"after {num_steps}", "coding rate, start and end"]
+    header = ["tokens", "distance at the start", "after 4 steps", f"after {NUM_STEPS}", "coding rate, start and end"]
     header.append("still nearest to their own")
     shown = (
         "Above: two planes in three dimensions, nearly perpendicular. Below: mean and standard deviation over seeds."
     )
     parts = {"Iterating the operator with the true bases compresses tokens onto the subspaces": (verdict, reason)}
-    return Finding(run, parts, [table(header, rows)], (shown, picture))
+    return Finding(run, parts, [table(header, rows)], (shown, draw_compression(found)))

@@ -35,7 +35,7 @@ from zero_shot_cost import measure
 from cbsa_hf import CBSAConfig, CBSAForImageClassification, fold, preset_path
 from cbsa_hf.attention_cbsa import ContractAndBroadcastSelfAttention
 from cbsa_hf.interpretability.plots import line_panels
-from cbsa_hf.modeling_cbsa import CBSAISTA
+from cbsa_hf.modeling_cbsa import CBSAISTA, CBSAConvStem
 
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "training"))
@@ -47,13 +47,20 @@ SECONDS = 20.0  # a forward pass above this is run once; if the last smaller ima
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
-def reference_attention(self, hidden_states, grid, output_attentions=False, output_factor=False):
+def reference_stem(self, pixel_values):
+    """The stem as the reference implementation runs it: in the layout of its input."""
+    return self.layers(pixel_values)
+
+
+def reference_attention(self, hidden_states, grid, output_attentions=False, output_representative_attentions=False):
     """The operator as the reference implementation writes it: the last step multiplies the update of every token."""
-    tokens = self.split_heads(self.proj(hidden_states))
-    representatives = self.representatives(tokens, grid)
-    attention = torch.softmax(representatives @ tokens.transpose(-1, -2) * self.scaling, dim=-1)
+    projected, start = self.proj(hidden_states), self.representatives.first_token
+    patches = projected[:, start : start + grid[0] * grid[1]].unflatten(1, grid).contiguous().permute(0, 3, 1, 2)
+    representatives = F.adaptive_avg_pool2d(patches, self.representatives.size).flatten(2).transpose(1, 2)
+    tokens, representatives = self.split_heads(projected), self.split_heads(representatives)
+    attention = torch.softmax((representatives @ tokens.transpose(-1, -2)) * self.scaling, dim=-1)
     representatives = representatives + self.step_rep * (attention @ tokens)
-    contraction = torch.softmax(representatives @ representatives.transpose(-1, -2) * self.scaling, dim=-1)
+    contraction = torch.softmax((representatives @ representatives.transpose(-1, -2)) * self.scaling, dim=-1)
     update = self.step_x * (attention.transpose(-1, -2) @ (contraction @ representatives))
     return self.merge_heads(update), None, attention
 
@@ -65,14 +72,19 @@ def reference_ista(self, hidden_states):
     return F.relu(hidden_states + self.step_size * (gradient - coded) - self.step_size * self.threshold)
 
 
+REFERENCE = {
+    CBSAConvStem: reference_stem,
+    ContractAndBroadcastSelfAttention: reference_attention,
+    CBSAISTA: reference_ista,
+}
+
+
 def as_reference(model: CBSAForImageClassification) -> CBSAForImageClassification:
-    """The same weights with the reference implementation's formulas."""
+    """The same weights with the reference implementation's formulas; it has no size factor."""
     model = deepcopy(model)
     for module in model.modules():
-        if isinstance(module, ContractAndBroadcastSelfAttention):
-            module.forward = MethodType(reference_attention, module)
-        elif isinstance(module, CBSAISTA):
-            module.forward = MethodType(reference_ista, module)
+        if type(module) in REFERENCE:
+            module.forward = MethodType(REFERENCE[type(module)], module)
     return model
 
 

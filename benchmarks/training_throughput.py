@@ -23,16 +23,19 @@ sys.path.append(str(Path(__file__).resolve().parents[1] / "training"))
 
 import pretrain
 
-from arguments import DataArguments, parse_arguments
+from arguments import DataArguments, PretrainingArguments, parse_arguments
 from data.classification import TrainingImages
 from data.loading import class_names, find_columns
-from engine.loop import build_accelerator, build_loader, load_splits, take_step
+from engine.loop import take_step
 from engine.optimization import build_optimizer, build_scheduler
-from tasks.classification import Classification
+from engine.setup import build_accelerator, build_loader, load_splits
+from tasks.classification import ClassificationLoss
 
 
 @dataclass(kw_only=True)
-class Arguments(DataArguments):
+class TurnArguments:
+    _argument_group_name = "what is timed"
+
     config_name: str = field(default="cbt-tiny", metadata={"help": "as in `pretrain.py`"})
     image_size: int = field(default=128, metadata={"help": "side of the crops in pixels"})
     patch_size: int = field(default=8, metadata={"help": "side of a patch in pixels"})
@@ -40,6 +43,11 @@ class Arguments(DataArguments):
     num_workers: int = field(default=1, metadata={"help": "processes that load images, per training process"})
     steps: int = field(default=10, metadata={"help": "steps per turn"})
     turns: int = field(default=4, metadata={"help": "turns of each, after one that warms up"})
+
+
+@dataclass(kw_only=True)
+class Arguments(TurnArguments, DataArguments):
+    """Options of the script."""
 
 
 def synchronised_time() -> float:
@@ -52,7 +60,7 @@ def synchronised_time() -> float:
 def build_turns(args: Arguments) -> tuple[Callable[[], tuple[float, float]], Callable[[], float]]:
     """A turn of training, which returns its seconds and those that it waited for data; and of the bare model."""
     values = {name: value for name, value in asdict(args).items() if name not in ("steps", "turns")}
-    settings = pretrain.Arguments(**values, output_dir="", report_to="none")
+    settings = PretrainingArguments(**values, output_dir="", report_to="none")
     accelerator = build_accelerator(settings)
     split, _ = load_splits(settings, find_columns)
     num_images = (args.steps + 1) * args.batch_size
@@ -71,12 +79,12 @@ def build_turns(args: Arguments) -> tuple[Callable[[], tuple[float, float]], Cal
     )
     loader = accelerator.prepare(build_loader(images, settings, train=True))
 
-    def prepare(task: Classification):
+    def prepare(task: ClassificationLoss):
         optimizer = build_optimizer(settings.optimizer, [{"params": task.parameters()}], settings.learning_rate)
         scheduler = build_scheduler(settings.schedule, optimizer, (args.turns + 1) * args.steps, num_warmup_steps=0)
         return accelerator.prepare(task.train(), optimizer, scheduler)
 
-    task = Classification(model, settings.label_smoothing)
+    task = ClassificationLoss(model, settings.label_smoothing)
     bare, bare_optimizer, _ = prepare(deepcopy(task))
     task, optimizer, scheduler = prepare(task)
     *_, in_memory = loader  # to its end, lest it goes on loading
@@ -86,7 +94,7 @@ def build_turns(args: Arguments) -> tuple[Callable[[], tuple[float, float]], Cal
         batch = next(batches)
         started = synchronised_time()
         for _ in range(args.steps):
-            take_step(settings, accelerator, task, optimizer, scheduler, batch)
+            take_step(settings, accelerator, task, optimizer, scheduler, batch, teach=lambda _: {})
             asked = time.perf_counter()
             batch = next(batches)
             waited += time.perf_counter() - asked

@@ -13,9 +13,8 @@ from PIL import Image
 from torch.profiler import ProfilerActivity, profile
 
 from cbsa_hf import ZeroShotSegmenter, load_checkpoint
-from cbsa_hf.segmentation.images import to_pixel_values
-from cbsa_hf.segmentation.patch_grouping import LANDMARKS, LOCALITY, TEMPERATURE, Options, encode, patch_descriptors
-from cbsa_hf.segmentation.spectral import cut_dense, cut_factored, landmark_factor
+from cbsa_hf.segmentation.patch_grouping import descriptor_factor
+from cbsa_hf.segmentation.spectral import cut_dense, cut_factored
 
 
 def measure(run: Callable[[], object]) -> tuple[float, float]:
@@ -40,13 +39,9 @@ def main():
     photo = Image.fromarray(skimage.data.astronaut())
     rows = []
     for side in (192, 512, 1024):
-        pixel_values = to_pixel_values(photo, processor, side, model.config.patch_size)
-        tokens, _ = encode(model, pixel_values, Options(), wants_attention=False)
-        grid = tuple(tokens.shape[:2])
-        factor = landmark_factor(
-            patch_descriptors(model, pixel_values, tokens), grid, LANDMARKS, TEMPERATURE, LOCALITY
-        )
         segmenter = ZeroShotSegmenter(model, processor, long_side=side)
+        encoding = segmenter.encode(photo)
+        grid, factor = encoding.grid, descriptor_factor(encoding)
         runs = [lambda s=segmenter: s(photo), lambda f=factor: cut_factored(f)]
         if side < 1024:  # 64 times the time of 512 px, and matrices of 2 GiB each
             runs.append(lambda f=factor: cut_dense(f.T @ f))

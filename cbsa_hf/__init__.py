@@ -10,11 +10,12 @@ from transformers import (
     ViTImageProcessorPil,
 )
 
-from .attention_cbsa import ContractAndBroadcastSelfAttention
+from .attention_cbsa import ContractAndBroadcastSelfAttention, ContractionSteps
 from .checkpoints import default_checkpoint, load_checkpoint
 from .configuration_cbsa import CBSAConfig
 from .folding import fold
-from .interpretability.attention_maps import exact_maps
+from .interpretability.attention_maps import attention_maps, exact_maps
+from .interpretability.class_maps import class_attention_maps
 from .interpretability.measures import accuracy_under_noise, coding_rate, measure_layers
 from .modeling_cbsa import (
     CBSABackbone,
@@ -28,7 +29,7 @@ from .modeling_cbsa import (
 )
 from .presets import PRESETS, preset_path
 from .segmentation.images import ImageError
-from .segmentation.inference import attention_maps
+from .segmentation.inference import Encoding, encode
 from .segmentation.pipeline_cbsa import ZeroShotSegmentationPipeline, register_pipeline
 from .segmentation.sliding_window import SlidingWindowSegmenter
 from .segmentation.zero_shot import Segment, ZeroShotSegmentation, ZeroShotSegmenter
@@ -63,6 +64,8 @@ __all__ = [
     "CBSAPreTrainedModel",
     "CBSASemanticSegmenterOutput",
     "ContractAndBroadcastSelfAttention",
+    "ContractionSteps",
+    "Encoding",
     "ImageError",
     "Segment",
     "SlidingWindowSegmenter",
@@ -71,8 +74,10 @@ __all__ = [
     "ZeroShotSegmenter",
     "accuracy_under_noise",
     "attention_maps",
+    "class_attention_maps",
     "coding_rate",
     "default_checkpoint",
+    "encode",
     "exact_maps",
     "fold",
     "load_checkpoint",

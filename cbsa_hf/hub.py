@@ -1,12 +1,13 @@
-"""Publish a checkpoint on the Hub: weights, code, image processor and model card."""
+"""Publish a checkpoint on the Hub, with code, image processor and model card."""
 
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from huggingface_hub import HfApi, ModelCard
-from huggingface_hub.errors import HFValidationError, HTTPError  # of whichever HTTP client the Hub's library uses
+from huggingface_hub.errors import HFValidationError, HTTPError
 
 from .checkpoints import default_checkpoint, load_checkpoint
+from .checkpoints.model_cards import auto_class_of, loading_example
 
 
 REQUIRED_METADATA = ("library_name", "pipeline_tag", "license")
@@ -14,14 +15,14 @@ REQUIRED_METADATA = ("library_name", "pipeline_tag", "license")
 
 def load_card(checkpoint: str) -> ModelCard:
     """
-    The model card of a folder or hub id.
+    The model card in a folder or of a hub id.
 
     Raises:
-        ValueError: there is none, or its metadata does not say what the Hub needs to show the model.
+        ValueError: there is none, or its metadata lacks one of `REQUIRED_METADATA`, which the Hub needs.
     """
     try:
         card = ModelCard.load(Path(checkpoint) / "README.md" if Path(checkpoint).is_dir() else checkpoint)
-    except Exception as error:  # of YAML, of the card's types, of the Hub, or RecursionError
+    except Exception as error:  # of YAML, of the types of the metadata, of the Hub, or a RecursionError
         raise ValueError(f"{checkpoint} has no model card that can be read; write its README.md.") from error
     missing = [name for name in REQUIRED_METADATA if not getattr(card.data, name)]
     if missing:
@@ -29,22 +30,20 @@ def load_card(checkpoint: str) -> ModelCard:
     return card
 
 
-def address(text: str, folder: str, name: str, auto_class: str) -> str:
-    """The text of a card, its example loading what is published under `name`; one is added where there is none."""
+def load_by_id(text: str, folder: str, name: str, auto_class: str) -> str:
+    """
+    The text of a model card with its example loading the model by its hub id; an example is added if there is none.
+
+    Args:
+        text: Markdown.
+        folder: name of the folder that the example loads from now.
+        name: the hub id.
+        auto_class: name of the Auto class, for the example that is added.
+    """
     text = text.replace(f'from_pretrained("{folder}"', f'from_pretrained("{name}"')
     if f'from_pretrained("{name}"' in text:
         return text
-    return f"""{text.rstrip()}
-
-## From the Hub
-
-```python
-from transformers import AutoImageProcessor, {auto_class}
-
-processor = AutoImageProcessor.from_pretrained("{name}")
-model = {auto_class}.from_pretrained("{name}", trust_remote_code=True)
-```
-"""
+    return f"{text.rstrip()}\n\n## From the Hub\n\n{loading_example(name, auto_class)}\n"
 
 
 def push_checkpoint(name: str, checkpoint: str | None = None, private: bool = False) -> str:
@@ -52,21 +51,21 @@ def push_checkpoint(name: str, checkpoint: str | None = None, private: bool = Fa
     Publish a checkpoint with the code that `trust_remote_code=True` runs.
 
     Args:
-        name: the id to publish under, `user/model`.
-        checkpoint: folder or hub id; [`default_checkpoint`] when None.
-        private: whether a repository that is made for it is private; one that exists stays as it is.
+        name: the hub id to publish under, `user/model`.
+        checkpoint: the folder or hub id of the checkpoint; by default [`default_checkpoint`].
+        private: whether a new repository is private; a repository that exists stays as it is.
 
     Returns:
-        The page of the model.
+        The URL of the model's page.
 
     Raises:
-        ValueError: not a complete checkpoint with a card, or the Hub refuses; nothing is uploaded but all of it.
+        ValueError: the checkpoint is incomplete or has no model card, or the Hub refuses. All files are uploaded in
+            one commit, or none.
     """
     checkpoint = default_checkpoint() if checkpoint is None else checkpoint
     model, processor = load_checkpoint(checkpoint)
     card = load_card(checkpoint)
-    auto_class = f"AutoModel{type(model).__name__.removeprefix('CBSA').removeprefix('Model')}"
-    card.text = address(card.text, Path(checkpoint).name, name, auto_class)
+    card.text = load_by_id(card.text, Path(checkpoint).name, name, auto_class_of(model))
     with TemporaryDirectory() as folder:
         model.save_pretrained(folder)
         processor.save_pretrained(folder)

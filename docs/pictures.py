@@ -16,9 +16,11 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from PIL import Image
 
-from cbsa_hf import ZeroShotSegmenter, attention_maps, exact_maps, load_checkpoint
+from cbsa_hf import ZeroShotSegmenter, load_checkpoint
+from cbsa_hf.interpretability.attention_maps import exact_map
 from cbsa_hf.interpretability.plots import render
 from cbsa_hf.overlays import overlay_heat, overlay_signed
+from cbsa_hf.segmentation.inference import encode
 
 
 FOLDER = Path(__file__).parent
@@ -74,7 +76,7 @@ def draw_steps(photo: Image.Image, found, contraction: np.ndarray) -> Image.Imag
     index = row * SIZE[1] + column
     reads, writes = (
         values[0, HEAD, index, -GRID[0] * GRID[1] :].unflatten(0, GRID).numpy()
-        for values in (found.factor, found.writes)
+        for values in (found.representative_attentions, found.writes)
     )
     figure = Figure(figsize=(10, 2.75), dpi=120)
     axes = figure.subplots(
@@ -95,12 +97,11 @@ def main():
     model, processor = load_checkpoint()
     photo = Image.fromarray(skimage.data.astronaut())
     pixel_values = processor(photo, size={"height": SIDE, "width": SIDE}, return_tensors="pt")["pixel_values"]
-    found = exact_maps(model, pixel_values)[LAYER]
-    operator = model.cbsa.layers[LAYER].attention
-    representatives = found.reads @ found.values
-    contraction = operator.attend(representatives, representatives)[0, HEAD].numpy()
-    map_of_cls = attention_maps(model, pixel_values)[-1, 0].mean(0).numpy()
-    reads = found.factor[0, HEAD, :, -GRID[0] * GRID[1] :].unflatten(-1, GRID).numpy()
+    encoding = encode(model, pixel_values, output_attentions=True, steps_of=[LAYER])
+    found = exact_map(encoding, LAYER)
+    contraction = encoding.steps(LAYER).similarity[0, HEAD].numpy()
+    map_of_cls = encoding.attention_maps()[-1, 0].mean(0).numpy()
+    reads = found.representative_attentions[0, HEAD, :, -GRID[0] * GRID[1] :].unflatten(-1, GRID).numpy()
     labels = ZeroShotSegmenter(model, processor)(photo).labels
     for name, picture in {
         "overview": draw_overview(photo, labels, map_of_cls, reads),

@@ -156,6 +156,8 @@ def start(training, labelled, tmp_path):
     import pretrain
     from accelerate.state import AcceleratorState
 
+    from arguments import PretrainingArguments
+
     folder = tmp_path / "data"
     folder.mkdir()
     for split in ("train", "validation"):
@@ -168,6 +170,6 @@ def start(training, labelled, tmp_path):
         settings |= {"dataset_name": str(folder), "config_name": str(folder / "config.json")}
         settings |= {"patch_embedding_type": "patchify", "output_dir": str(output_dir)}
         AcceleratorState._reset_state()
-        pretrain.main(pretrain.Arguments(**{**settings, **changes}))
+        pretrain.main(PretrainingArguments(**{**settings, **changes}))
 
     return start

@@ -2,6 +2,7 @@
 
 import io
 import json
+import math
 import signal
 import subprocess
 import sys
@@ -12,7 +13,7 @@ import pytest
 import torch
 from conftest import ROOT
 from PIL import Image
-from transformers import AutoImageProcessor, Dinov2Config
+from transformers import AutoImageProcessor, Dinov2Config, SegformerImageProcessorPil
 
 from cbsa_hf import (
     CBSAConfig,
@@ -25,7 +26,7 @@ from cbsa_hf import (
 from cbsa_hf.cli import main
 from cbsa_hf.interpretability.attention_maps import exact_maps
 from cbsa_hf.interpretability.report import Report
-from cbsa_hf.segmentation.images import to_pixel_values
+from cbsa_hf.segmentation.images import MAX_PIXELS, to_pixel_values
 
 
 @pytest.fixture
@@ -71,6 +72,58 @@ def test_segment_into_classes(photo, photo_file, tiny_segmenter, saved_segmenter
         assert colour in legend
 
 
+def test_segment_into_one_class(photo, photo_file, tiny_config, tmp_path, capsys):
+    """What belongs to the class, by a sigmoid above a half, and the background."""
+    torch.manual_seed(0)
+    tiny_config.id2label, tiny_config.label2id = {0: "fur"}, {"fur": 0}
+    model = CBSAForSemanticSegmentation(tiny_config).eval()
+    processor = SegformerImageProcessorPil(size={"height": 300, "width": 451})
+    pixel_values = processor(photo, do_resize=False, return_tensors="pt")["pixel_values"]
+    with torch.no_grad():
+        model.decoder.mask_norm.bias -= model(pixel_values).logits.median()
+        probabilities = model(pixel_values).logits[0, 0].sigmoid().numpy()
+    folder = tmp_path / "model"
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    command = ["segment", str(photo_file), "-o", str(tmp_path / "x.png"), "--task", "semantic"]
+    assert main([*command, "--checkpoint", str(folder)]) == 0
+    labels = np.asarray(Image.open(tmp_path / "x_mask.png"))
+    clear = np.abs(probabilities - 0.5) > 1e-4
+    assert np.array_equal(labels[clear], (probabilities > 0.5)[clear])
+    share = labels.mean()
+    assert 0.1 < share < 0.9
+    told = capsys.readouterr().out
+    assert f"fur {share:.0%}" in told and f"background {1 - share:.0%}" in told
+
+
+HUNGRY = """
+import sys
+from pathlib import Path
+
+
+def peak() -> int:
+    # Of this process alone, in kB; `ru_maxrss` begins at its parent's.
+    return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0])
+
+
+from cbsa_hf.cli import main
+
+before = peak()
+assert main(sys.argv[1:]) == 0
+print((peak() - before) / 1000)
+"""
+
+
+def test_memory_of_the_largest_photo(tmp_path):
+    """A small file of as many pixels as are allowed, in one of the modes that have to be converted."""
+    side = math.isqrt(MAX_PIXELS)
+    Image.new("RGBA", (side, side), (9, 99, 200, 128)).save(tmp_path / "large.png")
+    command = ["segment", str(tmp_path / "large.png"), "-o", str(tmp_path / "x.png")]
+    result = subprocess.run([sys.executable, "-c", HUNGRY, *command], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert float(result.stdout.splitlines()[-1]) < 300  # MB beyond imports
+
+
 def test_attention(photo_file, tmp_path):
     assert main(["attention", str(photo_file), "-o", str(tmp_path / "maps.png"), "--long-side", "128"]) == 0
     picture = Image.open(tmp_path / "maps.png")
@@ -109,7 +162,7 @@ def test_inspect(photo, photo_file, shipped, tmp_path, capsys, patch):
     assert report["exact_map"]["exact"] is True
     np.testing.assert_allclose(report["exact_map"]["values"], dense, rtol=1e-3, atol=1e-5)
     peaks = np.asarray(report["representatives"]["reads"][7]["peak"])
-    factor = exact_maps(model, pixel_values)[7].factor[0, ..., 1:]
+    factor = exact_maps(model, pixel_values)[7].representative_attentions[0, ..., 1:]
     assert (peaks @ [8, 1] == factor.argmax(-1).numpy()).all()
     assert np.asarray(report["measures"]["coding_rate_after"]).shape == (12, 3)
 
@@ -177,7 +230,7 @@ def test_inspect_that_fails_leaves_nothing(photo_file, tmp_path, monkeypatch, ca
 
     monkeypatch.setattr(Image.Image, "save", save)
     report = Report({}, {"attention.png": Image.new("RGB", (8, 8))})
-    monkeypatch.setattr("cbsa_hf.cli.inspect_photo", lambda *args: report)
+    monkeypatch.setattr("cbsa_hf.interpretability.report.inspect_photo", lambda *args: report)
     check_refusal(["inspect", str(photo_file), "-o", str(tmp_path / "report")], "is full", tmp_path, capsys)
 
 
@@ -290,6 +343,7 @@ def test_force(photo_file, tmp_path):
 @pytest.mark.parametrize("named_by", ["names", "folder", "pattern"])
 def test_several_photos(photo, photo_file, shipped, tmp_path, monkeypatch, capsys, named_by):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
     (tmp_path / "in").mkdir()
     (tmp_path / "out").mkdir()
     photo.rotate(90, expand=True).save("in/a.jpg", quality=95)
@@ -302,7 +356,8 @@ def test_several_photos(photo, photo_file, shipped, tmp_path, monkeypatch, capsy
     assert main(["segment", *names[named_by], "-o", "out"]) == 1
     captured = capsys.readouterr()
     assert captured.out.count("of the pixels are foreground") == 2
-    assert "4/4" in captured.err  # the progress bar
+    assert "0/4" in captured.err
+    assert not [line for line in shown(captured.err) if "/4" in line]  # the progress bar is gone
     last = captured.err.splitlines()[-3:]
     assert last[0] == "cbsa: 2 of 4 photos could not be segmented:"
     assert "in/c.png is damaged" in last[1] and "out/d_mask.png exists" in last[2]
@@ -353,9 +408,22 @@ def test_limits_of_a_photo(photo_file, tmp_path, capsys):
     check_refusal([*arguments, "--max-ratio", "1.1"], "the limit for the ratio of the sides is 1.1", tmp_path, capsys)
 
 
+def shown(printed: str) -> list[str]:
+    """Lines as a terminal shows them: after a carriage return what follows stands over what was there."""
+    lines = []
+    for line in printed.split("\n"):
+        cells = []
+        for part in line.split("\r"):
+            cells[: len(part)] = part
+        lines.append("".join(cells).strip())
+    return [line for line in lines if line]
+
+
+@pytest.mark.parametrize("terminal", [True, False])
 @pytest.mark.parametrize("sources", [["cat.png"], ["cat.png", "dog.png"]])
-def test_interrupted_while_it_writes(photo_file, photo, tmp_path, monkeypatch, capsys, sources):
+def test_interrupted_while_it_writes(photo_file, photo, tmp_path, monkeypatch, capsys, sources, terminal):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal, raising=False)
     photo.save("dog.png")
     save, saved = Image.Image.save, []
 
@@ -368,7 +436,9 @@ def test_interrupted_while_it_writes(photo_file, photo, tmp_path, monkeypatch, c
     monkeypatch.setattr(Image.Image, "save", interrupt)
     output = "out.png" if len(sources) == 1 else "out"
     assert main(["segment", *sources, "-o", output, "--long-side", "48"]) == 130
-    assert capsys.readouterr().err.splitlines()[-1] == "cbsa: Interrupted."
+    error = capsys.readouterr().err
+    assert shown(error) == ["cbsa: Interrupted."]
+    assert ("photo" in error) == (terminal and len(sources) == 2)  # of the progress bar
     assert sorted(path.name for path in tmp_path.iterdir()) == ["cat.png", "dog.png"]
 
 
@@ -383,5 +453,29 @@ def test_interrupted_process(photo_file, tmp_path, seconds):
     process.send_signal(signal.SIGINT)
     _, error = process.communicate(timeout=120)
     assert process.returncode == 130
-    assert "Traceback" not in error and error.splitlines()[-1] == "cbsa: Interrupted."
+    assert error == "cbsa: Interrupted.\n"
     assert not list(tmp_path.rglob("*partial*"))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision(tiny_model, saved_segmenter, photo_file, tmp_path, monkeypatch, dtype):
+    """Every command that takes a checkpoint takes one in half precision, and finds in it what float32 finds."""
+    folders = {"classifier": tmp_path / "classifier", "segmenter": saved_segmenter}
+    tiny_model.to(dtype).save_pretrained(folders["classifier"])
+    AutoImageProcessor.from_pretrained(saved_segmenter).save_pretrained(folders["classifier"])
+    CBSAForSemanticSegmentation.from_pretrained(saved_segmenter, dtype=dtype).save_pretrained(saved_segmenter)
+    number = 0
+    for name, commands in {
+        "classifier": ["segment", "segment --segments 3", "segment --method attention"],
+        "segmenter": ["segment", "segment --task semantic"],
+    }.items():
+        for command in [*commands, "attention", "inspect", "inspect --patch 1 1"]:
+            output = tmp_path / (f"{number}.png" if command.split()[0] != "inspect" else str(number))
+            number += 1
+            arguments = ["--long-side", "48", "--checkpoint", str(folders[name]), "-o", str(output)]
+            assert main([*command.split(), str(photo_file), *arguments]) == 0, command
+            assert json.loads((folders[name] / "config.json").read_text())["dtype"] == str(dtype).split(".")[1]
+            if command.startswith("inspect"):
+                json.loads((output / "report.json").read_text(), parse_constant=pytest.fail)  # NaN and infinity
+            else:
+                assert np.asarray(Image.open(output).convert("RGB")).std() > 10

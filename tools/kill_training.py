@@ -5,17 +5,17 @@ Kills training runs with SIGKILL, resumes them, and compares their ends with tha
     python tools/kill_training.py --kills 10 --processes 2
 
 A run is killed at a random time or at an aimed moment: while a file of a checkpoint is written, before one of the
-steps of renaming and removing, during a validation, while the results are written. It is resumed from its last
-checkpoint, killed again now and then, and at last left to end. Faults are: weights or metrics other than those of the
-run that was left alone; a checkpoint that was whole and is not any more; a run that does not go on; checkpoints or
-temporary files that should have been removed; a process that outlives its run. The status is 1 if there was one.
+steps of renaming and removing, during a validation, while the results are written. What is killed is one of its
+processes, its launcher, or all of them at once, as when a machine fails. It is resumed from its last checkpoint,
+killed again now and then, and at last left to end. Faults are: weights or metrics other than those of the run that was
+left alone; a checkpoint that was whole and is not any more; a run that does not go on; checkpoints or temporary files
+that should have been removed; a process that outlives its run. The status is 1 if there was one.
 
 A single process is forked from one that has imported everything; two are started by `accelerate launch`. The data, the
 model and the runs are small: a run is some seconds. Needs Linux and the packages of the extra `train`.
 """
 
 import argparse
-import inspect
 import json
 import os
 import random
@@ -30,7 +30,8 @@ import time
 import traceback
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 
@@ -41,11 +42,12 @@ os.environ["ACCELERATE_USE_CPU"] = "true"
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "training"))
 
 import numpy as np
+from processes import Stopwatch, find_argument, find_session
 
 
 TRAINING = Path(__file__).resolve().parents[1] / "training"
 CHECKPOINTS = "checkpoint-" + "[0-9]" * 8
-PATIENCE = 120  # seconds that a run may take
+PATIENCE = 120  # seconds that a run may compute and sleep
 NUM_ROWS = {"train": 12, "validation": 5}
 SETTINGS = ["--batch_size=4", "--num_epochs=3", "--warmup_epochs=0", "--learning_rate=3e-3", "--drop_path_rate=0.2"]
 CLASSIFIER = ["--image_size=32", "--patch_size=8", "--crop_sizes=24"]
@@ -101,12 +103,20 @@ class Aim:
         path: part of the path that it is about.
         count: how many of them go before.
         delay: seconds.
+        rank: of the process that it happens in.
+        victim: one of [`VICTIMS`].
     """
 
     event: str
     path: str = ""
     count: int = 0
     delay: float = 0.0
+    rank: int = 0
+    victim: str = "process"
+
+
+VICTIMS = ("process", "launcher", "all")
+EVERYWHERE = ("time", "validation")  # events of all processes, not of the main one alone
 
 
 AIMS = {
@@ -136,15 +146,35 @@ def describe(event: str, args: tuple) -> tuple[str, str]:
     return ("" if event == "open" else event), path
 
 
-def arm(aim: Aim):
-    """Kill this process, and no other, at that moment."""
+def draw_aim(draw: random.Random, moment: str, processes: int) -> Aim:
+    """Where a run of so many processes is killed."""
+    aim = AIMS[moment](draw)
+    rank = draw.randrange(processes) if aim.event in EVERYWHERE else 0
+    return replace(aim, rank=rank, victim=draw.choice(VICTIMS if processes > 1 else ("process", "all")))
+
+
+def kill(victim: str, folder: str):
+    """This process, its launcher, or all that train into the folder, this one last."""
+    if victim == "launcher":
+        os.kill(os.getppid(), signal.SIGKILL)
+        return
+    if victim == "all":
+        members = {*find_session(os.getsid(0)), *find_argument(f"--output_dir={folder}")}
+        for pid in members - {os.getpid()}:
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def arm(aim: Aim, folder: str):
+    """Kill at that moment."""
     seen = Counter()
 
     def strike():
         if aim.delay:
-            threading.Timer(aim.delay, os.kill, (os.getpid(), signal.SIGKILL)).start()
+            threading.Timer(aim.delay, kill, (aim.victim, folder)).start()
         else:
-            os.kill(os.getpid(), signal.SIGKILL)
+            kill(aim.victim, folder)
 
     def on_event(event: str, args: tuple):
         name, path = describe(event, args)
@@ -164,30 +194,24 @@ def arm(aim: Aim):
 
 def watch_validation(tell: Callable[[], None]):
     """Call that whenever the loop starts to validate."""
-    from engine import loop
+    from tasks.classification import ClassificationTask
+    from tasks.segmentation import SegmentationTask
 
-    train = loop.train
+    for task in (ClassificationTask, SegmentationTask):
+        evaluate = task.evaluate
 
-    def watched(*args, **options):
-        given = inspect.signature(train).bind(*args, **options)
-        validate = given.arguments["validate"]
-
-        def told(network):
+        def told(self, losses, evaluate=evaluate):
             tell()
-            return validate(network)
+            return evaluate(self, losses)
 
-        given.arguments["validate"] = told
-        return train(*given.args, **given.kwargs)
-
-    for name in ("tasks.classification", "tasks.segmentation"):
-        sys.modules[name].train = watched
+        task.evaluate = told
 
 
 def run_script(script: str, argv: list[str], aim: Aim | None):
     """In this process, as it is started by hand."""
     sys.argv = [script, *argv]
     if aim is not None:
-        arm(aim)
+        arm(aim, next(option.removeprefix("--output_dir=") for option in argv if option.startswith("--output_dir=")))
     runpy.run_path(str(TRAINING / script), run_name="__main__")
 
 
@@ -295,15 +319,23 @@ class Run:
 
     def attempt(self, aim: Aim | None) -> str:
         """Run until it ends or is killed: `ended`, `killed`, or what is wrong."""
-        pid, started = self.start(aim), time.time()
-        while not (found := os.waitpid(pid, os.WNOHANG))[0]:
-            if time.time() - started > PATIENCE:
-                os.killpg(pid, signal.SIGKILL)
-                os.waitpid(pid, 0)
-                return f"hang: no end within {PATIENCE} s"
-            time.sleep(0.01)
+        pid = self.start(aim)
+
+        def find_members() -> list[int]:
+            return [*{*find_session(pid), *find_argument(f"--output_dir={self.folder}")}]
+
+        watch = Stopwatch(find_members)
+        while not (found := os.waitpid(pid, os.WNOHANG))[0] and watch.seconds() < PATIENCE:
+            time.sleep(0.05)
         self.printed = self.folder.with_suffix(".log").read_text(errors="replace")
-        if not await_end(pid):
+        if not found[0]:
+            end_all(find_members)
+            os.waitpid(pid, 0)
+            return f"hang: no end within {PATIENCE} s"
+        watch = Stopwatch(find_members)
+        while find_members() and watch.seconds() < PATIENCE:
+            time.sleep(0.05)
+        if end_all(find_members):
             return "orphan: a process outlives its run"
         code = os.waitstatus_to_exitcode(found[1])
         if code == 0:
@@ -312,29 +344,13 @@ class Run:
         return "killed" if aim is not None and killed else f"refused: {self.printed.strip()[-300:]}"
 
 
-def await_end(session: int, seconds: float = 30) -> bool:
-    """Whether all processes of a session have ended by then; those that have not are killed."""
-    until = time.time() + seconds
-    while members := find_members(session):
-        if time.time() > until:
-            for pid in members:
-                os.kill(pid, signal.SIGKILL)
-            return False
-        time.sleep(0.02)
-    return True
-
-
-def find_members(session: int) -> list[int]:
-    """Processes of that session that are not zombies."""
-    found = []
-    for path in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            state, _, _, own = path.read_text().rpartition(")")[2].split()[:4]
-        except (FileNotFoundError, ProcessLookupError):
-            continue
-        if int(own) == session and state != "Z":
-            found.append(int(path.parent.name))
-    return found
+def end_all(find_members: Callable[[], list[int]]) -> int:
+    """How many there were, which are killed now."""
+    members = find_members()
+    for pid in members:
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+    return len(members)
 
 
 # ---------------------------------------------------------------- what is compared
@@ -358,19 +374,20 @@ def compare(folder: Path, expected: dict[str, object]) -> str | None:
     return f"left behind: {', '.join(left)}" if left else None
 
 
-def kill_run(run: Run, draw: random.Random, moments: list[str]) -> tuple[list[str], str | None]:
-    """Start it, kill it at some of these moments, let it end: where it was killed, and what is wrong."""
+def kill_run(run: Run, draw: random.Random, moments: list[str]) -> tuple[list[tuple[str, str]], str | None]:
+    """Start it, kill it at some of these moments, let it end: when and what was killed, and what is wrong."""
     killed = []
     for moment in moments:
         before = max(run.whole(), default=0)
-        ending = run.attempt(AIMS[moment](draw))
+        aim = draw_aim(draw, moment, run.processes)
+        ending = run.attempt(aim)
         if max(run.whole(), default=0) < before:
             return killed, f"lost: the checkpoint of step {before} is gone"
         if ending not in ("killed", "ended"):
             return killed, ending
         if ending == "ended":
             break
-        killed.append(moment)
+        killed.append((moment, aim.victim))
     ending = run.attempt(None)
     return killed, None if ending == "ended" else ending
 
@@ -389,7 +406,8 @@ def main(argv: list[str] | None = None) -> int:
     import finetune  # noqa: F401, for the processes that are forked
     import pretrain  # noqa: F401
 
-    draw, counts, faults = random.Random(args.seed), {name: Counter() for name in args.variants}, []
+    draw, counts = random.Random(args.seed), {name: Counter() for name in args.variants}
+    victims, faults = Counter(), []
     with tempfile.TemporaryDirectory(prefix="kill-") as scratch:
         data, expected, number = Path(scratch) / "data", {}, 0
         write_data(data)
@@ -405,23 +423,29 @@ def main(argv: list[str] | None = None) -> int:
             moments = [draw.choice(args.moments) for _ in range(draw.randint(1, 3))]
             killed, fault = kill_run(run, draw, moments)
             fault = fault or compare(run.folder, expected[name])
-            counts[name].update(killed)
+            counts[name].update(moment for moment, _ in killed)
+            victims.update(victim for _, victim in killed)
+            said = f"{name}, killed at {', '.join(f'{moment} ({victim})' for moment, victim in killed) or 'no moment'}"
+            print(f"run {number}: {said}: {fault or 'the same end'}", flush=True)
             if fault is not None:
-                faults.append(f"{name}, killed at {', '.join(killed) or 'no moment'}: {fault}")
-                print(f"run {number}: {faults[-1]}\n{run.printed[-1500:]}", flush=True)
+                faults.append(fault)
+                print(run.printed[-1500:])
             shutil.rmtree(run.folder, ignore_errors=True)
             number += 1
-    print_table(counts, args, number, faults)
+    print_table(counts, victims, args, number, faults)
     return int(bool(faults))
 
 
-def print_table(counts: dict[str, Counter], args: argparse.Namespace, number: int, faults: list[str]):
+def print_table(
+    counts: dict[str, Counter], victims: Counter, args: argparse.Namespace, number: int, faults: list[str]
+):
     """How often each variant was killed at each moment, and how that ended."""
     print(f"| {args.processes} process(es) | " + " | ".join(args.moments) + " | all |")
     print("|" + "---|" * (len(args.moments) + 2))
     for name, count in counts.items():
         print(f"| {name} | " + " | ".join(str(count[m]) for m in args.moments) + f" | {sum(count.values())} |")
-    kinds = Counter(fault.split(": ")[1] for fault in faults)
+    print("\nWhat was killed: " + ", ".join(f"{count} x {victim}" for victim, count in victims.items()) + ".")
+    kinds = Counter(fault.split(": ")[0] for fault in faults)
     said = (
         ", ".join(f"{count} {kind}" for kind, count in kinds.items()) or "0 faults: every end is bit for bit the same"
     )

@@ -1,4 +1,9 @@
-"""Arguments of a training script: a YAML recipe, overridden by the command line."""
+"""
+The options of all training scripts, and how they are read: from a YAML recipe and from the command line.
+
+Each dataclass with an `_argument_group_name` is one group of options in `--help`. A script's options are a class that
+inherits from several groups. Rules about an option's value stand in its annotation: `Annotated[int, AtLeast(1)]`.
+"""
 
 import difflib
 import sys
@@ -6,40 +11,152 @@ from argparse import ArgumentParser
 from collections.abc import Iterable
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import TypeVar
+from typing import Annotated, TypeVar, get_type_hints
 
 import yaml
 from transformers import HfArgumentParser
 
+from cbsa_hf import PRESETS
 from cbsa_hf.mask_decoder_cbsa import DECODERS
 
 
 T = TypeVar("T")
 
 OPTIMIZERS = ("adamw", "lion", "muon", "sgd")
-
 SCHEDULES = ("cosine", "polynomial")
+ADAPTED_TYPES = ("agent", "mita", "cbsa")  # of attention, that `adapt.py` can put in place of softmax attention
+SCORED_TASKS = ("image-classification", "semantic-segmentation", "zero-shot-segmentation")
+MIN_FOREGROUND = 0.02  # share of an image that is foreground, for zero-shot segmentation to score it
 
-LEAST = {
-    "batch_size": 1,
-    "checkpointing_steps": 1,
-    "crop_sizes": 1,
-    "gradient_accumulation_steps": 1,
-    "image_size": 1,
-    "keep_checkpoints": 1,
-    "num_epochs": 1,
-    "num_train_images": 1,
-    "num_workers": 0,
-    "picture_epochs": 1,
-    "validation_epochs": 1,
-}
 
-NEEDED = {"num_train_images": "streaming", "teacher_cache": "teacher"}  # by the option that does nothing without it
+@dataclass(frozen=True)
+class AtLeast:
+    """The smallest value that an option may have; of a list, that each of its values may have."""
+
+    least: float
+
+    def check(self, name: str, args: object, given: set[str]):
+        """Raises ValueError if the value is smaller."""
+        value = getattr(args, name)
+        smallest = min(value) if isinstance(value, list) else value
+        if smallest is not None and smallest < self.least:
+            raise ValueError(f"`--{name}` is {smallest}, and has to be at least {self.least}.")
+
+
+@dataclass(frozen=True)
+class Needs:
+    """Another option, without which this one does nothing."""
+
+    needed: str
+
+    def check(self, name: str, args: object, given: set[str]):
+        """Raises ValueError if the option is set and the other is not."""
+        if getattr(args, name) is not None and not getattr(args, self.needed):
+            raise ValueError(f"`--{name}` does nothing without `--{self.needed}`.")
+
+
+@dataclass(frozen=True)
+class OnlyFor:
+    """The values of `--task` with which an option has an effect. With others, giving it is an error."""
+
+    tasks: tuple[str, ...]
+
+    def check(self, name: str, args: object, given: set[str]):
+        """Raises ValueError if the option is given and `--task` is none of the tasks."""
+        if name in given and args.task not in self.tasks:
+            raise ValueError(
+                f"`--{name}` has no effect with `--task {args.task}`, only with {' or '.join(self.tasks)}."
+            )
+
+
+@dataclass(kw_only=True)
+class TaskArguments:
+    """What the model is trained for."""
+
+    _argument_group_name = "task"
+
+    task: str = field(metadata={"help": "what the model is to do"})
+
+
+@dataclass(kw_only=True)
+class ArchitectureArguments:
+    """The configuration of a new model."""
+
+    _argument_group_name = "model"
+
+    config_name: str = field(
+        default="cbt-tiny", metadata={"help": f"one of {', '.join(PRESETS)}; or a configuration by hub id or path"}
+    )
+    num_register_tokens: int | None = field(
+        default=None, metadata={"help": "learned tokens beside CLS; default: as configured"}
+    )
+    patch_embedding_type: str | None = field(default=None, metadata={"help": "stem; default: as configured"})
+    image_size: Annotated[int | None, AtLeast(1)] = field(
+        default=None, metadata={"help": "side in pixels that model and processor are for; default: as configured"}
+    )
+    patch_size: int | None = field(
+        default=None, metadata={"help": "side of a patch in pixels; default: as configured"}
+    )
+
+
+@dataclass(kw_only=True)
+class OperatorArguments:
+    """The operators of a new model's layers."""
+
+    _argument_group_name = "layers of the model"
+
+    attention_type: list[str] | None = field(
+        default=None, metadata={"help": "operator, or one for each layer; default: as configured"}
+    )
+    feed_forward_type: str | None = field(default=None, metadata={"help": "feed-forward; default: as configured"})
+
+
+@dataclass(kw_only=True)
+class ClassifierArguments:
+    """The classifier to fine-tune."""
+
+    _argument_group_name = "model"
+
+    model_name_or_path: str | None = field(
+        default=None, metadata={"help": "classifier, folder or hub id; default: the shipped one"}
+    )
+
+
+@dataclass(kw_only=True)
+class SegmenterArguments:
+    """The model to fine-tune for semantic segmentation."""
+
+    _argument_group_name = "model"
+
+    model_name_or_path: str | None = field(
+        default=None, metadata={"help": "encoder or segmenter, folder or hub id; default: the shipped classifier"}
+    )
+    decoder_type: str | None = field(
+        default=None, metadata={"help": f"{', '.join(DECODERS)}; default: as the model says"}
+    )
+
+
+@dataclass(kw_only=True)
+class OriginalArguments:
+    """The ViT to adapt, and the attention it gets."""
+
+    _argument_group_name = "model"
+
+    model_name_or_path: str = field(metadata={"help": "ViT, DeiT or DINOv2, by hub id or folder"})
+    attention_type: str = field(
+        default="agent", metadata={"help": "what replaces its attention", "choices": ADAPTED_TYPES}
+    )
+    hidden_states_weight: float = field(
+        default=0.0,
+        metadata={"help": "weight of the distance to the original's tokens after each layer; 0 for none"},
+    )
 
 
 @dataclass(kw_only=True)
 class DataArguments:
-    """Options of every script that reads labelled images."""
+    """The data set and its columns."""
+
+    _argument_group_name = "data"
 
     dataset_name: str = field(metadata={"help": "hub id, local folder or Parquet file"})
     dataset_config_name: str | None = field(default=None, metadata={"help": "configuration, where there are several"})
@@ -51,25 +168,39 @@ class DataArguments:
 
 
 @dataclass(kw_only=True)
-class TrainingArguments(DataArguments):
-    """Options of every training script."""
+class SplitArguments:
+    """The splits of the data set, and how they are read."""
+
+    _argument_group_name = "splits of the data"
 
     train_split: str = field(default="train", metadata={"help": "split to train on"})
     validation_split: str = field(default="validation", metadata={"help": "split to validate on"})
-    output_dir: str = field(metadata={"help": "where checkpoints, logs and the trained model go"})
     streaming: bool = field(
         default=False,
         metadata={
-            "help": "whether training images are read as they come, by every process, each shuffled among 1000; those "
-            "of validation are read into memory, still encoded"
+            "help": "read training images while training, in every process, shuffled among 1000; validation images "
+            "are read into memory, still encoded"
         },
     )
-    num_train_images: int | None = field(
+    num_train_images: Annotated[int | None, AtLeast(1), Needs("streaming")] = field(
         default=None, metadata={"help": "images per epoch when streaming; default: as the data set says"}
     )
-    num_epochs: int = field(default=30, metadata={"help": "passes over the training split"})
-    batch_size: int = field(default=64, metadata={"help": "images per step, over all processes together"})
-    gradient_accumulation_steps: int = field(
+    num_workers: Annotated[int, AtLeast(0)] = field(
+        default=1, metadata={"help": "processes that load images, per training process"}
+    )
+
+
+@dataclass(kw_only=True)
+class OptimizationArguments:
+    """Batches, the optimiser and its schedule, regularisation."""
+
+    _argument_group_name = "optimisation"
+
+    num_epochs: Annotated[int, AtLeast(1)] = field(default=30, metadata={"help": "passes over the training split"})
+    batch_size: Annotated[int, AtLeast(1)] = field(
+        default=64, metadata={"help": "images per step, over all processes together"}
+    )
+    gradient_accumulation_steps: Annotated[int, AtLeast(1)] = field(
         default=1, metadata={"help": "parts that a batch is computed in, one after the other, to save memory"}
     )
     optimizer: str = field(default="adamw", metadata={"help": "which optimiser", "choices": OPTIMIZERS})
@@ -82,43 +213,69 @@ class TrainingArguments(DataArguments):
     warmup_epochs: float = field(default=2.0, metadata={"help": "epochs of linear warm-up"})
     max_grad_norm: float = field(default=1.0, metadata={"help": "largest norm of the gradient"})
     ema_decay: float | None = field(
-        default=None, metadata={"help": "decay per step of an average of the weights, which is then what is validated"}
+        default=None,
+        metadata={"help": "decay per step of a moving average of the weights, which is then validated and saved"},
     )
     drop_path_rate: float | None = field(
         default=None, metadata={"help": "share of a batch that skips the last layer's blocks (stochastic depth)"}
     )
-    num_workers: int = field(default=1, metadata={"help": "processes that load images, per training process"})
-    seed: int = field(default=0, metadata={"help": "seed of weights, order and augmentation"})
-    validation_epochs: int = field(
-        default=1, metadata={"help": "epochs from one validation, and the checkpoint after it, to the next"}
+
+
+@dataclass(kw_only=True)
+class OutputArguments:
+    """What is written, when, and where."""
+
+    _argument_group_name = "checkpoints, logs and results"
+
+    output_dir: str = field(metadata={"help": "where checkpoints, logs and the trained model go"})
+    validation_epochs: Annotated[int, AtLeast(1)] = field(
+        default=1, metadata={"help": "epochs from one validation, and the checkpoint before it, to the next"}
     )
-    checkpointing_steps: int | None = field(
-        default=None, metadata={"help": "steps from one checkpoint to the next, besides those after validations"}
+    checkpointing_steps: Annotated[int | None, AtLeast(1)] = field(
+        default=None, metadata={"help": "steps from one checkpoint to the next, besides those at validations"}
     )
-    keep_checkpoints: int = field(default=2, metadata={"help": "how many of the newest stay, beside the best"})
+    keep_checkpoints: Annotated[int, AtLeast(1)] = field(
+        default=2, metadata={"help": "how many of the newest stay, beside the best"}
+    )
     keep_best: bool = field(
-        default=False, metadata={"help": "whether the best weights of all validations are the result, not the last"}
-    )
-    resume_from_checkpoint: str | None = field(
-        default=None, metadata={"help": "a checkpoint folder, or `last` for the newest in output_dir"}
+        default=False, metadata={"help": "save the best weights of all validations as the result, not the last"}
     )
     report_to: str = field(default="tensorboard", metadata={"help": "Accelerate's tracker, or `none`"})
-    picture_epochs: int | None = field(
+    picture_epochs: Annotated[int | None, AtLeast(1)] = field(
         default=None, metadata={"help": "epochs from one picture of validation images in the log to the next"}
+    )
+
+
+@dataclass(kw_only=True)
+class SessionArguments:
+    """What differs between runs with the same settings."""
+
+    _argument_group_name = "this run"
+
+    seed: int = field(default=0, metadata={"help": "seed of weights, order and augmentation"})
+    resume_from_checkpoint: str | None = field(
+        default=None, metadata={"help": "a checkpoint folder, or `last` for the newest in output_dir"}
     )
     push_to_hub: str | None = field(default=None, metadata={"help": "id to publish the result under, `user/model`"})
 
 
 @dataclass(kw_only=True)
-class ClassificationArguments(TrainingArguments):
-    """Options of every script that trains a classifier."""
+class RunArguments(DataArguments, SplitArguments, OptimizationArguments, OutputArguments, SessionArguments):
+    """Options of every script that trains one model."""
 
-    crop_sizes: list[int] | None = field(
+
+@dataclass(kw_only=True)
+class CropArguments:
+    """Augmentation and loss of image classification."""
+
+    _argument_group_name = "augmentation and loss"
+
+    crop_sizes: Annotated[list[int] | None, AtLeast(1)] = field(
         default=None,
         metadata={"help": "sides of the training crops, one for each equal part of the run; default: image_size"},
     )
     random_crop_sizes: bool = field(
-        default=False, metadata={"help": "whether every batch draws its side from crop_sizes, all through the run"}
+        default=False, metadata={"help": "draw the side of every batch from crop_sizes, all through the run"}
     )
     min_crop_scale: float = field(default=0.25, metadata={"help": "smallest share of an image's area in a crop"})
     mixup_alpha: float = field(default=0.0, metadata={"help": "parameter of blends of two images; 0 for none"})
@@ -126,55 +283,178 @@ class ClassificationArguments(TrainingArguments):
         default=0.0, metadata={"help": "parameter of rectangles pasted from another image; 0 for none"}
     )
     label_smoothing: float = field(default=0.1, metadata={"help": "probability spread evenly over all classes"})
+
+
+@dataclass(kw_only=True)
+class TeacherArguments:
+    """Distillation from a teacher."""
+
+    _argument_group_name = "teacher"
+
     teacher: str | None = field(
         default=None, metadata={"help": "efficientnet-lite0, 1 or 2, or an image classifier by folder or hub id"}
     )
-    teacher_cache: str | None = field(
+    teacher_cache: Annotated[str | None, Needs("teacher")] = field(
         default=None,
-        metadata={"help": "folder for what the teacher says of whole images, once; default: it looks at every crop"},
+        metadata={
+            "help": "folder for the teacher's outputs for whole images, computed once; default: it sees every crop"
+        },
     )
     logits_weight: float = field(default=1.0, metadata={"help": "weight of the teacher's class probabilities"})
     maps_weight: float = field(default=3.0, metadata={"help": "weight of the teacher's feature maps"})
 
 
 @dataclass(kw_only=True)
-class SegmentationArguments(TrainingArguments):
-    """Options of `finetune.py --task semantic-segmentation`."""
+class ClassificationArguments(RunArguments, CropArguments, TeacherArguments):
+    """Options of every script that trains one classifier."""
 
-    task: str = field(metadata={"help": "what the model is to do"})
-    model_name_or_path: str | None = field(
-        default=None, metadata={"help": "encoder or segmenter, folder or hub id; default: the shipped classifier"}
-    )
+
+@dataclass(kw_only=True)
+class PretrainingArguments(ArchitectureArguments, OperatorArguments, ClassificationArguments):
+    """Options of `pretrain.py`."""
+
+
+@dataclass(kw_only=True)
+class FinetuningArguments(TaskArguments, ClassifierArguments, ClassificationArguments):
+    """Options of `finetune.py --task image-classification`."""
+
+
+@dataclass(kw_only=True)
+class AdaptationArguments(OriginalArguments, ClassificationArguments):
+    """Options of `adapt.py`."""
+
+
+@dataclass(kw_only=True)
+class MaskArguments:
+    """Classes, augmentation, loss and validation of semantic segmentation."""
+
+    _argument_group_name = "masks, augmentation and loss"
+
     id2label: str | None = field(
         default=None, metadata={"help": "JSON file with the names of the classes; default: id2label.json in the data"}
     )
     reduce_labels: bool = field(
-        default=False, metadata={"help": "whether label 0 does not count and the others move down by one (ADE20K)"}
-    )
-    decoder_type: str | None = field(
-        default=None, metadata={"help": f"{', '.join(DECODERS)}; default: as the model says"}
+        default=False, metadata={"help": "ignore label 0 and move the others down by one (ADE20K)"}
     )
     crop_size: list[int] = field(
         default_factory=lambda: [512], metadata={"help": "height and width of the training crops in pixels, or a side"}
     )
-    image_size: int | None = field(
+    image_size: Annotated[int | None, AtLeast(1)] = field(
         default=None,
-        metadata={"help": "long side that images have in training and validation, in pixels; default: as they come"},
+        metadata={"help": "long side that images have in training and validation, in pixels; default: their own"},
     )
-    min_resize_ratio: float = field(default=0.5, metadata={"help": "least factor beyond that in training"})
-    max_resize_ratio: float = field(default=2.0, metadata={"help": "largest factor beyond that in training"})
-    photometric_distortion: bool = field(default=True, metadata={"help": "whether colours are distorted at random"})
-    class_balanced: bool = field(default=False, metadata={"help": "whether rare classes weigh more"})
-    dice: bool = field(
-        default=False, metadata={"help": "whether the overlap of masks, class by class, joins the loss of the pixels"}
-    )
+    min_resize_ratio: float = field(default=0.5, metadata={"help": "smallest further factor on it in training"})
+    max_resize_ratio: float = field(default=2.0, metadata={"help": "largest further factor on it in training"})
+    photometric_distortion: bool = field(default=True, metadata={"help": "distort colours at random"})
+    class_balanced: bool = field(default=False, metadata={"help": "give rare classes a larger weight"})
+    dice: bool = field(default=False, metadata={"help": "add the soft Dice loss, which weighs all classes the same"})
     window: list[int] | None = field(
         default=None, metadata={"help": "height and width of the windows of validation; default: crop_size"}
     )
 
 
+@dataclass(kw_only=True)
+class SegmentationArguments(TaskArguments, SegmenterArguments, MaskArguments, RunArguments):
+    """Options of `finetune.py --task semantic-segmentation`."""
+
+
+@dataclass(kw_only=True)
+class ComparedArguments:
+    """Seeds and zero-shot scores of a comparison."""
+
+    _argument_group_name = "comparison"
+
+    seeds: list[int] = field(default_factory=lambda: [0], metadata={"help": "seeds to train each member with"})
+    masks_name: str | None = field(
+        default=None, metadata={"help": "images with masks, to score zero-shot segmentation on; default: not scored"}
+    )
+    masks_split: str = field(default="train", metadata={"help": "split of these"})
+
+
+@dataclass(kw_only=True)
+class ComparisonArguments(
+    ComparedArguments,
+    ArchitectureArguments,
+    DataArguments,
+    SplitArguments,
+    OptimizationArguments,
+    OutputArguments,
+    CropArguments,
+    TeacherArguments,
+):
+    """Options of `compare.py`: those of `pretrain.py` but for the operators and for what belongs to one run."""
+
+
+@dataclass(kw_only=True)
+class ScoredArguments:
+    """The checkpoint and the images to score."""
+
+    _argument_group_name = "what to score"
+
+    task: str = field(default=SCORED_TASKS[0], metadata={"help": "what to score", "choices": SCORED_TASKS})
+    checkpoint: str | None = field(default=None, metadata={"help": "folder or hub id; default: the shipped one"})
+    random_weights: bool = field(
+        default=False, metadata={"help": "score the checkpoint's configuration with random weights, seed 0"}
+    )
+    split: str = field(default="validation", metadata={"help": "split to score on"})
+    batch_size: Annotated[int, AtLeast(1), OnlyFor(SCORED_TASKS[:1])] = field(
+        default=64, metadata={"help": "images per batch, over all processes together"}
+    )
+    image_size: Annotated[int | None, AtLeast(1)] = field(
+        default=None, metadata={"help": "side, or long side for masks, in pixels; default: as the checkpoint says"}
+    )
+
+
+@dataclass(kw_only=True)
+class ScoredMaskArguments:
+    """How segmentations are made and scored."""
+
+    _argument_group_name = "semantic and zero-shot segmentation"
+
+    reduce_labels: Annotated[bool, OnlyFor(SCORED_TASKS[1:2])] = field(
+        default=False, metadata={"help": "ignore label 0 and move the others down by one (ADE20K)"}
+    )
+    stride: Annotated[list[int] | None, OnlyFor(SCORED_TASKS[1:2])] = field(
+        default=None,
+        metadata={
+            "help": "pixels down and across from one window of semantic segmentation to the next; default: two thirds"
+        },
+    )
+    scales: Annotated[list[float], OnlyFor(SCORED_TASKS[1:2])] = field(
+        default_factory=lambda: [1.0],
+        metadata={"help": "factors on the image's size; semantic segmentation averages over them"},
+    )
+    flip: Annotated[bool, OnlyFor(SCORED_TASKS[1:2])] = field(
+        default=False, metadata={"help": "average semantic segmentation over each image and its mirror image"}
+    )
+    min_foreground: Annotated[float, OnlyFor(SCORED_TASKS[2:])] = field(
+        default=MIN_FOREGROUND, metadata={"help": "least share of an image that is foreground, to score it"}
+    )
+    sharp: Annotated[bool, OnlyFor(SCORED_TASKS[1:])] = field(
+        default=False, metadata={"help": "move the borders of masks to the edges in the image"}
+    )
+
+
+@dataclass(kw_only=True)
+class ReportArguments:
+    """Files that the scores are written to."""
+
+    _argument_group_name = "output"
+
+    strip: Annotated[str | None, OnlyFor(SCORED_TASKS[1:2])] = field(
+        default=None, metadata={"help": "PNG to draw four predictions of semantic segmentation and their mistakes in"}
+    )
+    output: str | None = field(default=None, metadata={"help": "JSON file to write the numbers to"})
+    force: bool = field(default=False, metadata={"help": "replace what `--strip` and `--output` name if it exists"})
+
+
+@dataclass(kw_only=True)
+class ScoringArguments(ScoredArguments, DataArguments, ScoredMaskArguments, ReportArguments):
+    """Options of `score.py`."""
+
+
 def check_names(names: list[str], known: list[str], source: str):
-    """A ValueError for the first name that is not known; it says one that is and looks like it."""
+    """Raises ValueError for the first name that is not known, with the known name that is most like it."""
     for name in names:
         if name not in known:
             nearest = difflib.get_close_matches(name, known, n=1)
@@ -182,16 +462,17 @@ def check_names(names: list[str], known: list[str], source: str):
             raise ValueError(f"{source} names `{name}`, which the script does not know; {hint}")
 
 
-def check_values(args: object):
-    """A ValueError for an option below its [`LEAST`] value, or without the one that it is [`NEEDED`] with."""
-    for name, least in LEAST.items():
-        value = getattr(args, name, None)
-        smallest = min(value) if isinstance(value, list) else value
-        if smallest is not None and smallest < least:
-            raise ValueError(f"`--{name}` is {smallest}, and has to be at least {least}.")
-    for name, needed in NEEDED.items():
-        if getattr(args, name, None) is not None and not getattr(args, needed):
-            raise ValueError(f"`--{name}` does nothing without `--{needed}`.")
+def check_values(args: object, given: set[str]):
+    """
+    Raises ValueError if an option breaks a rule of its annotation.
+
+    Args:
+        args: the options.
+        given: names of those that the command line or the recipe sets.
+    """
+    for name, hint in get_type_hints(type(args), include_extras=True).items():
+        for rule in getattr(hint, "__metadata__", ()):
+            rule.check(name, args, given)
 
 
 def read_recipe(path: str) -> dict:
@@ -199,7 +480,7 @@ def read_recipe(path: str) -> dict:
     The values of a recipe.
 
     Raises:
-        ValueError: no such file, or not a mapping in YAML.
+        ValueError: if there is no such file, or it is not a mapping in YAML.
     """
     try:
         recipe = yaml.safe_load(Path(path).read_text())
@@ -212,17 +493,31 @@ def read_recipe(path: str) -> dict:
     return {str(name): value for name, value in recipe.items()}
 
 
+def recipe_as_options(recipe: dict) -> list[str]:
+    """The command line that says the same as a recipe."""
+    options = []
+    for name, value in recipe.items():
+        if value is not None:
+            options += [f"--{name}", *(map(str, value) if isinstance(value, list) else [str(value)])]
+    return options
+
+
+def peek(argv: list[str] | None, *names: str) -> object:
+    """The values of some options on a command line, each None where it is absent; all other options are ignored."""
+    parser = ArgumentParser(add_help=False, allow_abbrev=False)
+    for name in names:
+        parser.add_argument(f"--{name}")
+    return parser.parse_known_args(argv)[0]
+
+
 def find_value(name: str, choices: Iterable[str]) -> str:
     """
-    The value of one option that decides which others there are, from the process's command line or its recipe.
+    The value of an option that decides which other options there are, from the command line or its recipe.
 
     Raises:
-        ValueError: it is not given, or none of the choices.
+        ValueError: if it is not given, or is none of the choices.
     """
-    parser = ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--config")
-    parser.add_argument(f"--{name}")
-    given = parser.parse_known_args()[0]
+    given = peek(None, "config", name)
     value = getattr(given, name)
     if value is None and given.config is not None:
         value = read_recipe(given.config).get(name)
@@ -234,32 +529,31 @@ def find_value(name: str, choices: Iterable[str]) -> str:
 
 def parse_arguments(arguments_class: type[T], argv: list[str] | None = None) -> T:
     """
-    Parse `--config RECIPE` and whatever else the command line says, which wins.
+    Read the options from `--config RECIPE` and from the command line. The command line overrides the recipe.
 
     Args:
-        arguments_class: a dataclass whose fields are the script's options.
-        argv: the command line; that of the process when None.
+        arguments_class: a dataclass that inherits all its fields from groups of options.
+        argv: the command line; by default, that of the process.
 
     Raises:
-        ValueError: a recipe or an option that cannot be understood, or is out of bounds.
+        ValueError: if the recipe or an option is not known, or a value breaks a rule.
     """
     argv = sys.argv[1:] if argv is None else argv
-    parser = HfArgumentParser(arguments_class, allow_abbrev=False)
-    parser.add_argument("--config", help="YAML file with values for the options above; the command line overrides it")
-    known = [option[2:].replace("-", "_") for action in parser._actions for option in action.option_strings]
-    given = [argument[2:].split("=")[0].replace("-", "_") for argument in argv if argument.startswith("--")]
-    check_names(given, known, "The command line")
-    config = ArgumentParser(add_help=False, allow_abbrev=False)
-    config.add_argument("--config")
-    path = config.parse_known_args(argv)[0].config
+    groups = [parent for parent in arguments_class.__mro__ if "_argument_group_name" in vars(parent)]
+    parser = HfArgumentParser(groups, allow_abbrev=False)
+    parser.add_argument("--config", help="YAML file with values for options; the command line overrides it")
+    destinations = {option[2:]: action.dest for action in parser._actions for option in action.option_strings}
+    given = [argument[2:].split("=")[0] for argument in argv if argument.startswith("--")]
+    check_names(given, list(destinations), "The command line")
+    names = {destinations[option] for option in given}
+    path = peek(argv, "config").config
     if path is not None:
         recipe = read_recipe(path)
-        check_names(list(recipe), [f.name for f in fields(arguments_class) if f.init], f"The recipe {path}")
-        from_recipe = []
-        for name, value in recipe.items():
-            if value is not None:
-                from_recipe += [f"--{name}", *(map(str, value) if isinstance(value, list) else [str(value)])]
-        argv = [*from_recipe, *argv]
-    args = parser.parse_args_into_dataclasses(argv)[0]
-    check_values(args)
+        check_names(list(recipe), [option.name for option in fields(arguments_class)], f"The recipe {path}")
+        names.update(recipe)
+        argv = [*recipe_as_options(recipe), *argv]
+    parsed = parser.parse_args_into_dataclasses(argv)
+    values = {name: value for group in parsed for name, value in vars(group).items()}
+    args = arguments_class(**{option.name: values[option.name] for option in fields(arguments_class)})
+    check_values(args, names)
     return args

@@ -1,21 +1,20 @@
 """
-Train members of the family with the same budget and seeds, and write a table of what each is worth.
+Train members of the family with the same budget and seeds, and write a table of their scores and costs.
 
     accelerate launch training/compare.py --config training/recipes/comparison.yaml --output_dir runs/comparison \
         --dataset_name ../shared/data/imagenette-128 --masks_name ../shared/data/coco128-seg
 
-Takes every option of `pretrain.py` but those that are each run's own. What is there already is not trained again, and
-what was interrupted goes on. Throughput is measured side by side: the members take turns, and the median of their
-turns counts. Zero-shot segmentation is scored by the foreground's intersection over union: of `ncut` as it is by
-default, and of `attention`, the attention of CLS alone.
+The script takes the options of `pretrain.py`, except those that differ from run to run. It skips runs that are done
+and resumes runs that were interrupted. To measure throughput, the members take turns, and the median over the turns
+counts. Zero-shot segmentation is scored by the intersection over union of the foreground, for two methods: `ncut` with
+its default affinity, and `attention`, which uses the attention of CLS only.
 """
 
-import dataclasses
 import json
 import statistics
 import time
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import fields
 from functools import partial
 from pathlib import Path
 
@@ -28,10 +27,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedModel
 
-from arguments import parse_arguments
+from arguments import ComparisonArguments, PretrainingArguments, parse_arguments
 from cbsa_hf import load_checkpoint
 from data.loading import find_mask_columns, find_split, load_images
-from data.segmentation import MaskedImages
+from data.segmentation import SegmentationDataset
 from engine.interruption import exit_with_a_sentence
 from engine.output import open_output, write_file
 from engine.run_state import CHECKPOINTS
@@ -48,45 +47,37 @@ METHODS = {"zero-shot IoU, ncut": "ncut", "zero-shot IoU, attention": "attention
 TURNS = 5
 
 
-@dataclass(kw_only=True)
-class Arguments(pretrain.Arguments):
-    seeds: list[int] = field(default_factory=lambda: [0], metadata={"help": "seeds to train each member with"})
-    masks_name: str | None = field(
-        default=None, metadata={"help": "images with masks, to score zero-shot segmentation on; default: not scored"}
-    )
-    masks_split: str = field(default="train", metadata={"help": "split of these"})
-
-    # Each run's own, so not options.
-    attention_type: None = field(default=None, init=False)
-    feed_forward_type: None = field(default=None, init=False)
-    seed: int = field(default=0, init=False)
-    resume_from_checkpoint: None = field(default=None, init=False)
-    push_to_hub: None = field(default=None, init=False)
-
-
-def train_member(args: Arguments, member: str, seed: int) -> Path:
-    """The folder of the trained model, which is trained unless it is there."""
+def train_member(args: ComparisonArguments, member: str, seed: int) -> Path:
+    """The folder of a trained model. It is trained first, unless it is done."""
     folder = Path(args.output_dir) / f"{member}-{seed}"
     if not (folder / "results.json").exists():
         resume = "last" if list(folder.glob(CHECKPOINTS)) else None
-        changes = {**MEMBERS[member], "seed": seed, "output_dir": str(folder), "resume_from_checkpoint": resume}
-        values = {f.name: getattr(args, f.name) for f in dataclasses.fields(pretrain.Arguments)}
+        own = {**MEMBERS[member], "seed": seed, "output_dir": str(folder), "resume_from_checkpoint": resume}
+        known = {option.name for option in fields(PretrainingArguments)}
+        common = {name: value for name, value in vars(args).items() if name in known}
         AcceleratorState._reset_state()  # the next run has its own folder and trackers
-        torch.compiler.reset()  # past a limit of compiled variants, those of all members, it would run uncompiled
-        pretrain.main(pretrain.Arguments(**{**values, **changes}))
+        torch.compiler.reset()  # torch limits compiled variants over all members, and runs uncompiled beyond
+        pretrain.main(PretrainingArguments(**common | own))
     return folder
 
 
 def count_flops(model: PreTrainedModel, pixel_values: torch.Tensor) -> int:
-    """Of the matrix products and convolutions of one forward pass; a multiply-add counts two."""
-    # The products of attention are counted one by one: the CPU's fused kernel is unknown to the counter.
+    """Floating-point operations of the matrix products and convolutions of one forward pass; a multiply-add is two."""
+    # With separate products for attention: the counter does not know the CPU's fused kernel.
     with FlopCounterMode(display=False) as counter, torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
         model(pixel_values)
     return counter.get_total_flops()
 
 
 def images_per_second(models: dict[str, PreTrainedModel], pixel_values: torch.Tensor, train: bool) -> dict[str, float]:
-    """Of each model, with or without backward and an optimiser's step; medians over turns that they take."""
+    """
+    Throughput of each model, the median over turns that the models take.
+
+    Args:
+        models: by name.
+        pixel_values: (batch, channels, height, width).
+        train: whether a turn includes the backward pass and a step of an optimiser.
+    """
     optimizers = {name: torch.optim.AdamW(model.parameters(), lr=1e-6) for name, model in models.items()}
     labels = torch.zeros(len(pixel_values), dtype=torch.long, device=pixel_values.device)
 
@@ -107,13 +98,20 @@ def images_per_second(models: dict[str, PreTrainedModel], pixel_values: torch.Te
     for turn in range(TURNS + 1):
         for name in models:
             rate = run(name)
-            if turn > 0:  # the first warms up
+            if turn > 0:  # the first turn warms up
                 rates[name].append(rate)
     return {name: statistics.median(values) for name, values in rates.items()}
 
 
-def zero_shot_scores(folder: Path, images: MaskedImages) -> dict[str, float]:
-    """Mean intersection over union of the foreground, by the name of the method."""
+def load_masks(args: ComparisonArguments) -> SegmentationDataset:
+    """The images with masks that zero-shot segmentation is scored on."""
+    split = find_split(load_images(args.masks_name), args.masks_split)
+    split = split.select_columns(find_mask_columns(split))
+    return SegmentationDataset(split, args.max_corrupt, num_labels=256, reduce_labels=False)
+
+
+def zero_shot_scores(folder: Path, images: SegmentationDataset) -> dict[str, float]:
+    """Mean intersection over union of the foreground by method, for the model in a folder."""
     model, processor = load_checkpoint(str(folder))
     segmenters = build_segmenters(model.to(PartialState().device), processor)
     chosen = {name: segmenters[name] for name in METHODS.values()}
@@ -121,7 +119,7 @@ def zero_shot_scores(folder: Path, images: MaskedImages) -> dict[str, float]:
 
 
 def write_table(rows: dict[str, dict], path: Path):
-    """The rows as Markdown; a mean over several seeds stands with its standard deviation."""
+    """Write the rows as Markdown; over several seeds, mean and standard deviation."""
 
     def show(values: list[float]) -> str:
         spread = f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else ""
@@ -143,45 +141,54 @@ def write_table(rows: dict[str, dict], path: Path):
     write_file(path, "\n".join(lines) + "\n")
 
 
-def main(args: Arguments):
-    with open_output(args.output_dir) if PartialState().is_main_process else nullcontext():
-        compare(args)
-
-
-def compare(args: Arguments):
-    """Train what is not there yet, measure all, and write the table."""
-    folders = {name: [train_member(args, name, seed) for seed in args.seeds] for name in MEMBERS}
-    if not PartialState().is_main_process:
-        return
+def measure_costs(args: ComparisonArguments, folders: dict[str, list[Path]]) -> dict[str, dict[str, float]]:
+    """Parameters, operations per image and throughput of each member, by its name."""
     device = PartialState().device
     models = {name: load_checkpoint(str(paths[0]))[0].to(device) for name, paths in folders.items()}
     size = next(iter(models.values())).config.image_size
     pixel_values = torch.randn(args.batch_size, 3, size, size, device=device)
     training = images_per_second({name: model.train() for name, model in models.items()}, pixel_values, train=True)
     inference = images_per_second({name: model.eval() for name, model in models.items()}, pixel_values, train=False)
-    if args.masks_name is not None:
-        split = find_split(load_images(args.masks_name), args.masks_split)
-        split = split.select_columns(find_mask_columns(split))
-        masks = MaskedImages(split, args.max_corrupt, num_labels=256, reduce_labels=False)
-    rows = {}
-    for name, paths in folders.items():
-        results = [json.loads((path / "results.json").read_text()) for path in paths]
-        rows[name] = {
-            "accuracy": [result["metrics"]["accuracy"] for result in results],
-            "parameters": sum(parameter.numel() for parameter in models[name].parameters()),
-            "flops": count_flops(models[name], pixel_values[:1]),
+    return {
+        name: {
+            "parameters": sum(parameter.numel() for parameter in model.parameters()),
+            "flops": count_flops(model, pixel_values[:1]),
             "training": training[name],
             "inference": inference[name],
         }
-        if args.masks_name is not None:
+        for name, model in models.items()
+    }
+
+
+def score_members(
+    folders: dict[str, list[Path]], masks: SegmentationDataset | None
+) -> dict[str, dict[str, list[float]]]:
+    """Accuracy and, if there are masks, zero-shot scores of each member by its name: one number for each seed."""
+    rows = {}
+    for name, paths in folders.items():
+        results = [json.loads((path / "results.json").read_text()) for path in paths]
+        rows[name] = {"accuracy": [result["metrics"]["accuracy"] for result in results]}
+        if masks is not None:
             scores = [zero_shot_scores(path, masks) for path in paths]
             rows[name] |= {column: [score[method] for score in scores] for column, method in METHODS.items()}
-    output_dir = Path(args.output_dir)
-    write_file(output_dir / "comparison.json", json.dumps(rows, indent=2) + "\n")
-    write_table(rows, output_dir / "comparison.md")
-    print((output_dir / "comparison.md").read_text())
+    return rows
+
+
+def main(args: ComparisonArguments):
+    """Train all members, measure them, and write the table."""
+    with open_output(args.output_dir) if PartialState().is_main_process else nullcontext():
+        masks = None if args.masks_name is None else load_masks(args)  # tells what is wrong with them before training
+        folders = {name: [train_member(args, name, seed) for seed in args.seeds] for name in MEMBERS}
+        if not PartialState().is_main_process:
+            return
+        costs, scores = measure_costs(args, folders), score_members(folders, masks)
+        rows = {name: scores[name] | costs[name] for name in MEMBERS}
+        output_dir = Path(args.output_dir)
+        write_file(output_dir / "comparison.json", json.dumps(rows, indent=2) + "\n")
+        write_table(rows, output_dir / "comparison.md")
+        print((output_dir / "comparison.md").read_text())
 
 
 if __name__ == "__main__":
     with exit_with_a_sentence():
-        main(parse_arguments(Arguments))
+        main(parse_arguments(ComparisonArguments))

@@ -5,49 +5,48 @@ Fine-tune a model on images with labels or with masks.
         --output_dir runs/camvid
     accelerate launch training/finetune.py --task image-classification --dataset_name you/own --output_dir runs/own
 
-`--dataset_name` takes a hub id, a local folder or a Parquet file; `--config` a recipe. `--task TASK --help` shows the
-rest.
+`--dataset_name` takes a hub id, a local folder or a Parquet file; `--config` takes a recipe. `--task TASK --help`
+shows all options of a task.
 """
 
-from dataclasses import dataclass, field
+from transformers import AutoModelForImageClassification, AutoModelForSemanticSegmentation
 
-from transformers import AutoModelForImageClassification
-
-from arguments import ClassificationArguments, SegmentationArguments, find_value, parse_arguments
+from arguments import FinetuningArguments, SegmentationArguments, find_value, parse_arguments
 from cbsa_hf import default_checkpoint
-from cbsa_hf.checkpoints import load_processor
-from data.loading import class_names, find_columns
+from cbsa_hf.checkpoints import load_config, load_processor
+from data.loading import class_names, find_columns, find_mask_columns
+from data.segmentation import read_names
 from engine.interruption import exit_with_a_sentence
-from engine.loop import load_splits, start_run
-from tasks.classification import train_classifier
+from engine.loop import TrainingRun
+from engine.setup import check_room, empty_model, load_splits, start_run
+from tasks.classification import ClassificationTask
 from tasks.heads import load_for_classes
-from tasks.segmentation import train_segmenter
-
-
-@dataclass(kw_only=True)
-class FinetuningArguments(ClassificationArguments):
-    task: str = field(metadata={"help": "what the model is to do"})
-    model_name_or_path: str | None = field(
-        default=None, metadata={"help": "classifier, folder or hub id; default: the shipped one"}
-    )
+from tasks.segmentation import SegmentationTask, load_segmenter
 
 
 def finetune_classifier(args: FinetuningArguments):
-    """Fine-tune a classifier, its head made anew where the classes differ."""
+    """Fine-tune a classifier. If the classes differ, its head is a new one."""
+    source = args.model_name_or_path or default_checkpoint()
     with start_run(args) as accelerator:
+        check_room(args, accelerator, empty_model(AutoModelForImageClassification, load_config(source)))
         splits = load_splits(args, find_columns)
         names = dict(enumerate(class_names(splits[0])))
-        source = args.model_name_or_path or default_checkpoint()
         changes = {} if args.drop_path_rate is None else {"drop_path_rate": args.drop_path_rate}
         model = load_for_classes(AutoModelForImageClassification, source, names, **changes)
-        processor = load_processor(source, model.config)
-        train_classifier(args, accelerator, model, processor, splits)
+        task = ClassificationTask(args, accelerator, model, load_processor(source, model.config), splits)
+        TrainingRun(args, accelerator, task).run()
 
 
 def finetune_segmenter(args: SegmentationArguments):
-    """Fine-tune a segmenter, its decoder made anew where the classes differ."""
+    """Fine-tune a segmenter. If the classes differ, its decoder is a new one."""
+    source = args.model_name_or_path or default_checkpoint()
     with start_run(args) as accelerator:
-        train_segmenter(args, accelerator)
+        check_room(args, accelerator, empty_model(AutoModelForSemanticSegmentation, load_config(source)))
+        splits = load_splits(args, find_mask_columns)
+        names = read_names(args.id2label, args.dataset_name)
+        model, processor = load_segmenter(args, source, names)
+        task = SegmentationTask(args, accelerator, model, processor, splits, names)
+        TrainingRun(args, accelerator, task).run()
 
 
 TASKS = {

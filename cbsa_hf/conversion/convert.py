@@ -1,8 +1,8 @@
 """
-Checkpoints of other libraries -> CBSA models, by the names in `key_mappings.py`.
+Convert checkpoints of other libraries to CBSA models.
 
-Sizes are read off the shapes of the renamed weights, and every weight has to find its place: none left over, none
-missing.
+The weights are renamed by `key_mappings`, and `derive_config` derives the configuration from their shapes. Every
+weight needs a place in the model, and every weight of the model has to be there.
 """
 
 from dataclasses import dataclass
@@ -10,13 +10,14 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import torch
-from huggingface_hub import ModelCardData
+from huggingface_hub import ModelCard, ModelCardData
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformers import BaseImageProcessor, SegformerImageProcessorPil, ViTImageProcessorPil
 from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, PILImageResampling
 
 from ..checkpoints import check_processor
+from ..checkpoints.model_cards import auto_class_of, loading_example
 from ..checkpoints.weight_files import check_finite, one_sentence
 from ..configuration_cbsa import CBSAConfig
 from ..modeling_cbsa import CBSAForImageClassification, CBSAForSemanticSegmentation, CBSAModel, CBSAPreTrainedModel
@@ -28,12 +29,14 @@ from .key_mappings import ORIGINS, convert_state_dict, detect_origin
 @dataclass
 class Conversion:
     """
+    A converted checkpoint.
+
     Args:
-        model: [`CBSAForImageClassification`], [`CBSAForSemanticSegmentation`], or [`CBSAModel`] where the origin has
-            neither classifier nor decoder; evaluation mode.
-        processor: prepares images the way the origin did.
+        model: in evaluation mode: [`CBSAForImageClassification`], [`CBSAForSemanticSegmentation`], or [`CBSAModel`] if
+            the weights have neither classifier nor decoder.
+        processor: image processor that prepares images as the origin does.
         origin: a name in `ORIGINS`.
-        dropped: keys left out on purpose, because they have no effect on the outputs.
+        dropped: keys that were left out because they have no effect on the outputs.
     """
 
     model: CBSAPreTrainedModel
@@ -44,10 +47,14 @@ class Conversion:
 
 def build_model(config: CBSAConfig, weights: dict[str, torch.Tensor]) -> CBSAPreTrainedModel:
     """
-    Model with exactly these weights, which have our names, in evaluation mode; its head is the one that they have.
+    A model in evaluation mode with exactly these weights.
+
+    Args:
+        config: its configuration.
+        weights: our name -> tensor. They decide whether the model has a decoder, a classifier or no head.
 
     Raises:
-        ValueError: a weight that is missing, left over, or of another shape.
+        ValueError: a weight is missing, left over, or has another shape.
     """
     if any(name.startswith("decoder.") for name in weights):
         model_class = CBSAForSemanticSegmentation
@@ -78,20 +85,21 @@ def convert_checkpoint(
     source: str, origin: str | None = None, attention_type: str | None = None, num_heads: int | None = None
 ) -> Conversion:
     """
-    A CBSA model with the weights of another library's.
+    Convert a checkpoint of another library.
 
-    Images are normalised as the files beside the weights say, else with the mean and standard deviation of ImageNet:
-    right for the reference models and DeiT, not for the ViTs of timm and Google that take 0.5 for both, nor for the
-    Segmenters made of them.
+    Images are normalised as the files beside the weights say, else with the mean and standard deviation of ImageNet.
+    These are right for the reference models and DeiT. They are wrong for the ViTs of timm and Google with 0.5 for
+    both, and for Segmenters made from those.
 
     Args:
         source: a file of weights, a folder, or a hub id.
-        origin: a name in `ORIGINS`; told from the keys by default.
-        attention_type: `"softmax"`, which is exact, or `"agent"`, which has to be fine-tuned, for a ViT.
-        num_heads: number of heads, where neither the weights nor a `config.json` tell.
+        origin: a name in `ORIGINS`; by default the one that the keys match.
+        attention_type: for a ViT `"softmax"`, which is exact, or `"agent"` or `"mita"`, which have to be fine-tuned.
+        num_heads: number of heads, if neither the weights nor a `config.json` tell it.
 
     Raises:
-        ValueError: no checkpoint, or not one that a CBSA model can represent; one sentence for people.
+        ValueError: `source` is no checkpoint, or no CBSA model can represent it. The message is one sentence for
+            people.
     """
     path = find_weights(source)
     weights = load_weights(path)
@@ -132,14 +140,18 @@ def convert_checkpoint(
 @torch.no_grad()
 def compare_outputs(model: CBSAPreTrainedModel, path: Path) -> dict[str, tuple[float, float]]:
     """
-    Recorded outputs against the model's: the largest absolute difference, and its share of the largest absolute value.
+    Compare recorded outputs with those of a model.
 
     Args:
-        path: safetensors with `input.pixel_values`, and some of `output.logits`, `output.hidden_states.N` and, of a
-            segmenter, `output.encoder_last_hidden_state` and `output.mask_logits_at_patch_grid`.
+        model: the model.
+        path: a safetensors file with `input.pixel_values` and some of `output.logits`, `output.hidden_states.N` and,
+            for a segmenter, `output.encoder_last_hidden_state` and `output.mask_logits_at_patch_grid`.
+
+    Returns:
+        Name -> the largest absolute difference, and that divided by the largest absolute recorded value.
 
     Raises:
-        ValueError: not such a file, or its sizes do not fit the model.
+        ValueError: the file has other contents, or its sizes do not fit the model.
     """
     try:
         tensors = load_file(path)
@@ -171,53 +183,50 @@ def compare_outputs(model: CBSAPreTrainedModel, path: Path) -> dict[str, tuple[f
     return differences
 
 
-def model_card(conversion: Conversion, name: str, source: str, license: str | None, attribution: str | None) -> str:
-    """Text of README.md: where the weights come from, their licence, and how to load them."""
+def model_card(
+    conversion: Conversion, name: str, source: str, license: str | None, attribution: str | None
+) -> ModelCard:
+    """
+    The model card of a conversion: where the weights come from, their licence, and how to load them.
+
+    Args:
+        conversion: what the card describes.
+        name: the model's name or hub id.
+        source: where the weights come from, for people to read.
+        license: identifier of the weights' licence, such as `apache-2.0`; None if it is unknown.
+        attribution: a sentence that says whose weights they are; by default it names the source and the paper.
+    """
     origin, config = ORIGINS[conversion.origin], conversion.model.config
-    auto_class, task, decoder = "AutoModel", "image-feature-extraction", ""
+    task, decoder = "image-feature-extraction", ""
     if isinstance(conversion.model, CBSAForImageClassification):
-        auto_class, task = "AutoModelForImageClassification", "image-classification"
+        task = "image-classification"
     elif isinstance(conversion.model, CBSAForSemanticSegmentation):
-        auto_class, task = "AutoModelForSemanticSegmentation", "image-segmentation"
-        decoder = f", decoder `{config.decoder_type}` for {config.num_labels} classes"
-    data = ModelCardData(
-        library_name="transformers",
-        pipeline_tag=task,
-        license=license or "other",
-        tags=["cbsa"],
-    )
+        task, decoder = "image-segmentation", f", decoder `{config.decoder_type}` for {config.num_labels} classes"
     exactness = "It computes what the original computes, up to rounding."
     if config.attention_type != origin.attention_types[0]:
         exactness = "It does not compute what the original computes: fine-tune it."
-    licence = f"The weights' licence is {license}." if license else "The weights' licence is that of their origin."
-    attribution = attribution or f"The weights come from `{source}` ([paper](https://arxiv.org/abs/{origin.paper}))."
-    return f"""---
-{data.to_yaml()}
----
-
-# {name}
-
-{origin.title}, converted by `cbsa convert` of cbsa-hf: attention `{config.attention_type}`, {config.num_hidden_layers}
-layers of width {config.hidden_size} with {config.num_attention_heads} heads{decoder}. {exactness}
-
-{attribution} {licence}
-
-```python
-from transformers import AutoImageProcessor, {auto_class}
-
-processor = AutoImageProcessor.from_pretrained("{name}")
-model = {auto_class}.from_pretrained("{name}", trust_remote_code=True)
-```
-"""
+    return ModelCard.from_template(
+        ModelCardData(library_name="transformers", pipeline_tag=task, license=license or "other", tags=["cbsa"]),
+        template_path=str(Path(__file__).parent / "card_template.md"),
+        name=name,
+        origin=origin,
+        config=config,
+        decoder=decoder,
+        exactness=exactness,
+        attribution=attribution
+        or f"The weights come from `{source}` ([paper](https://arxiv.org/abs/{origin.paper})).",
+        licence=f"The weights' licence is {license or 'that of their origin'}.",
+        example=loading_example(name, auto_class_of(conversion.model)),
+    )
 
 
-def save_conversion(conversion: Conversion, output: Path, card: str):
-    """Write model, image processor and model card to a new or empty folder: all of it, or nothing."""
+def save_conversion(conversion: Conversion, output: Path, card: ModelCard):
+    """Write model, image processor and model card to a new or empty folder; if that fails, nothing is written."""
     with TemporaryDirectory(prefix=f".{output.name}.", dir=output.parent) as partial:
         folder = Path(partial) / output.name
         conversion.model.save_pretrained(folder)
         conversion.processor.save_pretrained(folder)
-        (folder / "README.md").write_text(card, encoding="utf-8")
+        card.save(folder / "README.md")
         if output.is_dir():
             output.rmdir()
         folder.rename(output)

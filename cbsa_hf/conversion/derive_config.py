@@ -1,7 +1,6 @@
-"""The configuration of weights that were renamed to our names, derived from their shapes."""
+"""Derive the configuration of a CBSA model from the shapes of its weights."""
 
 import math
-from functools import partial
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
@@ -11,13 +10,16 @@ from ..configuration_cbsa import CBSAConfig
 from .key_mappings import ORIGINS
 
 
-# Heads by width in the published models. They leave no trace in the shapes of q, k and v, and 64 a head, the usual
-# rule, is wrong for CRATE small (576) and ViT huge (1280).
+# Number of heads by width in the published models. The shapes of q, k and v do not tell it, and the usual rule of 64 a
+# head is wrong for CRATE small (width 576) and ViT huge (1280).
 PUBLISHED_HEADS = {192: 3, 384: 6, 576: 12, 768: 12, 1024: 16, 1280: 16}
 
+Weights = dict[str, torch.Tensor]
+EMBEDDINGS, STEM, ATTENTION = "cbsa.embeddings", "cbsa.embeddings.patch_embeddings", "cbsa.layers.0.attention"
 
-def shape_of(weights: dict[str, torch.Tensor], name: str, ndim: int) -> torch.Size:
-    """A ValueError when there is no weight of that name with so many dimensions."""
+
+def shape_of(weights: Weights, name: str, ndim: int) -> torch.Size:
+    """The shape of a weight. Raises ValueError if it is missing or does not have `ndim` dimensions."""
     if name not in weights:
         raise ValueError(f"The weights lack what becomes `{name}`.")
     if weights[name].ndim != ndim:
@@ -25,19 +27,72 @@ def shape_of(weights: dict[str, torch.Tensor], name: str, ndim: int) -> torch.Si
     return weights[name].shape
 
 
-def count_layers(weights: dict[str, torch.Tensor], prefix: str) -> int:
+def count_layers(weights: Weights, prefix: str) -> int:
+    """The number of layers whose weights have names of the form `prefix` + index + ..."""
     return len({name.removeprefix(prefix).split(".")[0] for name in weights if name.startswith(prefix)})
 
 
-def derive_decoder(weights: dict[str, torch.Tensor], decoder_type: str, num_heads: int) -> dict:
-    """What the configuration says of a segmenter's decoder; `num_heads` is that of the encoder."""
+def derive_patches(weights: Weights) -> dict:
+    """The fields of the configuration for the patch embedding. Raises ValueError if the patches are not square."""
+    convolutions = [tensor for name, tensor in weights.items() if name.startswith(STEM) and tensor.ndim == 4]
+    if f"{STEM}.layers.0.weight" in weights:
+        kind, patch_size = "conv_stem", 2 ** len(convolutions)
+        num_channels = shape_of(weights, f"{STEM}.layers.0.weight", 4)[1]
+    elif convolutions:
+        kind = "linear"
+        _, num_channels, patch_size, patch_width = shape_of(weights, f"{STEM}.projection.weight", 4)
+        if patch_size != patch_width:
+            raise ValueError(f"The patches are {patch_size} x {patch_width} pixels; a CBSA model takes square ones.")
+    else:
+        kind, num_channels = "patchify", 3
+        patch_size = math.isqrt(shape_of(weights, f"{STEM}.projection.weight", 2)[1] // num_channels)
+    return {"patch_embedding_type": kind, "patch_size": patch_size, "num_channels": num_channels}
+
+
+def derive_image_size(num_patches: int, patch_size: int) -> int:
+    """Side of the square image that was trained with, in pixels. Raises ValueError if the patches make no square."""
+    side = math.isqrt(num_patches)
+    if side**2 != num_patches:
+        raise ValueError(f"There are positions for CLS and {num_patches} patches, which make no square.")
+    return side * patch_size
+
+
+def derive_num_heads(weights: Weights, hidden_size: int) -> int:
+    """
+    Number of heads, from a weight that has one entry for each head, else from the published models of that width.
+
+    Raises:
+        ValueError: neither tells the number.
+    """
+    steps = weights.get(f"{ATTENTION}.step_rep", weights.get(f"{ATTENTION}.temp"))
+    if steps is not None:
+        return len(steps)
+    if hidden_size not in PUBLISHED_HEADS:
+        raise ValueError(
+            f"The weights do not tell the number of heads, and no published model is {hidden_size} wide; "
+            "give it with --num-heads."
+        )
+    return PUBLISHED_HEADS[hidden_size]
+
+
+def derive_head_dim(weights: Weights, num_heads: int) -> int:
+    """Width of one head. Raises ValueError if the heads do not divide the width of the attention."""
+    projection = "q_proj" if f"{ATTENTION}.q_proj.weight" in weights else "proj"
+    inner_size = shape_of(weights, f"{ATTENTION}.{projection}.weight", 2)[0]
+    if inner_size % num_heads:
+        raise ValueError(f"{num_heads} heads do not divide the attention's width of {inner_size}.")
+    return inner_size // num_heads
+
+
+def derive_decoder(weights: Weights, decoder_type: str, num_heads: int) -> dict:
+    """The fields of the configuration for the decoder of a segmenter; `num_heads` is that of the encoder."""
     attention = "decoder.layers.0.attention"
     values = {
         "decoder_type": decoder_type,
         "num_labels": shape_of(weights, "decoder.class_embeddings", 3)[1],
         "decoder_num_layers": count_layers(weights, "decoder.layers."),
         "decoder_num_heads": num_heads,  # the same in all published models
-        "position_interpolation": "bilinear",  # as trained
+        "position_interpolation": "bilinear",  # as in the training of the published segmenters
     }
     if f"{attention}.step_rep" in weights:
         num_heads = len(weights[f"{attention}.step_rep"])
@@ -46,77 +101,60 @@ def derive_decoder(weights: dict[str, torch.Tensor], decoder_type: str, num_head
     return values
 
 
+def derive_feed_forward(weights: Weights) -> dict:
+    """The fields of the configuration for the feed-forward block, by the weights of the first layer."""
+    feed_forward = "cbsa.layers.0.feed_forward"
+    if f"{feed_forward}.dictionary" in weights:
+        return {"feed_forward_type": "odl", "intermediate_size": shape_of(weights, f"{feed_forward}.dictionary", 2)[1]}
+    if f"{feed_forward}.weight" in weights:
+        return {"feed_forward_type": "ista"}
+    return {"feed_forward_type": "mlp", "intermediate_size": shape_of(weights, f"{feed_forward}.fc1.weight", 2)[0]}
+
+
+def derive_labels(weights: Weights, source_config: PreTrainedConfig | None) -> dict:
+    """The fields of the configuration for the classes of a classifier; none without a classifier."""
+    if "classifier.weight" not in weights:
+        return {}
+    if source_config is not None:
+        return {"id2label": source_config.id2label, "label2id": source_config.label2id}
+    return {"num_labels": shape_of(weights, "classifier.weight", 2)[0]}
+
+
 def derive_config(
-    weights: dict[str, torch.Tensor],
+    weights: Weights,
     origin: str,
     attention_type: str,
     num_heads: int | None = None,
     source_config: PreTrainedConfig | None = None,
 ) -> CBSAConfig:
     """
-    Configuration of weights that have our names, from their shapes.
+    The configuration of weights that have our names, from their shapes.
 
     Args:
-        num_heads: where the weights do not tell; by default what `source_config` says, else the published models.
-        source_config: the configuration at the origin, if it has any.
+        weights: name -> tensor.
+        origin: a name in `ORIGINS`.
+        attention_type: of all layers.
+        num_heads: number of heads; by default what `source_config` says, else [`derive_num_heads`].
+        source_config: the configuration that the weights came with, if any.
 
     Raises:
-        ValueError: sizes that cannot be told from the weights.
+        ValueError: the shapes do not tell a size, or no CBSA model has such sizes.
     """
-
-    shape = partial(shape_of, weights)
-    hidden_size = shape("cbsa.embeddings.cls_token", 3)[-1]
-    stem = "cbsa.embeddings.patch_embeddings"
-    convolutions = [tensor for name, tensor in weights.items() if name.startswith(stem) and tensor.ndim == 4]
-    if f"{stem}.layers.0.weight" in weights:
-        patch_embedding_type, patch_size = "conv_stem", 2 ** len(convolutions)
-        num_channels = shape(f"{stem}.layers.0.weight", 4)[1]
-    elif convolutions:
-        patch_embedding_type = "linear"
-        _, num_channels, patch_size, patch_width = shape(f"{stem}.projection.weight", 4)
-        if patch_size != patch_width:
-            raise ValueError(f"The patches are {patch_size} x {patch_width} pixels; a CBSA model takes square ones.")
+    hidden_size = shape_of(weights, f"{EMBEDDINGS}.cls_token", 3)[-1]
+    num_patches = shape_of(weights, f"{EMBEDDINGS}.position_embeddings", 3)[1] - 1
+    values = derive_patches(weights) | derive_labels(weights, source_config)
+    if source_config is None:
+        values["image_size"] = derive_image_size(num_patches, values["patch_size"])
+        num_heads = num_heads or derive_num_heads(weights, hidden_size)
     else:
-        patch_embedding_type, num_channels = "patchify", 3
-        patch_size = math.isqrt(shape(f"{stem}.projection.weight", 2)[1] // num_channels)
-
-    num_patches = shape("cbsa.embeddings.position_embeddings", 3)[1] - 1
-    side = math.isqrt(num_patches)
-    if source_config is not None:
-        image_size = source_config.image_size
-    elif side**2 == num_patches:
-        image_size = side * patch_size
-    else:
-        raise ValueError(f"There are positions for CLS and {num_patches} patches, which make no square.")
-
-    attention = "cbsa.layers.0.attention"
-    steps = weights.get(f"{attention}.step_rep", weights.get(f"{attention}.temp"))
-    if num_heads is None and source_config is not None:
-        num_heads = source_config.num_attention_heads
-    elif num_heads is None:
-        num_heads = PUBLISHED_HEADS.get(hidden_size) if steps is None else len(steps)
-    if num_heads is None:
-        raise ValueError(
-            f"The weights do not tell the number of heads, and no published model is {hidden_size} wide; "
-            "give it with --num-heads."
-        )
-    projection = "q_proj" if f"{attention}.q_proj.weight" in weights else "proj"
-    inner_size = shape(f"{attention}.{projection}.weight", 2)[0]
-    if inner_size % num_heads:
-        raise ValueError(f"{num_heads} heads do not divide the attention's width of {inner_size}.")
-
-    values = {}
-    if "cbsa.layers.0.feed_forward.weight" not in weights:
-        values["feed_forward_type"] = "mlp"
-        values["intermediate_size"] = shape("cbsa.layers.0.feed_forward.fc1.weight", 2)[0]
+        values["image_size"] = source_config.image_size
+        num_heads = num_heads or source_config.num_attention_heads
+    values["head_dim"] = derive_head_dim(weights, num_heads)
+    values |= derive_feed_forward(weights)
     if attention_type == "cbsa":
-        values["base_num_patches"] = num_patches  # as trained, where N / N0 is 1
+        values["base_num_patches"] = num_patches  # the size of the training, where the size factor is 1
     if origin == "cbt":
-        values["pooled_tokens"] = "all_but_last"  # as trained
-    if "classifier.weight" in weights and source_config is not None:
-        values |= {"id2label": source_config.id2label, "label2id": source_config.label2id}
-    elif "classifier.weight" in weights:
-        values["num_labels"] = shape("classifier.weight", 2)[0]
+        values["pooled_tokens"] = "all_but_last"  # as in the training of the published models
     if ORIGINS[origin].decoder_type is not None:
         values |= derive_decoder(weights, ORIGINS[origin].decoder_type, num_heads)
         values["decoder_base_num_patches"] = values.get("base_num_patches")
@@ -125,13 +163,9 @@ def derive_config(
             hidden_size=hidden_size,
             num_hidden_layers=count_layers(weights, "cbsa.layers."),
             num_attention_heads=num_heads,
-            head_dim=inner_size // num_heads,
             attention_type=attention_type,
-            patch_embedding_type=patch_embedding_type,
-            image_size=image_size,
-            patch_size=patch_size,
-            num_channels=num_channels,
             layer_norm_eps=ORIGINS[origin].layer_norm_eps or source_config.layer_norm_eps,
+            final_layer_norm_eps=ORIGINS[origin].final_layer_norm_eps,
             **values,
         )
     except StrictDataclassError as error:

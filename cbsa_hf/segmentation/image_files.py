@@ -1,6 +1,6 @@
 """
-Image files as Pillow gets to see them: pixels and orientation. Other metadata is taken away before, so that neither
-its faults nor its bulk keep sound pixels from being read.
+Open the bytes of image files with Pillow. Metadata beside colours and orientation is removed first, since damaged or
+very large metadata can keep Pillow from reading pixels that are intact.
 """
 
 import re
@@ -10,21 +10,21 @@ from io import BytesIO
 from PIL import Image, ImageFile, UnidentifiedImageError
 
 
-# Raster formats that hold one picture. Others of Pillow's are left out: those that it hands on to another program (EPS
-# to Ghostscript), those that it only knows by name, and collections of icons. HEIF and JXL need a plugin of Pillow.
+# Raster formats with one picture in a file. Left out are formats of Pillow that start another program (EPS starts
+# Ghostscript), that it recognises without reading them, and that hold sets of icons. HEIF and JXL need a plugin.
 FORMATS = (
     *("JPEG", "PNG", "WEBP", "AVIF", "HEIF", "JXL", "TIFF", "GIF", "BMP", "JPEG2000"),
     *("PPM", "QOI", "PSD", "DDS", "PCX", "SGI", "TGA"),
 )
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
-PNG_XMP = b"XML:com.adobe.xmp\0\0\0"  # keyword of a text that is not compressed
+PNG_XMP = b"XML:com.adobe.xmp\0\0\0"  # start of the text chunk with XMP, not compressed
 JPEG_MARKER = re.compile(rb"\xff([\x02-\xfe])")
 JPEG_XMP = b"http://ns.adobe.com/xap/1.0/\0"
-MOST_SCANS = 100  # of a progressive JPEG; usual are ten, and each goes over all pixels
+MOST_SCANS = 100  # largest number of scans of a progressive JPEG; ten are usual, and each one visits all pixels
 
 
 def strip_png(data: bytes) -> tuple[bytes, dict]:
-    """The chunks that pixels are made of; EXIF and XMP apart."""
+    """A PNG with only the chunks that the pixels need; and its EXIF and XMP."""
     kept, info, position = [PNG_SIGNATURE], {}, len(PNG_SIGNATURE)
     while position + 8 <= len(data):
         length, kind = struct.unpack_from(">I4s", data, position)
@@ -33,7 +33,7 @@ def strip_png(data: bytes) -> tuple[bytes, dict]:
             info["exif"] = b"Exif\0\0" + data[content : content + length]
         elif kind == b"iTXt" and data.startswith(PNG_XMP, content):
             info["xmp"] = data[content : content + length]
-        # Chunks that a decoder must understand have a capital letter in front.
+        # The names of chunks that a decoder must understand start with a capital letter.
         elif kind[:1].isupper() or kind == b"tRNS":
             kept.append(data[position:end])
         position = end
@@ -43,7 +43,7 @@ def strip_png(data: bytes) -> tuple[bytes, dict]:
 
 
 def strip_jpeg(data: bytes) -> tuple[bytes, dict]:
-    """Without comments and application segments, but for those that say what the colours are; EXIF and XMP apart."""
+    """A JPEG without comments and application segments, except those that define the colours; and its EXIF and XMP."""
     kept, info, position = [data[:2]], {}, 2
     while (found := JPEG_MARKER.search(data, position)) and not 0xD0 <= found[1][0] <= 0xDA:  # until the scans begin
         marker, start = found[1][0], found.start()
@@ -66,7 +66,7 @@ def strip_jpeg(data: bytes) -> tuple[bytes, dict]:
 
 
 def strip_tiff(data: bytes) -> tuple[bytes, dict]:
-    """The first page alone: a list of millions would be walked through before its pixels are read."""
+    """A TIFF cut down to its first page: Pillow would follow a list of millions of pages before it reads the first."""
     order = "<" if data[:2] == b"II" else ">"
     is_big = struct.unpack_from(order + "H", data, 2)[0] == 43
     pointer, count, entry = ("Q", "Q", 20) if is_big else ("I", "H", 12)
@@ -80,7 +80,7 @@ def strip_tiff(data: bytes) -> tuple[bytes, dict]:
 
 
 def strip_avif(data: bytes) -> tuple[bytes, dict]:
-    """Without EXIF, whose orientation AVIF does not follow; it has its own."""
+    """An AVIF without EXIF: AVIF has its own orientation and ignores that of EXIF."""
     return re.sub(rb"(infe[\x02\x03]\0\0.{4,6})Exif", rb"\1skip", data, flags=re.DOTALL), {}
 
 
@@ -89,14 +89,14 @@ STRIPPERS = {"PNG": strip_png, "JPEG": strip_jpeg, "TIFF": strip_tiff, "AVIF": s
 
 def open_bytes(data: bytes) -> ImageFile.ImageFile:
     """
-    The image in the bytes of a file: its header is read, its pixels are not yet.
+    The image in the bytes of a file. Its header is read, its pixels are not.
 
-    `Image.open` has a guard against large images that warns on standard error, or refuses by a limit that the whole
-    process shares; here the caller looks at `size` before `load`.
+    `Image.open` is not used, because its limit on the number of pixels is shared by the whole process. The caller
+    checks `size` before it calls `load`.
 
     Raises:
-        UnidentifiedImageError: none of [`FORMATS`].
-        Exception: whatever a decoder raises for a damaged file.
+        UnidentifiedImageError: the file has none of the `FORMATS`.
+        Exception: any error that a decoder raises for a damaged file.
     """
     Image.init()
     failure = None
@@ -104,7 +104,7 @@ def open_bytes(data: bytes) -> ImageFile.ImageFile:
         factory, accept = Image.OPEN[name]
         if accept is not None:
             accepted = data and accept(data[:16])
-            if not accepted or isinstance(accepted, str):  # a string says that Pillow was built without this format
+            if not accepted or isinstance(accepted, str):  # a string means that Pillow was built without this format
                 continue
         try:
             stripped, info = STRIPPERS[name](data) if name in STRIPPERS else (data, {})
@@ -116,3 +116,13 @@ def open_bytes(data: bytes) -> ImageFile.ImageFile:
             image.info.update(info)
             return image
     raise failure or UnidentifiedImageError(f"The formats are {', '.join(FORMATS)}.")
+
+
+def has_more_pictures(data: bytes) -> bool:
+    """Whether a file that [`open_bytes`] opens holds more than the one picture: an animation, or pages."""
+    image = open_bytes(data)
+    if image.format == "PNG":
+        return b"acTL" in data[: data.find(b"IDAT")]
+    if image.format == "TIFF":
+        return strip_tiff(data)[0] != data
+    return getattr(image, "is_animated", False)

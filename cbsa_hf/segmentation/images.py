@@ -1,18 +1,20 @@
 """
-Photographs in: any file, mode and orientation to upright RGB, and on to the pixels that a model takes. Maps out: their
-edges moved to a photograph's.
+The one place where images are read: files, arrays and tensors of any mode become upright RGB images, and images become
+the pixel values that a model takes. [`follow_edges`] goes the other way and moves the edges of maps to those of a
+photo.
 """
 
 import os
 import stat
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from io import BytesIO
-from typing import BinaryIO, TypeVar
+from typing import BinaryIO, Literal, TypeVar, overload
 
 import numpy as np
 import torch
 from PIL import ExifTags, Image, UnidentifiedImageError
+from torch.nn import functional as F
 from transformers import BaseImageProcessor
 
 from .image_files import open_bytes
@@ -22,10 +24,12 @@ ImageSource = Image.Image | np.ndarray | torch.Tensor | str | os.PathLike | byte
 
 T = TypeVar("T")
 
-MAX_PIXELS = 2**26  # of a file: 8192 x 8192
-MAX_RATIO = 200  # of a file's longer side to the shorter
-ROUNDING = 1e-3  # that floats may lie beyond 0 and 1
-BYTES_PER_PIXEL = 8  # that a file may have at most: 16-bit RGBA, not compressed
+MAX_PIXELS = 27_000_000  # largest number of pixels of a file: 6000 x 4500
+MAX_RATIO = 200  # largest ratio of the longer side of a file's image to the shorter side
+ROUNDING = 1e-3  # how far floats may lie below 0 or above 1
+HUNGRY_FORMATS = ("WEBP", "JPEG2000")  # half as many pixels: their decoders take up to 19 bytes for one, others 10
+PIXELS_AT_A_TIME = 2**18  # pixels of a band of rows that is processed at once; results do not depend on it
+BYTES_PER_PIXEL = 8  # largest number of bytes that a file may have for each pixel: 16-bit RGBA, not compressed
 
 ORIENTATIONS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -38,22 +42,27 @@ ORIENTATIONS = {
 }
 
 
-# Pillow says on standard error what it cannot read of EXIF; what it can read of the orientation counts, and no more.
+# Pillow warns about damaged EXIF data. Only the orientation is read from EXIF, and a missing one is no problem.
 warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.TiffImagePlugin")
 
 
 class ImageError(ValueError):
-    """An image cannot be read or used; the message is one sentence for people, with the image's name."""
+    """An image cannot be read or used. The message is one sentence for people that names the image."""
 
 
 def failure(name: str, error: Exception) -> ImageError:
-    """What a decoder raised, whatever that is, as a sentence."""
+    """Turns any error of a decoder into an [`ImageError`]."""
     reason = " ".join(str(error).split()) or type(error).__name__
     return ImageError(f"{name} is damaged or cannot be read: {reason.rstrip('.')}.")
 
 
 def read_bytes(source: str | os.PathLike | bytes | BinaryIO, name: str, max_bytes: int) -> bytes:
-    """All of a file, if it is a regular one and not too large."""
+    """
+    All bytes of a file.
+
+    Raises:
+        ImageError: the file does not exist, is not a regular file, has more than `max_bytes` or cannot be read.
+    """
     too_large = ImageError(
         f"{name} has more than {max_bytes:,} bytes, {BYTES_PER_PIXEL} for each pixel that an image may have; raise "
         "`max_pixels` (`--max-pixels`) if it is meant to be read."
@@ -79,7 +88,7 @@ def read_bytes(source: str | os.PathLike | bytes | BinaryIO, name: str, max_byte
         raise ImageError(f"There is no file {name}.") from error
     except IsADirectoryError as error:
         raise ImageError(f"{name} is a folder; give an image file.") from error
-    except Exception as error:  # a null character in the path, a closed file, or what a file of others raises
+    except Exception as error:  # a null character in the path, a closed file, an error of a foreign file object
         raise failure(name, error) from error
     if not isinstance(data, bytes):
         raise ImageError(f"{name} is not open in binary mode.")
@@ -89,12 +98,12 @@ def read_bytes(source: str | os.PathLike | bytes | BinaryIO, name: str, max_byte
 
 
 def open_without_waiting(path: str, flags: int) -> int:
-    """For `open`: a pipe without a writer does not block."""
+    """An opener for `open` that does not block at a pipe without a writer."""
     return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
 
 
 def check_size(size: tuple[int, int], name: str, max_pixels: int, max_ratio: float):
-    """An ImageError for more pixels, or more elongated ones, than allowed."""
+    """Raises ImageError if an image of that (width, height) has no pixels, too many, or sides of too large a ratio."""
     width, height = size
     if width < 1 or height < 1:
         raise ImageError(f"{name} is damaged or cannot be read: it has {width} x {height} pixels.")
@@ -110,26 +119,35 @@ def check_size(size: tuple[int, int], name: str, max_pixels: int, max_ratio: flo
         )
 
 
-def decode(source: "ImageSource", name: str | None, max_pixels: int, max_ratio: float) -> tuple[Image.Image, str]:
-    """A file's image as its decoder gives it, within the limits; and its name."""
+def name_of(source: "ImageSource", otherwise: str = "An image") -> str:
+    """Name of the file that it is or comes from; `otherwise` if there is none, as for an array."""
     if isinstance(source, dict):
-        source, path = source.get("bytes"), source.get("path")
-        name = name or path
-        source = path if source is None else source
-    is_path = isinstance(source, (str, os.PathLike))
-    name = name or str(source if is_path else getattr(source, "name", "An image"))
-    if not is_path and not isinstance(source, (bytes, bytearray, memoryview)) and not hasattr(source, "read"):
+        source = source.get("path")
+    if isinstance(source, (str, os.PathLike)):
+        return str(source)
+    return str(getattr(source, "filename", None) or getattr(source, "name", None) or otherwise)
+
+
+def decode(source: "ImageSource", name: str | None, max_pixels: int, max_ratio: float) -> tuple[Image.Image, str]:
+    """
+    The image in a file as its decoder returns it, turned upright, and its name for messages. Arguments and errors are
+    those of [`open_image`].
+    """
+    name = name or name_of(source)
+    if isinstance(source, dict):
+        source = source.get("path") if source.get("bytes") is None else source["bytes"]
+    if not isinstance(source, (str, os.PathLike, bytes, bytearray, memoryview)) and not hasattr(source, "read"):
         raise ImageError(f"{name} is a {type(source).__name__}; give a path, bytes or a file that is open.")
     data = read_bytes(source, name, BYTES_PER_PIXEL * max_pixels)
     try:
         image = open_bytes(data)
-        check_size(image.size, name, max_pixels, max_ratio)
-        image.load()
+        check_size(image.size, name, max_pixels // 2 if image.format in HUNGRY_FORMATS else max_pixels, max_ratio)
+        image = turn_upright(image)
     except ImageError:
         raise
     except UnidentifiedImageError as error:
         raise ImageError(f"{name} is not an image that can be read. {error}") from error
-    except Exception as error:  # decoders raise what they like: RuntimeError, NotImplementedError, struct.error, ...
+    except Exception as error:  # decoders raise many types: RuntimeError, NotImplementedError, struct.error, ...
         raise failure(name, error) from error
     return image, name
 
@@ -142,19 +160,21 @@ def open_image(
     max_ratio: float = MAX_RATIO,
 ) -> Image.Image:
     """
-    Read a whole image file, upright and in RGB, without metadata.
+    Read an image file to the end: upright, in RGB and without metadata.
 
     Args:
-        source: a path, bytes, a binary file, or what `datasets` gives undecoded: `{"bytes": ..., "path": ...}`.
-        name: of the image in messages; its path when not given.
-        max_pixels: that it may have.
-        max_ratio: of the longer side to the shorter.
+        source: a path, bytes, a binary file, or an image that `datasets` has not decoded, `{"bytes": ..., "path":
+            ...}`.
+        name: name of the image in messages; by default its path.
+        max_pixels: largest number of pixels; half as many in [`HUNGRY_FORMATS`].
+        max_ratio: largest ratio of the longer side to the shorter.
 
     Raises:
-        ImageError: no such file, not an image, damaged, beyond a limit, or of values that [`to_image`] does not take.
+        ImageError: the file does not exist, is no image, is damaged or beyond a limit, or has values that [`to_image`]
+            refuses.
     """
     image, name = decode(source, name, max_pixels, max_ratio)
-    return to_rgb(image, name)
+    return convert_to_rgb(image, name)
 
 
 def open_mask(
@@ -165,75 +185,115 @@ def open_mask(
     max_ratio: float = MAX_RATIO,
 ) -> Image.Image:
     """
-    Read a whole file of labels: turned upright as its photo is, its values and mode as they are stored. Arguments and
-    errors are those of [`open_image`].
+    Read a file of labels to the end. It is turned upright as its photo is; values and mode stay as they are stored.
+    Arguments and errors are those of [`open_image`].
     """
-    image, name = decode(source, name, max_pixels, max_ratio)
-    image = turn_upright(image).copy()
+    image, _ = decode(source, name, max_pixels, max_ratio)
+    image = image.copy()
     image.info = {}
     return image
 
 
 def turn_upright(image: Image.Image) -> Image.Image:
-    """By its orientation in EXIF or XMP; one that cannot be read is none."""
+    """Turns an image by its orientation in EXIF or XMP, if there is one that can be read."""
     image.load()
     try:
         orientation = image.getexif().get(ExifTags.Base.Orientation)
-    except Exception:  # any, as of any decoder
+    except Exception:  # decoders raise errors of many types
         orientation = None
     method = ORIENTATIONS.get(orientation) if isinstance(orientation, int) else None
     return image if method is None else image.transpose(method)
 
 
+def bands(height: int, width: int, pixels: int = PIXELS_AT_A_TIME) -> Iterator[slice]:
+    """Divides the rows of an image into bands of about `pixels` pixels, so that memory holds one band at a time."""
+    step = max(1, pixels // width)
+    for first in range(0, height, step):
+        yield slice(first, min(first + step, height))
+
+
+def crop_rows(image: Image.Image, rows: slice) -> Image.Image:
+    """The rows of an image that the slice names, as an image."""
+    return image.crop((0, rows.start, image.width, rows.stop))
+
+
 def to_rgb(image: Image.Image, name: str = "An image") -> Image.Image:
     """
-    Upright by its orientation, in RGB, without metadata: transparency laid over white, values as [`to_image`] says.
+    A PIL image of any mode as an upright RGB image without metadata. Transparent parts are laid over white, and values
+    are scaled as [`to_image`] says. An image that already is all this is returned itself.
 
     Raises:
-        ImageError: it cannot be decoded, or its values are out of range.
+        ImageError: the image cannot be decoded, or its values are out of range.
     """
+    if type(image) is Image.Image and image.mode == "RGB" and not image.info:
+        return image
     try:
         image = turn_upright(image)
-        if image.mode.startswith(("I", "F")):
-            values = np.asarray(image)
-            image = Image.fromarray(to_eight_bits(values.astype(np.uint16) if fits_16_bits(values) else values, name))
-        if image.mode == "La":
-            image = image.convert("LA")
-        if image.has_transparency_data:
-            image = image.convert("RGBA")
-            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-        image = image.convert("RGB")  # a copy, in any case
-        image.info = {}
-        return image
+    except Exception as error:
+        raise failure(name, error) from error
+    return convert_to_rgb(image, name)
+
+
+def convert_to_rgb(image: Image.Image, name: str) -> Image.Image:
+    """[`to_rgb`] for an image that is upright already. The result is a new image, made band by band."""
+    try:
+        has_levels = image.mode.startswith(("I", "F"))
+        if has_levels:
+            parts = (np.asarray(crop_rows(image, rows)) for rows in bands(image.height, image.width))
+            dtype, low, high = value_range(parts)
+            if dtype == np.int32 and low >= 0 and high <= 65535:  # 16 bits that Pillow stores in 32
+                dtype = np.dtype(np.uint16)
+            check_values(dtype, low, high, name)
+        result = Image.new("RGB", image.size)
+        for rows in bands(image.height, image.width):
+            band = crop_rows(image, rows)
+            band = Image.fromarray(scale_values(np.asarray(band))) if has_levels else lay_over_white(band)
+            result.paste(band.convert("RGB"), (0, rows.start))
+        return result
     except ImageError:
         raise
     except Exception as error:
         raise failure(name, error) from error
 
 
-def fits_16_bits(values: np.ndarray) -> bool:
-    """Pillow reads 16 bits into 32 in some of its modes."""
-    return values.dtype.kind == "i" and values.min() >= 0 and values.max() <= 65535
+def lay_over_white(image: Image.Image) -> Image.Image:
+    """The image with transparent parts over white; the image itself if it has no transparency."""
+    if image.mode == "La":
+        image = image.convert("LA")
+    if not image.has_transparency_data:
+        return image
+    image = image.convert("RGBA")
+    return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
 
 
-def to_eight_bits(values: np.ndarray, name: str) -> np.ndarray:
+def value_range(parts: Iterable[np.ndarray]) -> tuple[np.dtype, float, float]:
+    """Type, smallest and largest value of an image that is given in parts."""
+    ranges = [(part.dtype, part.min(), part.max()) for part in parts]
+    dtype = ranges[0][0].newbyteorder("=")
+    low, high = np.min([r[1] for r in ranges]), np.max([r[2] for r in ranges])
+    return dtype, low, high
+
+
+def check_values(dtype: np.dtype, low: float, high: float, name: str):
     """
-    Values of an image to uint8, by the rule of [`to_image`].
+    Check that values can be scaled to 8 bits as [`to_image`] says.
+
+    Args:
+        dtype: type of the values.
+        low, high: their smallest and largest value.
+        name: name of the image in messages.
 
     Raises:
-        ImageError: another type, or values out of range.
+        ImageError: the type or the range is another one.
     """
-    if values.dtype == np.uint8:
-        return values
-    if values.dtype == bool:
-        return values * np.uint8(255)
-    is_float = values.dtype.kind == "f"
-    if not is_float and values.dtype != np.uint16:
+    if dtype in (np.uint8, bool):
+        return
+    is_float = dtype.kind == "f"
+    if not is_float and dtype != np.uint16:
         raise ImageError(
-            f"{name} has values of type {values.dtype}; give uint8 (0 to 255), uint16 (0 to 65535), bool, or floats "
-            "from 0 to 1."
+            f"{name} has values of type {dtype}; give uint8 (0 to 255), uint16 (0 to 65535), bool, or floats from 0 "
+            "to 1."
         )
-    low, high = values.min(), values.max()
     if is_float and not (low >= -ROUNDING and high <= 1 + ROUNDING):  # false for NaN
         raise ImageError(f"{name} has floats from {low:g} to {high:g}; scale them to the range from 0 to 1.")
     if 0 < high <= (1 / 255 if is_float else 4095):
@@ -242,58 +302,99 @@ def to_eight_bits(values: np.ndarray, name: str) -> np.ndarray:
             f"{name} has no value above {high:g}, where {white} is white, and would be all but black; scale its "
             f"values to the range from 0 to {white}."
         )
-    if is_float:
+
+
+def scale_values(values: np.ndarray) -> np.ndarray:
+    """Values that [`check_values`] let through, as uint8."""
+    if values.dtype == np.uint8:
+        return values
+    if values.dtype == bool:
+        return values * np.uint8(255)
+    if values.dtype.kind == "f":
         return (values.astype(np.float32, copy=False).clip(0, 1) * 255).round().astype(np.uint8)
     return (values // 257).astype(np.uint8)
 
 
-def to_image(source: "ImageSource", *, name: str | None = None, num_channels: int = 3) -> Image.Image | np.ndarray:
-    """
-    Anything that holds one image, as models take it.
+@overload
+def to_image(source: ImageSource, *, name: str | None = None, num_channels: Literal[3] = 3) -> Image.Image: ...
 
-    - Files, see [`open_image`], and PIL images of any mode: upright, in RGB.
-    - Arrays and tensors (height, width), (height, width, 1, 3 or 4) or (3, height, width); where a shape fits two of
-      these, channels are last.
-    - Values: uint8, 0 to 255; uint16, 0 to 65535; bool; floats from 0 to 1. Pillow's modes `I;16` and `I` are 16 bits,
-      `F` is floats from 0 to 1. Refused are other types, floats beyond that range, NaN, 16 bits without a value above
-      4095 and floats without one above 1/255, which are those of another range and would be all but black.
-    - Transparency is laid over white.
+
+@overload
+def to_image(source: ImageSource, *, name: str | None = None, num_channels: int) -> Image.Image | np.ndarray: ...
+
+
+def to_image(source: ImageSource, *, name: str | None = None, num_channels: int = 3) -> Image.Image | np.ndarray:
+    """
+    Convert any source of one image to the form that models take.
+
+    - Files (see [`open_image`]) and PIL images of any mode become upright and RGB.
+    - Arrays and tensors have the shape (height, width), (height, width, 1, 3 or 4) or (3, height, width). Where a
+      shape fits two of these, channels are last.
+    - Values are uint8 from 0 to 255, uint16 from 0 to 65535, bool, or floats from 0 to 1. Pillow's modes `I;16` and
+      `I` have 16 bits, `F` has floats from 0 to 1. Other types, floats beyond that range and NaN are refused, and so
+      are 16-bit images without a value above 4095 and floats without a value above 1/255: these have another range,
+      and would become almost black.
+    - Transparent parts are laid over white.
 
     Args:
-        name: of the image in messages.
-        num_channels: that the model takes. With any number but 3 only arrays and tensors of that many will do, and one
-            of type uint8 is returned, (height, width, channels), nothing laid over anything.
+        source: the image.
+        name: name of the image in messages.
+        num_channels: number of channels that the model takes. If it is not 3, the result is a uint8 array (height,
+            width, channels), and transparency is not laid over white. `source` needs that many channels or bands, such
+            as RGBA for 4; for 1 channel any file or PIL image is accepted and converted to grey.
 
     Raises:
-        ImageError: none of these.
+        ImageError: `source` is none of these, or cannot be read.
     """
-    if num_channels == 3 and isinstance(source, Image.Image):
-        return to_rgb(source, name or "An image")
-    if num_channels == 3 and not isinstance(source, (np.ndarray, torch.Tensor)):
-        return open_image(source, name=name)
-    name = name or "An image"
+    name = name or name_of(source)
+    if isinstance(source, (np.ndarray, torch.Tensor)):
+        return array_to_image(source, name, num_channels)
+    if num_channels in (1, 3):
+        image = to_rgb(source, name) if isinstance(source, Image.Image) else open_image(source, name=name)
+        return image if num_channels == 3 else np.asarray(image.convert("L"))[..., None]
+    if isinstance(source, Image.Image):
+        try:
+            image = turn_upright(source)
+        except Exception as error:
+            raise failure(name, error) from error
+    else:
+        image, _ = decode(source, name, MAX_PIXELS, MAX_RATIO)
+    if len(image.getbands()) != num_channels:
+        raise ImageError(
+            f"{name} has the channels {', '.join(image.getbands())}, and the model takes {num_channels}; give an "
+            f"array (height, width, {num_channels})."
+        )
+    return np.array(image)
+
+
+def array_to_image(source: np.ndarray | torch.Tensor, name: str, num_channels: int) -> Image.Image | np.ndarray:
+    """[`to_image`] for an array or a tensor."""
     if isinstance(source, torch.Tensor):
         source = source.detach().cpu()
         source = (source.float() if source.dtype == torch.bfloat16 else source).numpy()
-    if not isinstance(source, np.ndarray):
-        raise ImageError(f"{name} is a {type(source).__name__}; give an array or a tensor of {num_channels} channels.")
-    values = to_eight_bits(channels_last(source, num_channels, name), name)
+    values = channels_last(source, num_channels, name)
+    check_values(*value_range([values]), name)
+    values = scale_values(values)
     if num_channels != 3:
         return values
-    return to_rgb(Image.fromarray(values[..., 0] if values.shape[2] == 1 else values), name)
+    return convert_to_rgb(Image.fromarray(values[..., 0] if values.shape[2] == 1 else values), name)
 
 
 def for_each_image(
     use: Callable[[Image.Image | np.ndarray], T], sources: Sequence[ImageSource], num_channels: int = 3
 ) -> "list[T | ImageError]":
     """
-    What `use` makes of each image of [`to_image`]. One that cannot be read or used does not discard the others: its
-    place holds the [`ImageError`], and a warning says so.
+    Apply `use` to each source, converted by [`to_image`].
+
+    Returns:
+        The results in order. A source that cannot be read or used has its [`ImageError`] there instead, and a warning
+        says so. A source without a file is named by its index, from 0.
     """
     results = []
     for index, source in enumerate(sources):
         try:
-            results.append(use(to_image(source, num_channels=num_channels)))
+            name = name_of(source, f"Image {index}")
+            results.append(use(to_image(source, name=name, num_channels=num_channels)))
         except ImageError as error:
             warnings.warn(f"Image {index} of {len(sources)} is left out: {error}", stacklevel=3)
             results.append(error)
@@ -301,7 +402,9 @@ def for_each_image(
 
 
 def channels_last(values: np.ndarray, num_channels: int, name: str) -> np.ndarray:
-    """(height, width, channels) of any of the shapes of [`to_image`]."""
+    """
+    An array of any shape that [`to_image`] takes as (height, width, channels). Raises ImageError for other shapes.
+    """
     allowed = (1, 3, 4) if num_channels == 3 else (num_channels,)
     if values.size > 0:
         if values.ndim == 2 and 1 in allowed:
@@ -318,8 +421,16 @@ def channels_last(values: np.ndarray, num_channels: int, name: str) -> np.ndarra
 
 def fit_to_patches(size: tuple[int, int], long_side: int, patch_size: int) -> tuple[int, int]:
     """
-    (height, width) for an image of that (height, width): its aspect ratio kept, the long side `long_side` pixels, both
-    sides rounded to whole patches, one at least.
+    The size at which a model sees an image: the aspect ratio is kept, the longer side becomes `long_side` pixels, and
+    both sides are rounded to whole patches, at least one.
+
+    Args:
+        size: (height, width) of the image in pixels.
+        long_side: of the result, in pixels, before it is rounded.
+        patch_size: side of a patch in pixels.
+
+    Returns:
+        (height, width) in pixels.
     """
     scale = long_side / max(size)
     height, width = (max(patch_size, round(side * scale / patch_size) * patch_size) for side in size)
@@ -327,7 +438,7 @@ def fit_to_patches(size: tuple[int, int], long_side: int, patch_size: int) -> tu
 
 
 def height_and_width(image: Image.Image | np.ndarray) -> tuple[int, int]:
-    """Of what [`to_image`] returns."""
+    """(height, width) in pixels of an image that [`to_image`] returned."""
     return (image.height, image.width) if isinstance(image, Image.Image) else image.shape[:2]
 
 
@@ -337,7 +448,7 @@ def resize(
     resample: int,
     box: tuple[float, float, float, float] | None = None,
 ) -> Image.Image | np.ndarray:
-    """`Image.resize` to that (width, height), of arrays (height, width, channels) a channel at a time."""
+    """`Image.resize` to (width, height), also for arrays (height, width, channels), one channel at a time."""
     if isinstance(image, Image.Image):
         return image.resize(size, resample, box)
     channels = [Image.fromarray(channel).resize(size, resample, box) for channel in image.transpose(2, 0, 1)]
@@ -345,7 +456,10 @@ def resize(
 
 
 def normalise(images: list[Image.Image | np.ndarray], processor: BaseImageProcessor) -> torch.Tensor:
-    """Images of one size -> (batch, channels, height, width), scaled and normalised by the processor, not resized."""
+    """
+    Images of the same size as pixel values (batch, channels, height, width): scaled and normalised by the processor,
+    not resized.
+    """
     layout = {} if isinstance(images[0], Image.Image) else {"input_data_format": "channels_last"}
     return processor(images, do_resize=False, do_center_crop=False, return_tensors="pt", **layout)["pixel_values"]
 
@@ -354,23 +468,57 @@ def to_pixel_values(
     image: Image.Image | np.ndarray, processor: BaseImageProcessor, long_side: int, patch_size: int
 ) -> torch.Tensor:
     """
-    An image of [`to_image`] -> (1, channels, height, width) as the processor makes it, but at the size of
+    An image as pixel values (1, channels, height, width): prepared by the processor, but resized by
     [`fit_to_patches`].
+
+    Args:
+        image: as [`to_image`] returns it.
+        processor: image processor of the model.
+        long_side, patch_size: see [`fit_to_patches`].
     """
     height, width = fit_to_patches(height_and_width(image), long_side, patch_size)
-    if isinstance(image, np.ndarray):  # the processor would resize 1, 3 or 4 channels alone
-        return normalise([resize(image, (width, height), processor.resample)], processor)
-    size = {"height": height, "width": width}
-    return processor(image, size=size, do_resize=True, do_center_crop=False, return_tensors="pt")["pixel_values"]
+    # The processor would copy a photo twice before it resizes it, and does not resize every number of channels.
+    return normalise([resize(image, (width, height), processor.resample)], processor)
+
+
+def resize_rows(
+    take: Callable[[int, int], torch.Tensor], height: int, rows: slice, size: tuple[int, int]
+) -> torch.Tensor:
+    """
+    Some rows of `F.interpolate(maps, size, mode="bilinear")`, computed without the other rows.
+
+    Args:
+        take: takes the first row and the one after the last, and returns those rows of the maps, (k, rows, width).
+        height: number of rows of the maps.
+        rows: the rows of the result.
+        size: (height, width) of the whole result.
+
+    Returns:
+        (k, rows, width).
+    """
+    position = ((torch.arange(rows.start, rows.stop) + 0.5) * (height / size[0]) - 0.5).clamp(min=0)
+    above = position.long()
+    below = (above + 1).clamp(max=height - 1)
+    first = int(above[0])
+    maps = take(first, int(below[-1]) + 1)
+    weight = (position - above).unsqueeze(1).to(maps.device)
+    maps = torch.lerp(maps[:, above - first], maps[:, below - first], weight)
+    # Only the width changes here.
+    return F.interpolate(maps.unsqueeze(0), size=(rows.stop - rows.start, size[1]), mode="bilinear")[0]
 
 
 def follow_edges(maps: torch.Tensor, image: Image.Image | np.ndarray, radius: int) -> torch.Tensor:
     """
-    Maps (k, height, width) over an image, their edges moved to the image's by a fast guided filter (He, Sun, arXiv
-    1505.00996), fitted to every fourth part of the radius.
+    Move the edges of maps to the edges of the image under them, by a fast guided filter (He, Sun, arXiv 1505.00996)
+    that is computed on every (radius / 4)th pixel.
 
     Args:
-        radius: of the filter's windows in pixels.
+        maps: (k, height, width).
+        image: of the same size.
+        radius: radius of the filter's windows in pixels.
+
+    Returns:
+        (k, height, width) in float32.
 
     Raises:
         ValueError: kornia is not installed.

@@ -1,5 +1,7 @@
 """Zero-shot segmentation as a pipeline of Transformers: `pipeline("cbsa-zero-shot-segmentation")`."""
 
+import base64
+
 import httpx
 from PIL import Image
 from transformers import AutoModelForImageClassification, Pipeline
@@ -12,28 +14,48 @@ from .zero_shot import ZeroShotSegmentation, ZeroShotSegmenter
 TASK = "cbsa-zero-shot-segmentation"
 
 
-def fetch(address: str) -> bytes:
-    """The first bytes of an address, one more than [`open_image`] takes."""
+def fetch(url: str) -> bytes:
+    """
+    The bytes behind a URL; of a file larger than [`to_image`] accepts only as many as it takes to refuse it.
+
+    Raises:
+        ImageError: the server does not answer, or not with a file.
+    """
     data = bytearray()
     try:
-        with httpx.stream("GET", address, follow_redirects=True, timeout=60) as response:
+        with httpx.stream("GET", url, follow_redirects=True, timeout=60) as response:
             response.raise_for_status()
             for part in response.iter_bytes():
                 data += part
                 if len(data) > BYTES_PER_PIXEL * MAX_PIXELS:
                     break
     except (httpx.HTTPError, httpx.InvalidURL) as error:
-        raise ImageError(f"{address} cannot be fetched: {' '.join(str(error).split())}.") from error
+        raise ImageError(f"{url} cannot be fetched: {' '.join(str(error).split())}.") from error
     return bytes(data)
+
+
+def decode_url(url: str) -> bytes:
+    """
+    The bytes in a URL such as `data:image/png;base64,...`.
+
+    Raises:
+        ImageError: they are not in base64.
+    """
+    try:
+        return base64.b64decode(url.partition(",")[2], validate=True)
+    except ValueError as error:
+        raise ImageError("The image in a `data:` URL is damaged: it is not base64.") from error
 
 
 class ZeroShotSegmentationPipeline(Pipeline):
     """
-    [`ZeroShotSegmenter`] as a pipeline. Images are PIL images, arrays, paths or addresses, one or a list; keywords are
-    those of the segmenter, for all calls or one.
+    [`ZeroShotSegmenter`] as a pipeline. Images are PIL images, arrays, paths or URLs (`http:`,
+    `https:` and `data:`), one or a list. Keywords are
+    those of the segmenter, given to `pipeline` for all calls or to one call.
 
-    An image becomes a dictionary: `mask`, the foreground, a PIL image of 0 and 255; and `segments`, the most
-    foreground first, each with `label` and `probability`, None where unknown, `score`, foreground above 0, and `mask`.
+    The result for an image is a dictionary. `mask` is the foreground, a PIL image of 0 and 255. `segments` are
+    dictionaries in descending order of `score`, which is above 0 for foreground; each one also has `mask`, and `label`
+    and `probability`, which may be None.
 
     Example:
 
@@ -53,16 +75,19 @@ class ZeroShotSegmentationPipeline(Pipeline):
         return {}, options, {}
 
     def preprocess(self, image) -> dict[str, Image.Image]:
-        is_address = isinstance(image, str) and image.startswith(("http://", "https://"))
-        num_channels = self.model.config.num_channels
-        if is_address:
-            return {"image": to_image(fetch(image), name=image, num_channels=num_channels)}
-        return {"image": to_image(image, num_channels=num_channels)}
+        """Read an image, from a URL if it is one."""
+        name = None
+        if isinstance(image, str) and image.startswith(("http://", "https://")):
+            name, image = image, fetch(image)
+        elif isinstance(image, str) and image.startswith("data:"):
+            image = decode_url(image)
+        return {"image": to_image(image, name=name, num_channels=self.model.config.num_channels)}
 
     def _forward(self, inputs: dict[str, Image.Image], **options) -> dict[str, ZeroShotSegmentation]:
         return {"found": ZeroShotSegmenter(self.model, self.image_processor, **options)(inputs["image"])}
 
     def postprocess(self, outputs: dict[str, ZeroShotSegmentation]) -> dict:
+        """The result as PIL images and plain values."""
         found = outputs["found"]
         segments = [
             {
@@ -77,13 +102,21 @@ class ZeroShotSegmentationPipeline(Pipeline):
 
 
 def registration() -> dict:
-    """What `save_pretrained` writes of the pipeline, so that it opens with `trust_remote_code=True`."""
+    """
+    The entry that `save_pretrained` writes into `config.json`, so that `trust_remote_code=True` finds the pipeline.
+    """
     implementation = {"impl": ZeroShotSegmentationPipeline, "pt": (AutoModelForImageClassification,), "type": "image"}
     return {TASK: implementation}
 
 
 def register_pipeline(default: str):
-    """Make the task known to `pipeline`; `default` is its checkpoint, which stays out of what is saved."""
+    """
+    Make the task known to `pipeline`.
+
+    Args:
+        default: path of the checkpoint that `pipeline` loads without a model. It is not written by `save_pretrained`:
+            `_registered_impl`, which `register_pipeline` fills with it and `save_pretrained` writes, is set again.
+    """
     PIPELINE_REGISTRY.register_pipeline(
         TASK,
         pipeline_class=ZeroShotSegmentationPipeline,
@@ -94,4 +127,4 @@ def register_pipeline(default: str):
     ZeroShotSegmentationPipeline._registered_impl = registration()
 
 
-ZeroShotSegmentationPipeline._registered_impl = registration()  # there is no other where this file is remote code
+ZeroShotSegmentationPipeline._registered_impl = registration()  # also where this file is remote code

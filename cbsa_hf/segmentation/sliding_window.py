@@ -1,6 +1,7 @@
-"""Semantic segmentation of images larger than the training crop, a window at a time."""
+"""Semantic segmentation of images that are larger than the crops of the training, window by window."""
 
 from collections.abc import Callable, Iterable, Sequence
+from typing import Any, overload
 
 import numpy as np
 import torch
@@ -8,42 +9,45 @@ from PIL import Image
 from torch.nn import functional as F
 from transformers import BaseImageProcessor, PreTrainedModel
 
-from ..attention_cbsa import to_pair
+from ..configuration_cbsa import to_pair
 from .images import (
     ImageError,
     ImageSource,
+    bands,
     follow_edges,
     for_each_image,
     height_and_width,
     normalise,
     resize,
+    resize_rows,
     to_image,
 )
 from .inference import check_outputs, evaluating, unwrap
 from .memory import MAX_MEMORY, check_memory
 
 
-ROWS_AT_A_TIME = 64  # of the result; any number gives the same
+PIXELS_AT_A_TIME = 2**18  # pixels of the result that are computed at once; the result does not depend on it
 EDGE_RADIUS = 10  # pixels; chosen on the validation images of CamVid
 
 
 def window_starts(length: int, window: int, stride: int) -> list[int]:
-    """Where windows begin along one side of an image that is at least as long: a stride apart, the last at the end."""
+    """Where windows begin along a side of an image: one stride apart, and the last one ends where the side ends."""
     return [*range(0, length - window, stride), length - window]
 
 
 class LogitRows:
     """
-    The logits of an image, averaged over the windows that see a pixel, from top to bottom: windows are computed when
-    their first row is asked for, and rows above the one asked for last are forgotten.
+    The logits of an image, averaged over the windows that contain a pixel, in bands of rows from top to bottom.
+    Windows are computed when their first row is asked for. Rows above the last band are deleted.
 
     Args:
-        predict: windows, each (left, top, right, bottom) in pixels -> their logits, (K, height, width) each.
-        size: (height, width) of the image.
-        window: (height, width) of a window.
-        stride: (down, across).
-        num_labels: K.
-        device: where the logits are.
+        predict: takes windows, each (left, top, right, bottom) in pixels, and returns the logits (K, height, width) of
+            each.
+        size: (height, width) of the image in pixels.
+        window: (height, width) of a window in pixels.
+        stride: (down, across) in pixels.
+        num_labels: K, the number of classes.
+        device: the device of the logits.
     """
 
     def __init__(
@@ -59,21 +63,21 @@ class LogitRows:
         self.size = size
         self.window = [min(pair) for pair in zip(window, size, strict=True)]
         starts = [window_starts(*sides) for sides in zip(size, self.window, stride, strict=True)]
-        # How many windows see a row, and how many a column; their product is how many see a pixel.
+        # The number of windows at each row, and at each column; the product is that at each pixel.
         self.counts = [
             sum(F.pad(torch.ones(w, device=device), (start, n - w - start)) for start in along)
             for n, w, along in zip(size, self.window, starts, strict=True)
         ]
         self.tops, self.lefts = starts
-        self.sums = torch.zeros(num_labels, 0, size[1], device=device)  # of the rows from `first` on
+        self.sums = torch.zeros(num_labels, 0, size[1], device=device)  # of the rows that begin with `first`
         self.first = 0
 
     def compute_row_of_windows(self, first: int):
-        """The uppermost that is missing; rows above `first` are forgotten."""
+        """Computes the next row of windows, and deletes rows of the image above `first`."""
         top, (height, width) = self.tops.pop(0), self.window
         first = min(first, top)
         kept = self.sums[:, first - self.first :].clone()
-        self.sums = None  # lest two bands are in memory
+        self.sums = None  # so that two bands are never in memory together
         self.sums = F.pad(kept, (0, 0, 0, top + height - first - kept.shape[1]))
         del kept
         self.first = first
@@ -82,49 +86,50 @@ class LogitRows:
             self.sums[:, top - first :, left : left + width] += logits
 
     def take(self, first: int, last: int) -> torch.Tensor:
-        """Logits (K, last - first, width) of the rows from `first` until before `last`."""
+        """Logits (K, last - first, width) of the rows from `first` to `last - 1`."""
         while self.tops and self.tops[0] < last:
             self.compute_row_of_windows(first)
         rows, columns = self.counts
         return self.sums[:, first - self.first : last - self.first] / (rows[first:last, None] * columns)
 
-    def resized(self, first: int, last: int, size: tuple[int, int]) -> torch.Tensor:
-        """The rows from `first` until before `last` of `F.interpolate(logits, size, mode="bilinear")`."""
-        position = ((torch.arange(first, last) + 0.5) * (self.size[0] / size[0]) - 0.5).clamp(min=0)
-        above = position.long()
-        below = (above + 1).clamp(max=self.size[0] - 1)
-        rows = self.take(above[0].item(), below[-1].item() + 1)
-        weight = (position - above).unsqueeze(1).to(rows.device)
-        rows = torch.lerp(rows[:, above - above[0]], rows[:, below - above[0]], weight)
-        # Along the width alone.
-        return F.interpolate(rows.unsqueeze(0), size=(last - first, size[1]), mode="bilinear")[0]
+    def resized(self, rows: slice, size: tuple[int, int]) -> torch.Tensor:
+        """Some rows of `F.interpolate(logits, size, mode="bilinear")`, (K, rows, width)."""
+        return resize_rows(self.take, self.size[0], rows, size)
+
+
+def label_names(id2label: dict[int, str]) -> dict[int, str]:
+    """
+    Names of the labels that [`SlidingWindowSegmenter`] returns: the classes, or the only class and the background.
+    """
+    return id2label if len(id2label) > 1 else {0: "background", 1: id2label[0]}
 
 
 class SlidingWindowSegmenter:
     """
-    The class of every pixel of an image of any size, by a model for semantic segmentation that sees one window of it
-    at a time. Where windows overlap, their logits are averaged. Where one covers the image, the result is that of the
-    model on the whole image.
+    Gives every pixel of an image of any size a class, by a model for semantic segmentation that sees one window of the
+    image at a time. Where windows overlap, their logits are averaged. If one window covers the image, the result is
+    that of the model on the whole image.
 
-    In memory are the windows of one batch and logits for a band as wide as the image and as high as a window.
+    Memory holds the windows of one batch, and logits for a band as wide as the image and as high as a window.
 
     Args:
-        model: for semantic segmentation, of this library or any other in Transformers with `logits` by class.
-        processor: its image processor, which normalises the windows; they are not resized.
-        window: (height, width) of a window, or its side; when not given what the processor resizes to, or, where its
-            `size` has no height and width but bounds (`max_height`, `max_width`), its `crop_size`.
-        stride: (down, across) from one window to the next, or both; two thirds of the window when not given. Overlaps
-            help: what is near an edge of a window lacks context, and patches begin elsewhere in the next one.
-        batch_size: windows that the model sees at once.
-        long_side: pixels that the image's longer side is resized to first; when not given the image fills the
-            processor's bounds, or, where it has none, keeps its size.
-        scales: factors by which it is resized beyond that; logits are averaged over them.
-        flip: whether each window is also seen mirrored, and the logits averaged.
-        sharp: move edges to those of the image, and smooth between them; needs kornia. See [`follow_edges`].
-        max_memory: bytes that one image may take, by an estimate that is made before.
+        model: a model for semantic segmentation, of this library or another one of Transformers with `logits` by
+            class.
+        processor: its image processor. It normalises the windows and does not resize them.
+        window: (height, width) of a window in pixels, or its side. By default the size that the processor resizes to;
+            if its `size` only has bounds (`max_height`, `max_width`), its `crop_size`.
+        stride: (down, across) from one window to the next in pixels, or one number for both. By default two thirds of
+            the window. Overlap improves the result, since pixels near the edge of a window have less context.
+        batch_size: number of windows that the model sees together.
+        long_side: the longer side of the image is first resized to that many pixels. By default the image is resized
+            to the bounds of the processor, or keeps its size if there are none.
+        scales: the image is also resized by each of these factors, and the logits are averaged.
+        flip: each window is also seen mirrored, and the logits are averaged.
+        sharp: move edges to those of the image, and smooth the logits between them; needs kornia.
+        max_memory: bytes that one image may take, as estimated before it is processed.
 
     Raises:
-        ValueError: a size that is not positive, a stride that leaves gaps, or no window where the processor has none.
+        ValueError: a size is not positive, the stride leaves gaps, or neither `window` nor the processor gives a size.
 
     Example:
 
@@ -181,20 +186,20 @@ class SlidingWindowSegmenter:
         self.max_memory = max_memory
 
     def logit_rows(self, model: torch.nn.Module, image: Image.Image | np.ndarray, scale: float) -> LogitRows:
-        """The logits that the model has for an image resized by that factor."""
+        """The logits of the model for an image that is resized by `scale`."""
         config, device = unwrap(model).config, unwrap(model).device
         dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
         full_height, full_width = height_and_width(image)
         height, width = (max(1, round(side * scale)) for side in (full_height, full_width))
         num_labels = config.num_labels
-        # The band that is there and the one that it is moved to; and the rows that are asked for, before and after.
-        rows = 2 * min(self.window[0], height) + 4 * ROWS_AT_A_TIME * max(1, scale)
+        # The current band and the one that it is copied to; and the rows asked for, before and after they are resized.
+        asked_for = 4 * max(PIXELS_AT_A_TIME, full_width) * max(1, scale) ** 2
         what = f"Logits of {num_labels} classes for an image {width} pixels wide"
-        memory = 4 * num_labels * max(width, full_width) * rows
+        memory = 4 * num_labels * (2 * min(self.window[0], height) * width + asked_for)
         check_memory(memory, what, "lower `long_side` (`--long-side`)", self.max_memory)
 
         def crop(left, top, right, bottom):
-            # What Pillow makes of a box is that part of the whole image, resized.
+            # Pillow resizes only this box of the image: the same pixels as those of the whole image, resized.
             box = [
                 min(edge * full / resized, full)
                 for edge, full, resized in zip(
@@ -220,7 +225,7 @@ class SlidingWindowSegmenter:
         return LogitRows(predict, (height, width), self.window, self.stride, num_labels, device)
 
     def base_scale(self, height: int, width: int) -> float:
-        """The factor that an image is resized by before `scales`."""
+        """The factor by which an image of that (height, width) is resized before `scales` apply."""
         bounds = self.processor.size
         if self.long_side is not None:
             return self.long_side / max(height, width)
@@ -229,33 +234,43 @@ class SlidingWindowSegmenter:
         return 1
 
     def segment(self, image: Image.Image | np.ndarray) -> np.ndarray:
-        """Segment one image of [`to_image`]."""
+        """Class indices (height, width) of one image, as [`to_image`] returns it."""
         with evaluating(self.model) as model:
             return self.segment_with(model, image)
 
     @torch.inference_mode()
     def segment_with(self, model: torch.nn.Module, image: Image.Image | np.ndarray) -> np.ndarray:
-        """Segment one image of [`to_image`] by a model in evaluation mode."""
+        """Class indices (height, width) of one image, by a model that is in evaluation mode."""
         num_labels = unwrap(model).config.num_labels
         size = height_and_width(image)
         base = self.base_scale(*size)
         sources = [self.logit_rows(model, image, base * scale) for scale in self.scales]
         labels = np.empty(size, dtype=np.min_scalar_type(num_labels - 1))
-        for first in range(0, size[0], ROWS_AT_A_TIME):
-            last = min(first + ROWS_AT_A_TIME, size[0])
-            logits = sum(source.resized(first, last, size) for source in sources)
-            # One label is what a pixel is or is not, by a sigmoid above a half.
-            labels[first:last] = (logits.argmax(0) if num_labels > 1 else logits[0] > 0).cpu()
+        for rows in bands(*size, PIXELS_AT_A_TIME):
+            logits = torch.stack([source.resized(rows, size) for source in sources]).sum(0)
+            # With one label a pixel is 1 if the sigmoid of its logit is above a half, else 0.
+            labels[rows] = (logits.argmax(0) if num_labels > 1 else logits[0] > 0).cpu()
         return labels
 
-    def __call__(self, images: ImageSource | Sequence[ImageSource]) -> np.ndarray | list[np.ndarray | ImageError]:
+    @overload
+    def __call__(self, images: list[Any] | tuple[Any, ...]) -> list[np.ndarray | ImageError]: ...
+
+    @overload
+    def __call__(self, images: ImageSource) -> np.ndarray: ...
+
+    def __call__(self, images: Any) -> Any:
         """
-        Class indices, (height, width) of one image or of each of several, of any size and mode: whatever
-        [`to_image`] takes. Of several, one that cannot be read does not discard the others: the list holds its
-        `ImageError` in that place.
+        Segment one image or several, of any size and mode.
+
+        Args:
+            images: a file, PIL image, array or tensor, or a list of them; see `cbsa_hf.segmentation.images.to_image`.
+
+        Returns:
+            Class indices (height, width), or a list of them. In the list an image that cannot be read has its
+            `ImageError` in its place, and a warning says so.
 
         Raises:
-            ValueError: a single image cannot be read, or takes too much memory; the message is one sentence for
+            ValueError: a single image cannot be read, or takes too much memory. The message is one sentence for
                 people.
         """
         num_channels = getattr(unwrap(self.model).config, "num_channels", 3)

@@ -1,8 +1,8 @@
 """
 Spectral clustering in time linear in the number of tokens.
 
-The affinity of N tokens is `W = A^T A`, its factor A (m, N) not negative, as attention through representatives gives
-it. Its degrees are `A^T (A 1)`, and its normalised cut comes from an m x m Gram matrix: O(N m^2), never N x N.
+The affinity of N tokens is `W = A^T A` with a non-negative factor A, (m, N), such as the attention of representatives.
+Its degrees are `A^T (A 1)`, and its normalised cut follows from an m x m matrix, so the cost is O(N m^2).
 """
 
 from typing import NamedTuple
@@ -11,18 +11,19 @@ import torch
 from torch.nn import functional as F
 
 
-SMALLEST_VALUE = 1e-6  # of an eigenvalue, the largest of which is 1; smaller ones are rounding errors
-LONGEST_WALK = 1000.0  # steps
+MAX_STEPS = 100  # largest number of iterations of k-means
+SMALLEST_VALUE = 1e-6  # eigenvalues below this are rounding errors; the largest one is 1
+LONGEST_WALK = 1000.0  # steps; where the affinity has several components, random walks are cut off there
 
 
 class Cut(NamedTuple):
     """
-    The normalised cut of an affinity (Shi, Malik 2000): the solutions y of `W y = value D y`, D the degrees.
+    The normalised cut of an affinity W (Shi, Malik 2000): the solutions y of `W y = value D y`, D the degrees.
 
     Args:
         degrees: (N,), the row sums of W.
-        values: (k,), from the largest, which is 1; those that are not above 0 are left out.
-        vectors: (N, k), one y in each column, `y^T D y = 1`; the first is constant if W does not fall into parts.
+        values: (k,), the positive eigenvalues, in descending order; the first is 1.
+        vectors: (N, k), one y in each column, with `y^T D y = 1`; the first is constant if W has one component.
     """
 
     degrees: torch.Tensor
@@ -30,23 +31,25 @@ class Cut(NamedTuple):
     vectors: torch.Tensor
 
     def leading(self, count: int) -> "Cut":
-        """With the first vector and `count` more: the coarsest structure of the affinity."""
+        """
+        The cut with only the first vector and the `count` vectors after it, the coarsest structure of the affinity.
+        """
         return Cut(self.degrees, self.values[: 1 + count], self.vectors[:, : 1 + count])
 
     def diffusion_map(self, count: int) -> torch.Tensor:
         """
-        (N, count), points as far apart as the places that one step of a random walk leads to, by the leading vectors
-        (Coifman, Lafon 2006).
+        Coordinates (N, count) in which the distance of two tokens is how much the random walks from them differ after
+        one step (diffusion map; Coifman, Lafon 2006).
         """
         return self.vectors[:, :count] * self.values[:count]
 
 
 def cut_factored(factor: torch.Tensor) -> Cut:
     """
-    The cut of `A^T A`, in O(N m^2): with `B = A D^(-1/2)`, the eigenvectors of `B^T B` come from those of `B B^T`.
+    The cut of `A^T A` in O(N m^2): with `B = A D^(-1/2)`, the eigenvectors of `B^T B` follow from those of `B B^T`.
 
     Args:
-        factor: A, (m, N), not negative, every degree above 0.
+        factor: A, (m, N), not negative, with degrees above 0.
     """
     degrees = factor.T @ factor.sum(1)
     normalised = factor * degrees.rsqrt()
@@ -59,10 +62,10 @@ def cut_factored(factor: torch.Tensor) -> Cut:
 
 def cut_dense(affinity: torch.Tensor) -> Cut:
     """
-    The cut of an affinity that has no factor, in O(N^3).
+    The cut of an affinity without a known factor, in O(N^3).
 
     Args:
-        affinity: W, (N, N), symmetric and not negative, every degree above 0.
+        affinity: W, (N, N), symmetric and not negative, with degrees above 0.
     """
     degrees = affinity.sum(1)
     scale = degrees.rsqrt()
@@ -72,7 +75,9 @@ def cut_dense(affinity: torch.Tensor) -> Cut:
 
 
 def positions(grid: tuple[int, int]) -> torch.Tensor:
-    """(N, 2), where each patch of a grid is, from -1 to 1 downwards and to the right, row by row."""
+    """
+    (N, 2), the position of each patch of a grid, row by row: from -1 to 1 downwards, and from -1 to 1 rightwards.
+    """
     rows, columns = (2 * (torch.arange(side, dtype=torch.float64) + 0.5) / side - 1 for side in grid)
     return torch.cartesian_prod(rows, columns)
 
@@ -85,18 +90,18 @@ def landmark_factor(
     locality: float = 0.0,
 ) -> torch.Tensor:
     """
-    A factor (m, N) for tokens by their features: m landmarks are pooled from the grid, as the representatives of CBSA
-    are, and a softmax over the landmarks spreads each token by its cosines to them, and by how near they are.
+    The factor (m, N) of an affinity between patches, from their features (anchor graphs; Liu, He, Chang 2010).
 
-    With Z (N, m) these shares, the affinity is `Z diag(1^T Z)^-1 Z^T`: two steps of a random walk, to a landmark and
-    back to a token (anchor graphs; Liu, He, Chang 2010). Its degrees are all 1.
+    m landmarks are pooled from the grid as CBSA pools its representatives. Z, (N, m), is the softmax over the
+    landmarks of `cosine / temperature - locality * squared distance`. The affinity is `Z diag(1^T Z)^-1 Z^T`: a random
+    walk of two steps, to a landmark and back to a patch. All degrees are 1.
 
     Args:
-        features: (N, d) of the patches, row by row.
-        grid: their (height, width).
-        size: of the grid of landmarks: its side, or (height, width).
-        temperature: of the softmax; the lower, the fewer landmarks a token follows.
-        locality: what is taken from a logit per squared distance to the landmark, see [`positions`].
+        features: (N, d), of the patches row by row.
+        grid: (height, width) of the grid of patches.
+        size: side of the grid of landmarks, or (height, width).
+        temperature: lower values assign a patch to fewer landmarks.
+        locality: weight of the squared distance between patch and landmark in the coordinates of [`positions`].
     """
 
     def pool(values: torch.Tensor) -> torch.Tensor:
@@ -111,8 +116,8 @@ def landmark_factor(
 
 def stack_factors(factors: torch.Tensor) -> torch.Tensor:
     """
-    The factors (..., m, N) of several heads or layers as one (rows, N), whose affinity is the mean of theirs, each
-    scaled to a mean degree of 1.
+    One factor (rows, N) for the factors (..., m, N) of several heads or layers. Its affinity is the mean of theirs,
+    each scaled to a mean degree of 1.
     """
     degrees = (factors.sum(-1, keepdim=True) * factors).sum(-2)  # (..., N)
     factors = factors * degrees.mean(-1)[..., None, None].rsqrt()
@@ -121,32 +126,39 @@ def stack_factors(factors: torch.Tensor) -> torch.Tensor:
 
 def visits(cut: Cut, target: torch.Tensor) -> torch.Tensor:
     """
-    How many more visits to the target a random walk pays that starts from a token, compared with walks on average:
-    `sum_t (P^t - P^inf) target`, t from 1, with `P = D^-1 W`.
+    How often random walks from each token visit the target, minus the average over all walks: `sum_t (P^t - P^inf)
+    target` over t >= 1, with `P = D^-1 W`.
 
     Args:
-        cut: of W.
-        target: (N,), 1 for the tokens whose visits count, 0 for the others.
+        cut: the cut of W.
+        target: (N,), 1 for the tokens in the target, 0 for the others.
 
     Returns:
-        (N,); the mean, weighed by the degrees, is 0. Where W falls into parts, walks of [`LONGEST_WALK`] steps.
+        (N,), with a mean of 0 when weighted by the degrees. If W has several components, the walks end after about
+        `LONGEST_WALK` steps.
     """
-    more = target - (cut.degrees * target).sum() / cut.degrees.sum()  # P^inf of it is 0
+    more = target - (cut.degrees * target).sum() / cut.degrees.sum()  # so that P^inf maps it to 0
     steps = cut.values / (1 - cut.values).clamp_min(1 / LONGEST_WALK)
     return cut.vectors @ (steps * (cut.vectors.T @ (cut.degrees * more)))
 
 
-def k_means(points: torch.Tensor, k: int, max_steps: int = 100) -> torch.Tensor:
+def k_means(points: torch.Tensor, k: int) -> torch.Tensor:
     """
-    Clusters of the points (N, d), as labels (N,) from 0; k of them, or as many as there are different points.
+    K-means clustering without randomness: the first centre is the point farthest from the mean, each next centre the
+    point farthest from the centres before.
 
-    Nothing is random: the first centre is the point farthest from the mean, each next one farthest from those before.
+    Args:
+        points: (N, d).
+        k: number of clusters; fewer if there are fewer different points.
+
+    Returns:
+        (N,), the cluster of each point, from 0.
     """
     centres = points[(points - points.mean(0)).square().sum(1).argmax()].unsqueeze(0)
     while len(centres) < k and (distance := torch.cdist(points, centres).amin(1)).max() > 0:
         centres = torch.cat([centres, points[distance.argmax()].unsqueeze(0)])
     labels = torch.cdist(points, centres).argmin(1)
-    for _ in range(max_steps):
+    for _ in range(MAX_STEPS):
         members = F.one_hot(labels, len(centres)).to(points.dtype)
         counts = members.sum(0).unsqueeze(1)
         centres = torch.where(counts > 0, members.T @ points / counts.clamp_min(1), centres)

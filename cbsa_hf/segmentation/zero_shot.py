@@ -1,7 +1,9 @@
-"""Segmentation without labels, by the tokens and the attention of a classifier that never saw a mask."""
+"""Segment photos with the tokens and the attention of a classifier that was never trained with masks."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from functools import cached_property, partial
+from typing import Any, overload
 
 import numpy as np
 import torch
@@ -10,80 +12,98 @@ from torch.nn import functional as F
 from transformers import BaseImageProcessor, PreTrainedModel
 
 from .images import (
+    PIXELS_AT_A_TIME,
     ImageError,
     ImageSource,
+    bands,
     fit_to_patches,
     follow_edges,
     for_each_image,
     height_and_width,
+    resize_rows,
     to_image,
     to_pixel_values,
 )
-from .inference import evaluating, unwrap
+from .inference import Encoding, classify, encode, unwrap
 from .memory import MAX_MEMORY, check_input, check_memory
-from .patch_grouping import METHOD_OPTIONS, METHODS, Grouping, Options
+from .patch_grouping import METHODS, Grouping, Options
 
 
 @dataclass
 class Segment:
     """
+    One segment of an image.
+
     Args:
-        mask: (height, width) of the image, bool.
-        score: how much it is foreground, the mean of its pixels' scores.
-        name: the class that its patches show; None where none is known well enough.
-        probability: of the likeliest class, named or not; None where the model has no classifier.
+        labels: (height, width) of the image, the index of the segment of each pixel.
+        index: index of this segment.
+        score: how much it is foreground: the mean of the scores of its pixels.
+        name: the most probable class of its patches; None if its probability is below `min_probability`.
+        probability: of the most probable class; None if the model has no classifier.
     """
 
-    mask: np.ndarray
+    labels: np.ndarray = field(repr=False)
+    index: int
     score: float
     name: str | None = None
     probability: float | None = None
+
+    @property
+    def mask(self) -> np.ndarray:
+        """(height, width) of the image, bool; computed at each access."""
+        return self.labels == self.index
 
 
 @dataclass
 class ZeroShotSegmentation:
     """
+    The segmentation of one image.
+
     Args:
-        mask: (height, width) of the image, bool; True is foreground, a score above 0.
-        scores: (height, width), how much each pixel is foreground. Method `attention`: the attention of CLS, divided
-            by the least in the foreground, less 1. Others: how much more rarely than on average a random walk from
-            there visits the surroundings, how central it is and how much CLS attends to it, in standard deviations.
-        segments: a partition of the image, the most foreground first.
+        mask: (height, width) of the image, bool; True for the foreground, where the score is above 0.
+        labels: (height, width), the index in `segments` of the segment of each pixel.
+        segments: a partition of the image, in descending order of the score.
+        draw_scores: computes `scores`.
     """
 
     mask: np.ndarray
-    scores: np.ndarray
+    labels: np.ndarray
     segments: list[Segment]
+    draw_scores: Callable[[], np.ndarray] = field(repr=False)
 
-    @property
-    def labels(self) -> np.ndarray:
-        """(height, width), the index of each pixel's segment."""
-        labels = np.zeros(self.mask.shape, dtype=np.intp)
-        for index, segment in enumerate(self.segments):
-            labels[segment.mask] = index
-        return labels
+    @cached_property
+    def scores(self) -> np.ndarray:
+        """
+        (height, width), how much each pixel is foreground; computed at the first access.
+
+        For the method `attention` it is the attention of CLS divided by its smallest value in the foreground, minus 1.
+        For the other methods it combines three scores, in standard deviations: how rarely random walks from the pixel
+        visit the border of the image, how near it is to the centre, and how much CLS attends to it.
+        """
+        return self.draw_scores()
 
 
 class ZeroShotSegmenter:
     """
-    Segments of a photo, which of them are foreground, and what they show. Methods:
+    Divides a photo into segments, decides which are foreground, and names them by the classes of the model. Methods:
 
-    - `ncut`: the normalised cut of the patches' affinity, in time linear in their number.
-    - `representatives`: the representatives of a layer are merged; each patch goes with those that attend to it.
-    - `attention`: foreground and background by the attention of CLS alone.
+    - `ncut`: the normalised cut of an affinity between the patches, in time linear in their number.
+    - `representatives`: groups the representatives of a layer; a patch joins the group that attends to it most.
+    - `attention`: foreground and background from the attention of CLS.
 
     Args:
-        model: a CBSA model, any attention type. The segments of classifiers have names.
+        model: a CBSA model with any attention type. Only classifiers name the segments.
         processor: its image processor.
-        method: see above.
-        sharp: move the edges to those of the image; needs kornia.
-        long_side: pixels that the image's longer side is resized to; positions are interpolated.
-        min_probability: what a class needs for a segment to be named after it.
-        max_memory: bytes that one image may take, by an estimate that is made before.
-        **options: of the method; see [`Options`].
+        method: one of the above.
+        sharp: move the edges of segments to the edges of the image; needs kornia.
+        long_side: the longer side of the image is resized to that many pixels; positions are interpolated.
+        min_probability: probability that a class needs to become the name of a segment.
+        max_memory: bytes that one image may take, as estimated before it is processed.
+        **options: options of the method: `num_segments`, `layer`, `head`, `mass`, `attention_weight`; see `Options`
+            in `cbsa_hf.segmentation.patch_grouping`.
 
     Raises:
-        ValueError: no such method, or an option outside its range or without effect on it.
+        ValueError: there is no such method, or an option is outside its range or has no effect on the method.
 
     Example:
 
@@ -122,86 +142,143 @@ class ZeroShotSegmenter:
         self.options = Options(**options)
         self.options.check(model)
         for name in options:
-            if name in Options.__dataclass_fields__ and name not in METHOD_OPTIONS[method]:
+            if name in Options.__dataclass_fields__ and name not in METHODS[method].options:
                 raise ValueError(f"`{name}` has no effect on the method {method!r}; leave it out.")
         if method == "ncut" and not options.get("attention_weight") and {"layer", "head"} & options.keys():
             raise ValueError("`layer` and `head` have no effect on the method 'ncut' without an `attention_weight`.")
 
     def name(self, grouping: Grouping) -> list[tuple[str | None, float | None]]:
-        """Class and probability of each group: the classifier on the mean of its tokens."""
-        model = unwrap(self.model)
-        # With one label a classifier of Transformers is a regressor, which has no probabilities.
-        if not hasattr(model, "classifier") or model.config.num_labels < 2:
-            return [(None, None)] * len(grouping.members)
+        """Name and probability of each group, from the classifier applied to the mean of its tokens."""
         members = F.one_hot(grouping.members.argmax(0).flatten(), len(grouping.members)).float().T
         tokens = members @ grouping.tokens.flatten(0, 1) / members.sum(1, keepdim=True).clamp_min(1)
-        with evaluating(model.classifier) as classifier:
-            logits = classifier(tokens.to(model.device, model.dtype))
-        probabilities, classes = logits.float().softmax(-1).max(-1)
+        found = classify(self.model, tokens)
+        if found is None:
+            return [(None, None)] * len(members)
+        names = unwrap(self.model).config.id2label
+        probabilities, classes = found.max(-1)
         return [
-            (model.config.id2label[int(i)] if p >= self.min_probability else None, float(p))
+            (names[int(i)] if p >= self.min_probability else None, float(p))
             for p, i in zip(probabilities, classes, strict=True)
         ]
 
     def check_memory(self, size: tuple[int, int]):
-        """A ValueError for an image of that (height, width) which would take more than `max_memory`."""
+        """Raises ValueError if an image of that (height, width) would take more than `max_memory`."""
         seen = fit_to_patches(size, self.long_side, unwrap(self.model).config.patch_size)
         check_input(self.model, seen, self.max_memory)
-        # A mask for each segment, and the numbers that segments are found by, a map at a time.
-        num_segments = self.options.num_segments
-        memory = size[0] * size[1] * (num_segments + 20 + (80 if self.sharp else 0))
+        # The image, mask and labels, and a band of the maps. Sharp maps are filtered as a whole, one at a time.
+        num_segments, pixels = self.options.num_segments, size[0] * size[1]
+        memory = pixels * (100 if self.sharp else 8) + 8 * (num_segments + 1) * min(pixels, PIXELS_AT_A_TIME)
         what = f"An image of {size[1]} x {size[0]} pixels in {num_segments} segments"
         check_memory(memory, what, "give a smaller image, or fewer `num_segments` (`--segments`)", self.max_memory)
 
-    def paint(
-        self, maps: torch.Tensor, image: Image.Image | np.ndarray, size: tuple[int, int]
-    ) -> tuple[np.ndarray, np.ndarray]:
+    def enlarge(
+        self, maps: torch.Tensor, image: Image.Image | np.ndarray
+    ) -> Iterator[tuple[slice, Iterator[torch.Tensor]]]:
         """
-        The index of the largest of the maps but the last in each pixel, and the last; maps are (k + 1, height, width)
-        of the patches. One at a time is made as large as the image.
+        Maps over the patches at the size of the image, band by band; with `sharp` the whole image is one band.
+
+        Args:
+            maps: (k, grid height, grid width).
+            image: guides the edges if `sharp`.
+
+        Yields:
+            The rows of a band, and an iterator over the maps in that band, each (rows, width).
         """
-
-        def enlarge(values: torch.Tensor) -> torch.Tensor:
-            full = F.interpolate(values[None, None], size=size, mode="bilinear")[0]
-            if self.sharp:
-                patch = max(size) / max(values.shape)
-                full = follow_edges(full, image, radius=max(1, round(patch)))
-            return full[0]
-
-        largest = enlarge(maps[0])
-        labels = torch.zeros(size, dtype=torch.int16)
-        for index in range(1, len(maps) - 1):
-            found = enlarge(maps[index])
-            labels[found > largest] = index
-            torch.maximum(largest, found, out=largest)
-        return labels.numpy(), enlarge(maps[-1]).numpy()
-
-    def segment(self, image: Image.Image | np.ndarray) -> ZeroShotSegmentation:
-        """Segment one image of [`to_image`]."""
         size = height_and_width(image)
-        self.check_memory(size)
-        pixel_values = to_pixel_values(image, self.processor, self.long_side, unwrap(self.model).config.patch_size)
-        grouping = METHODS[self.method](self.model, pixel_values, self.options)
-        maps = torch.cat([grouping.members, grouping.saliency.unsqueeze(0)]).float()
-        labels, scores = self.paint(maps, image, size)
-        segments = []
-        for i, (name, probability) in enumerate(self.name(grouping)):
-            mask = labels == i
-            if mask.any():
-                segments.append(Segment(mask, float(scores[mask].mean()), name, probability))
-        segments.sort(key=lambda segment: -segment.score)
-        return ZeroShotSegmentation(scores > 0, scores, segments)
+        if not self.sharp:
+            for rows in bands(*size):
+                yield rows, iter(resize_rows(lambda first, last: maps[:, first:last], maps.shape[1], rows, size))
+            return
+        radius = max(1, round(max(size) / max(maps.shape[1:])))  # a patch
+        enlarged = (F.interpolate(values[None, None], size=size, mode="bilinear")[0] for values in maps)
+        yield slice(0, size[0]), (follow_edges(values, image, radius)[0] for values in enlarged)
 
-    def __call__(
-        self, images: ImageSource | Sequence[ImageSource]
-    ) -> ZeroShotSegmentation | list[ZeroShotSegmentation | ImageError]:
+    def draw(self, values: torch.Tensor, image: Image.Image | np.ndarray) -> np.ndarray:
+        """A map (grid height, grid width) over the patches at the size of the image, (height, width)."""
+        return np.concatenate([next(found).numpy() for _, found in self.enlarge(values.unsqueeze(0), image)])
+
+    def paint(self, grouping: Grouping, image: Image.Image | np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """
-        Segment one image or several, of any size and mode: whatever [`to_image`] takes.
+        Bring a grouping of patches to the pixels.
 
-        Of several, one that cannot be read does not discard the others: the list holds its `ImageError` in that place.
+        Returns:
+            (height, width), the group of each pixel; (height, width), whether it is foreground; and (k,), the mean
+            score of each group, NaN if it has no pixels.
+        """
+        size, num_groups = height_and_width(image), len(grouping.members)
+        labels, mask = np.empty(size, dtype=np.min_scalar_type(num_groups)), np.empty(size, dtype=bool)
+        sums, counts = np.zeros(num_groups), np.zeros(num_groups, dtype=np.int64)
+        saliency = grouping.saliency.float()
+        for rows, maps in self.enlarge(torch.cat([grouping.members.float(), saliency.unsqueeze(0)]), image):
+            largest, band = next(maps), labels[rows]
+            band[:] = 0
+            for index, values in zip(range(1, num_groups), maps, strict=False):
+                band[(values > largest).numpy()] = index
+                largest = torch.maximum(largest, values)
+            scores = next(maps).numpy()
+            mask[rows] = scores > 0
+            counts += np.bincount(band.ravel(), minlength=num_groups)
+            sums += np.bincount(band.ravel(), weights=scores.ravel(), minlength=num_groups)
+        return labels, mask, np.divide(sums, counts, out=np.full(num_groups, np.nan), where=counts > 0)
+
+    def encode(self, image: Image.Image | np.ndarray, **options) -> Encoding:
+        """
+        The encoding of an image that [`segment`] needs.
+
+        Args:
+            image: as [`to_image`] returns it.
+            **options: what else to keep; see `cbsa_hf.segmentation.inference.encode`.
 
         Raises:
-            ValueError: a single image cannot be read, or takes too much memory; the message is one sentence for
+            ValueError: the image would take more memory than `max_memory`, or the model's outputs are not finite.
+        """
+        config = unwrap(self.model).config
+        self.check_memory(height_and_width(image))
+        pixel_values = to_pixel_values(image, self.processor, self.long_side, config.patch_size)
+        if METHODS[self.method].needs_steps:
+            options.setdefault("steps_of", [self.options.attention_layer % config.num_hidden_layers])
+        return encode(self.model, pixel_values, output_attentions=True, **options)
+
+    def segment(self, image: Image.Image | np.ndarray, encoding: Encoding | None = None) -> ZeroShotSegmentation:
+        """
+        Segment one image.
+
+        Args:
+            image: as [`to_image`] returns it.
+            encoding: what [`encode`] returned for this image; None encodes it.
+        """
+        encoding = self.encode(image) if encoding is None else encoding
+        grouping = METHODS[self.method].group(encoding, self.options)
+        labels, mask, scores = self.paint(grouping, image)
+        found = np.flatnonzero(~np.isnan(scores))
+        order = found[np.argsort(-scores[found], kind="stable")]
+        rank = np.zeros(len(scores), dtype=labels.dtype)
+        rank[order] = np.arange(len(order))
+        for rows in bands(*labels.shape):
+            labels[rows] = rank[labels[rows]]
+        names = self.name(grouping)
+        segments = [Segment(labels, index, float(scores[i]), *names[i]) for index, i in enumerate(order)]
+        return ZeroShotSegmentation(mask, labels, segments, partial(self.draw, grouping.saliency.float(), image))
+
+    @overload
+    def __call__(self, images: list[Any] | tuple[Any, ...]) -> list[ZeroShotSegmentation | ImageError]: ...
+
+    @overload
+    def __call__(self, images: ImageSource) -> ZeroShotSegmentation: ...
+
+    def __call__(self, images: Any) -> Any:
+        """
+        Segment one image or several, of any size and mode.
+
+        Args:
+            images: a file, PIL image, array or tensor, or a list of them; see `cbsa_hf.segmentation.images.to_image`.
+
+        Returns:
+            The segmentation, or a list of them. In the list an image that cannot be read has its `ImageError` in its
+            place, and a warning says so.
+
+        Raises:
+            ValueError: a single image cannot be read, or takes too much memory. The message is one sentence for
                 people.
         """
         num_channels = unwrap(self.model).config.num_channels

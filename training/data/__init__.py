@@ -1,1 +1,1 @@
-"""Data sets, and what is done to their rows before a model sees them."""
+"""Data sets: loading them, reading their images, labels and masks, and augmentation."""

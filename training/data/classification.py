@@ -1,4 +1,4 @@
-"""Labelled images as tensors for training and for validation."""
+"""Images with class labels, as tensors for training and for validation."""
 
 from dataclasses import dataclass
 
@@ -9,22 +9,25 @@ from PIL import Image as PILImage
 from torch.nn import functional as F
 from transformers import BaseImageProcessor
 
+from cbsa_hf.segmentation.images import height_and_width, normalise, resize
 from data.labelled_images import LabelledImages, to_tensor
 
 
 @dataclass
 class Crop:
     """
+    A crop of an image.
+
     Args:
         index: of the image in the data set.
-        image: the whole image, in RGB.
+        image: the whole image, in RGB, or (height, width, channels).
         label: its class.
-        box: left, upper, right and lower side of the crop, from 0 to 1 across the image.
-        flipped: whether it is seen in a mirror.
+        box: left, upper, right and lower side of the crop, as shares of the image's width and height.
+        flipped: whether the crop is mirrored.
     """
 
     index: int
-    image: PILImage.Image
+    image: PILImage.Image | np.ndarray
     label: int
     box: tuple[float, float, float, float]
     flipped: bool
@@ -32,23 +35,23 @@ class Crop:
 
 class TrainingImages(LabelledImages):
     """
-    Random resized crops and horizontal flips: the augmentation of the published recipe; and mixtures of two images.
+    Random resized crops and horizontal flips, as in the published recipe, and mixtures of two images.
 
-    What is drawn depends on seed, epoch and index alone, not on workers or processes; the size of a batch on the index
-    of its first image. PIL crops and resizes in one antialiased call.
+    Crops, flips and mixtures depend on seed, epoch and index only, not on workers or processes. The crops of a batch
+    have one size, which depends on the index of its first image. PIL crops and resizes in one antialiased call.
 
     Args:
         dataset, max_corrupt: see [`LabelledImages`].
         processor: says how pixels are scaled and normalised.
-        crop_sizes: sides of the square crops in pixels, one for each of as many equal parts of the run.
-        random_crop_sizes: draw the side of every batch from `crop_sizes` instead.
+        crop_sizes: sides of the square crops in pixels. The run is divided into as many equal parts, one for each.
+        random_crop_sizes: instead, draw the side for every batch from `crop_sizes`.
         num_epochs: length of the run.
-        min_crop_scale: smallest share of the image's area in a crop; the largest is 1.
-        mixup_alpha: parameter of the Beta distribution of the weights of blended images (Mixup, arXiv 1710.09412); 0
-            for none.
-        cutmix_alpha: the same for the area of a rectangle that is pasted from another image (CutMix, arXiv
-            1905.04899); with both, each image is mixed in one of the two ways. With mixtures the labels are
-            probabilities (num_labels,).
+        min_crop_scale: smallest area of a crop, as a share of the image's area; the largest is 1.
+        mixup_alpha: parameter of the Beta distribution of the weights of two blended images (Mixup, arXiv 1710.09412);
+            0 for no blending.
+        cutmix_alpha: parameter of the Beta distribution of the area of a rectangle pasted from another image (CutMix,
+            arXiv 1905.04899); 0 for no pasting. If both are given, each image is mixed in one of the two ways. The
+            labels of mixtures are probabilities, (num_labels,).
         seed: seed of the run.
     """
 
@@ -65,7 +68,7 @@ class TrainingImages(LabelledImages):
         mixup_alpha: float = 0.0,
         cutmix_alpha: float = 0.0,
     ):
-        super().__init__(dataset, max_corrupt)
+        super().__init__(dataset, max_corrupt, len(processor.image_mean))
         self.processor = processor
         self.crop_sizes = crop_sizes
         self.random_crop_sizes = random_crop_sizes
@@ -76,7 +79,7 @@ class TrainingImages(LabelledImages):
         self.seed = seed
 
     def random_box(self, width: int, height: int, random: np.random.Generator) -> tuple[int, int, int, int]:
-        """A box (left, upper, right, lower) of random area, of aspect 3/4 to 4/3, at a random place."""
+        """A box (left, upper, right, lower) in pixels of random area, aspect ratio (3/4 to 4/3) and place."""
         for _ in range(10):
             area = width * height * random.uniform(self.min_crop_scale, 1)
             aspect = np.exp(random.uniform(np.log(3 / 4), np.log(4 / 3)))
@@ -87,30 +90,30 @@ class TrainingImages(LabelledImages):
         return 0, 0, width, height
 
     def random_crop(self, index: int, random: np.random.Generator) -> Crop:
-        """A crop of that image, or of the next that can be read."""
+        """A crop of the image of that index, or of the next one that can be read."""
         index, image, label = self.read_next(index)
-        left, upper, right, lower = self.random_box(*image.size, random)
-        box = left / image.width, upper / image.height, right / image.width, lower / image.height
+        height, width = height_and_width(image)
+        left, upper, right, lower = self.random_box(width, height, random)
+        box = left / width, upper / height, right / width, lower / height
         return Crop(index, image, label, box, flipped=random.random() < 0.5)
 
     def tensors(self, crop: Crop, size: int) -> dict[str, torch.Tensor]:
-        """What is mixed in a mixture: `pixel_values` (3, size, size)."""
-        width, height = crop.image.size
+        """The tensors that mixtures mix: here `pixel_values`, (channels, size, size)."""
+        height, width = height_and_width(crop.image)
         box = crop.box[0] * width, crop.box[1] * height, crop.box[2] * width, crop.box[3] * height
-        image = crop.image.resize((size, size), PILImage.Resampling.BILINEAR, box=box)
-        if crop.flipped:
-            image = image.transpose(PILImage.Transpose.FLIP_LEFT_RIGHT)
-        return {"pixel_values": to_tensor(image, self.processor)}
+        image = resize(crop.image, (size, size), PILImage.Resampling.BILINEAR, box)
+        pixel_values = to_tensor(image, self.processor)
+        return {"pixel_values": pixel_values.flip(2) if crop.flipped else pixel_values}
 
     def crop_size(self, first_index: int) -> int:
-        """The side of the crops of the batch that starts with that image."""
+        """The side of the crops in the batch whose first image has that index."""
         epoch = int(self.epoch)
         if self.random_crop_sizes:
             return int(np.random.default_rng((self.seed, epoch, first_index, 1)).choice(self.crop_sizes))
         return self.crop_sizes[epoch * len(self.crop_sizes) // self.num_epochs]
 
     def mixing_weights(self, size: int, random: np.random.Generator) -> torch.Tensor | None:
-        """(1, size, size), the share that each pixel keeps of its image in a mixture; None for no mixture."""
+        """For each pixel, the weight of the first of two mixed images: (1, size, size). None if nothing is mixed."""
         alphas = [self.mixup_alpha, self.cutmix_alpha]
         if not any(alphas):
             return None
@@ -121,13 +124,13 @@ class TrainingImages(LabelledImages):
             return torch.full((1, size, size), kept)
         weights = torch.ones(1, size, size)
         side = size * np.sqrt(1 - kept)
-        top, left = random.uniform(0, size, 2) - side / 2  # of a rectangle that the image's border may clip
+        top, left = random.uniform(0, size, 2) - side / 2  # the border of the image may clip the rectangle
         rows, columns = (slice(max(0, round(start)), max(0, round(start + side))) for start in (top, left))
         weights[:, rows, columns] = 0
         return weights
 
     def item(self, index: int, size: int) -> dict[str, torch.Tensor]:
-        """The item of that image with a crop of that side."""
+        """`pixel_values` (channels, size, size) and `labels`, an index or (num_labels,); maybe of two mixed images."""
         random = np.random.default_rng((self.seed, int(self.epoch), index))
         crop = self.random_crop(index, random)
         tensors = self.tensors(crop, size)
@@ -156,14 +159,24 @@ class TrainingImages(LabelledImages):
 
 
 class ValidationImages(LabelledImages):
-    """The same rows, each as the processor alone makes it; a broken image is black and its label -100."""
+    """
+    Images as the processor alone prepares them, without augmentation. A broken image is black, with the label -100.
+
+    Args:
+        dataset, max_corrupt: see [`LabelledImages`].
+        processor: the model's image processor.
+    """
 
     def __init__(self, dataset: Dataset, max_corrupt: int, processor: BaseImageProcessor):
-        super().__init__(dataset, max_corrupt)
+        super().__init__(dataset, max_corrupt, len(processor.image_mean))
         self.processor = processor
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
         found = self.read(index)
-        image, label = (PILImage.new("RGB", (1, 1)), -100) if found is None else found
-        pixels = self.processor(image, return_tensors="pt")["pixel_values"][0]
+        image, label = (np.zeros((1, 1, self.num_channels), np.uint8), -100) if found is None else found
+        if isinstance(image, np.ndarray):  # the processor would resize 1, 3 or 4 channels alone
+            size = self.processor.size["width"], self.processor.size["height"]
+            pixels = normalise([resize(image, size, self.processor.resample)], self.processor)[0]
+        else:
+            pixels = self.processor(image, return_tensors="pt")["pixel_values"][0]
         return {"pixel_values": pixels, "labels": torch.tensor(label)}

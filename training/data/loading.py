@@ -1,9 +1,10 @@
-"""Data sets from the Hub or from local files, and which of their columns are images, labels and masks."""
+"""Load data sets from the Hub or from local files, and find their columns of images, labels and masks."""
 
-from datasets import ClassLabel, Dataset, DatasetDict, Image, IterableDatasetDict, load_dataset
+from datasets import Array3D, ClassLabel, Dataset, DatasetDict, Image, IterableDatasetDict, load_dataset
 from datasets.exceptions import DatasetGenerationError
 
 
+IMAGE_TYPES = (Image, Array3D)  # arrays for models of another number of channels than 3
 MASK_NAMES = ("label", "mask", "annotation", "segmentation_mask")
 
 
@@ -15,12 +16,12 @@ def load_images(
 
     Args:
         name: the id or path.
-        config_name: which of its configurations, where it has several.
-        streaming: read it as it comes, not before.
+        config_name: name of a configuration, if the data set has several.
+        streaming: read rows when they are needed, not all at once.
 
     Raises:
-        ValueError: nothing of that name, or no such configuration; a script, which `datasets` does not run; or columns
-            that are not known before they are read.
+        ValueError: if there is no such data set or configuration, it cannot be read, it is a script (`datasets` runs
+            none), or its columns are not known before it is read.
     """
     try:
         if name.endswith(".parquet"):
@@ -34,7 +35,7 @@ def load_images(
             f"{name} is neither a folder or Parquet file with images, nor the id of a data set that can be reached on "
             "the Hub."
         ) from error
-    except RuntimeError as error:  # of a data set that is a script
+    except RuntimeError as error:  # the data set is a script
         raise ValueError(f"{name} cannot be loaded: {error}.") from error
     if any(split.features is None for split in splits.values()):
         raise ValueError(f"What columns {name} has is not known before it is read: leave out `--streaming`.")
@@ -42,14 +43,19 @@ def load_images(
 
 
 def find_split(splits: DatasetDict, name: str) -> Dataset:
-    """The split of that name; a ValueError names the splits there are."""
+    """The split of that name. Raises ValueError if there is none; the message names those there are."""
     if name not in splits:
         raise ValueError(f"The data set has no split {name!r}; it has {', '.join(splits)}.")
     return splits[name]
 
 
-def columns_of_type(dataset: Dataset, kind: type, name: str | None) -> list[str]:
-    """All columns of a type, or the one of that name if it is; a ValueError when there is none of that name."""
+def columns_of_type(dataset: Dataset, kind: type | tuple[type, ...], name: str | None) -> list[str]:
+    """
+    Names of all columns of a type, or of several; with a name given, of that column, if it has the type.
+
+    Raises:
+        ValueError: if there is no column of that name.
+    """
     if name is not None and name not in dataset.features:
         raise ValueError(f"The data set has no column {name!r}; it has {', '.join(dataset.features)}.")
     return [
@@ -59,35 +65,38 @@ def columns_of_type(dataset: Dataset, kind: type, name: str | None) -> list[str]
 
 def find_columns(dataset: Dataset, image_column: str | None = None, label_column: str | None = None) -> list[str]:
     """
-    Names of the image and of the label column: those given, or the first of their types.
+    Names of the image column and of the label column: those given, or the first ones of type `Image` or `Array3D`, and
+    `ClassLabel`.
 
     Raises:
-        ValueError: no image column, or no label column.
+        ValueError: if there is no image column, or no label column.
     """
-    images = columns_of_type(dataset, Image, image_column)
+    images = columns_of_type(dataset, IMAGE_TYPES, image_column)
     labels = columns_of_type(dataset, ClassLabel, label_column)
     if not images or not labels:
         raise ValueError(
-            f"The data set needs an `Image` and a `ClassLabel` column; it has {dict(dataset.features)}. "
+            f"The data set needs an `Image` or `Array3D` and a `ClassLabel` column; it has {dict(dataset.features)}. "
             "Cast it with `datasets`, for example `dataset.cast_column('label', ClassLabel(names=[...]))`."
         )
     return [images[0], labels[0]]
 
 
 def class_names(dataset: Dataset) -> list[str]:
-    """Names of the classes of a data set of two columns, as its label column has them."""
+    """Names of the classes of a data set with two columns, from the type of its label column."""
     _, labels = dataset.features.values()
     return labels.names
 
 
 def find_mask_columns(dataset: Dataset, image_column: str | None = None, label_column: str | None = None) -> list[str]:
     """
-    Names of the image and of the mask column: those given, or else the mask is the image column named like one.
+    Names of the image column and of the mask column: those given. By default the mask column is the one of type
+    `Image` with a name in [`MASK_NAMES`].
 
     Raises:
-        ValueError: not exactly one image and one mask column.
+        ValueError: if there is not exactly one of each.
     """
-    images, masks = (columns_of_type(dataset, Image, name) for name in (image_column, label_column))
+    images = columns_of_type(dataset, IMAGE_TYPES, image_column)
+    masks = columns_of_type(dataset, Image, label_column)
     if label_column is None:
         masks = [name for name in masks if name in MASK_NAMES and name != image_column]
     images = [name for name in images if name not in masks]

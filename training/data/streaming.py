@@ -1,4 +1,4 @@
-"""A training split that is read as it comes: nothing is downloaded or decoded before it is needed."""
+"""A training split whose rows are read when they are needed: nothing is downloaded or decoded before."""
 
 from collections.abc import Iterator
 from itertools import islice
@@ -11,26 +11,25 @@ BUFFER_SIZE = 1000
 
 
 class WrongLength(ValueError):
-    """A stream has another number of rows than was told."""
+    """A stream has another number of rows than expected."""
 
 
 class StreamedRows(Sampler):
     """
-    Rows of a streamed split, shuffled among [`BUFFER_SIZE`] others by seed and epoch.
+    Rows of a streamed split, shuffled in a buffer of [`BUFFER_SIZE`] rows, by seed and epoch.
 
-    It is the sampler of its own `DataLoader`: in place of indices it yields (index, row), the row's place in the epoch
-    and the row, the image still encoded. So batches are divided among processes and skipped when a run is resumed as
-    those of a split in memory are, and whoever needs an image decodes it. Every process reads the whole stream, once.
-
-    To its data set it is the rows of the batch in hand, by their index.
+    It has two roles. For the `DataLoader` it is the sampler: it yields pairs (index, row) instead of indices, where
+    index is the row's place in the epoch, and the row's image is still encoded. So `DataLoader` and Accelerate divide
+    batches among processes, and skip them when a run is resumed, as they do for a split in memory. Every process reads
+    the whole stream. For the data set of that loader it is the rows of the current batch: see [`hold`].
 
     Args:
         dataset: the split.
-        num_rows: images per epoch; what the split says when None.
+        num_rows: images per epoch; by default, as many as the split says it has.
         seed: seed of the run.
 
     Raises:
-        ValueError: the split does not say how many images it has.
+        ValueError: if the split does not say how many images it has, and `num_rows` is not given.
     """
 
     def __init__(self, dataset: IterableDataset, num_rows: int | None, seed: int):
@@ -48,10 +47,11 @@ class StreamedRows(Sampler):
         return self.num_rows
 
     def set_epoch(self, epoch: int):
+        """Set the epoch that the order depends on."""
         self.rows.set_epoch(epoch)
 
     def first(self, count: int) -> list[dict]:
-        """The first rows as the split has them, the image still encoded."""
+        """The first rows in the order of the split, with images still encoded."""
         return list(islice(self.encoded, count))
 
     def __iter__(self) -> Iterator[tuple[int, dict]]:
@@ -63,10 +63,10 @@ class StreamedRows(Sampler):
             raise WrongLength(f"The training split has {count} images, not {self.num_rows}: see `--num_train_images`.")
 
     def hold(self, batch: list[tuple[int, dict]]) -> list[int]:
-        """The indices of a batch, whose rows are then at hand."""
+        """Keep the rows of a batch for [`__getitem__`], and return their indices."""
         self.indices, self.batch = zip(*batch, strict=True)
         return list(self.indices)
 
     def __getitem__(self, index: int) -> dict:
-        """A row of the batch in hand, the image still encoded."""
+        """The row of that index, which is in the current batch, with its image still encoded."""
         return self.batch[index - self.indices[0]]

@@ -1,1 +1,1 @@
-"""What every run shares: the loop, its state on disk, its end."""
+"""What every run shares: set-up, the loop, checkpoints, results, and how a run ends."""

@@ -1,4 +1,4 @@
-"""What ends a run before its time: signals, the death of its launcher or of a worker, and what users can mend."""
+"""How a script ends early: on a signal, when its launcher or a worker dies, or on an error that users can mend."""
 
 import errno
 import os
@@ -15,7 +15,7 @@ from accelerate import Accelerator
 from torch.utils.data import DataLoader
 
 
-LAUNCHED = ("ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID")  # by `accelerate launch`, by torchrun
+LAUNCHED = ("ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID")  # set by `accelerate launch`, by torchrun
 FAILED = 1  # exit status of a script that ends with a sentence
 WRITING_ERRORS = (errno.EDQUOT, errno.EFBIG, errno.EIO, errno.ENOSPC, errno.EROFS)
 
@@ -23,10 +23,11 @@ WRITING_ERRORS = (errno.EDQUOT, errno.EFBIG, errno.EIO, errno.ENOSPC, errno.EROF
 @contextmanager
 def exit_with_a_sentence():
     """
-    For the whole of a script: a ValueError, or a disk that takes no more, ends it with one sentence and status 1;
-    Ctrl-C outside of the training with one line and status 130.
+    End the script with one sentence and status 1 on a ValueError or when a file cannot be written, and with one line
+    and status 130 on Ctrl-C (during training, [`StopRequest`] takes Ctrl-C).
     """
     script = Path(sys.argv[0]).name
+    threading.excepthook = print_thread_error
     try:
         yield
     except ValueError as error:
@@ -40,11 +41,20 @@ def exit_with_a_sentence():
         sys.exit(128 + signal.SIGINT)
 
 
+def print_thread_error(failure: threading.ExceptHookArgs):
+    """
+    Print the error that ended a thread, unless the thread could not write a file: then TensorBoard raises the error in
+    the main thread too.
+    """
+    if not (isinstance(failure.exc_value, OSError) and failure.exc_value.errno in WRITING_ERRORS):
+        threading.__excepthook__(failure)
+
+
 class StopRequest:
     """
-    SIGTERM, SIGINT, or the death of the launcher if there is one, as a wish to stop before the next step.
+    Whether the run should stop before its next step: after SIGTERM, SIGINT, or the death of its launcher.
 
-    As a context it takes the signals, and gives them back at its end.
+    It is a context manager that handles the two signals, and restores the former handlers at its end.
     """
 
     def __init__(self):
@@ -60,18 +70,19 @@ class StopRequest:
             signal.signal(number, handler)
 
     def on_signal(self, number: int, _):
+        """Keep the first signal."""
         self.received = self.received or number
 
     @property
     def status(self) -> int:
-        """The exit status that was asked for, 128 and the signal's number; 0 when none was."""
+        """128 plus the number of the signal, which is the exit status then; 0 if the run should go on."""
         if self.received is not None:
             return 128 + self.received
         return 128 + signal.SIGTERM if self.launcher not in (None, os.getppid()) else 0
 
 
 def common_status(accelerator: Accelerator, status: int) -> int:
-    """The largest exit status of all processes, which every process gets; 0 when all of them want to go on."""
+    """The largest exit status of all processes, the same in every process; 0 if all of them should go on."""
     if accelerator.num_processes == 1:
         return status
     return int(accelerator.gather(torch.tensor([status], device=accelerator.device)).max())
@@ -79,9 +90,11 @@ def common_status(accelerator: Accelerator, status: int) -> int:
 
 def outlive_interruption(worker: int):
     """
-    A worker goes on when all processes of a run are asked to stop, as clusters and Ctrl-C do: the step in hand needs
-    its batch. Its parent can still end it, as at the end of a run. (SIGTERM ends it where the sender cannot be told:
-    macOS.)
+    Let a data-loader worker ignore SIGINT, and SIGTERM unless its parent sends it.
+
+    Clusters and Ctrl-C send a signal to all processes of a run. The training process then finishes its step, for which
+    it needs its workers; at the end of the run it ends them itself. (On macOS, where the sender of a signal is not
+    known, SIGTERM ends a worker.)
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if not hasattr(signal, "sigwaitinfo"):
@@ -98,10 +111,11 @@ def outlive_interruption(worker: int):
 
 def read_batches(loader: DataLoader) -> Iterator[dict[str, torch.Tensor]]:
     """
-    The batches of a dataloader.
+    Yield the batches of a dataloader.
 
     Raises:
-        ValueError: a worker raised one, which PyTorch buries in a traceback; or a worker was killed.
+        ValueError: if a worker raises one (PyTorch puts it into a traceback; this gives its message alone), or a
+            worker is killed.
     """
     batches = iter(loader)
     while True:
@@ -119,8 +133,8 @@ def read_batches(loader: DataLoader) -> Iterator[dict[str, torch.Tensor]]:
             raise ValueError(
                 "A process that loads images was killed, as happens where memory runs out: lower `--num_workers`."
             ) from error
-        # PyTorch's handler, which is there from the first batch on, raises wherever the main process is when a worker
-        # dies, in the middle of the optimiser's step too. Without it the next batch tells.
+        # With the first batch, PyTorch sets a handler that raises as soon as a worker dies, even in the middle of the
+        # optimiser's step. Without the handler, reading the next batch raises.
         if hasattr(signal, "SIGCHLD"):
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         yield batch

@@ -1,4 +1,4 @@
-"""Optimisers, what they decay, how fast each layer learns, and the schedule of the learning rate."""
+"""Optimisers, groups of parameters, and schedules of the learning rate."""
 
 import math
 import re
@@ -10,18 +10,21 @@ from torch import nn
 from transformers import get_scheduler
 
 
-STATES = {"adamw": 2, "lion": 1, "muon": 1, "sgd": 1}  # numbers that each keeps for most weights
+STATES = {"adamw": 2, "lion": 1, "muon": 1, "sgd": 1}  # numbers that each optimiser keeps for most weights
 
 LAYER = re.compile(r"\blayers?\.(\d+)\.")
 
 
 def is_decayed(name: str, parameter: nn.Parameter) -> bool:
-    """Matrices and kernels decay; norms, biases, steps, CLS, classes, positions and representatives do not."""
+    """
+    Whether weight decay applies: to matrices and kernels; not to norms, biases, step sizes, nor to the embeddings of
+    CLS, classes, positions and representatives.
+    """
     return parameter.ndim >= 2 and name.endswith("weight") and "representatives" not in name
 
 
 def depth(name: str, num_layers: int) -> int:
-    """0 for the embeddings, i + 1 for layer i, `num_layers + 1` for everything behind the encoder's layers."""
+    """The depth of a parameter: 0 in the embeddings, i + 1 in layer i, `num_layers + 1` behind the layers."""
     if "decoder" in name:
         return num_layers + 1
     if "embeddings" in name:
@@ -34,13 +37,13 @@ def parameter_groups(
     model: nn.Module, num_layers: int, learning_rate: float, weight_decay: float, layer_decay: float
 ) -> list[dict]:
     """
-    Groups for an optimiser, each with its own learning rate and decay; `use_muon` marks the encoder's matrices and
-    kernels.
+    Divide the parameters that need a gradient into groups with a learning rate and a weight decay of their own. In the
+    groups of the encoder's matrices and kernels, `use_muon` is true.
 
     Args:
-        model: whose parameters that need a gradient are grouped.
+        model: whose parameters to divide.
         num_layers: number of layers of the encoder.
-        learning_rate: of what stands behind the layers.
+        learning_rate: of the parameters behind the layers.
         weight_decay: of matrices and kernels.
         layer_decay: factor on the learning rate from each layer to the one before it (arXiv 2106.08254); 1 for none.
     """
@@ -61,7 +64,9 @@ def parameter_groups(
 
 
 class Muon(pytorch_optimizer.Muon):
-    """Muon whose Newton-Schulz steps are float32 on a CPU: many only emulate bfloat16, twenty times as slowly."""
+    """
+    Muon with float32 in its Newton-Schulz steps on a CPU: many CPUs emulate bfloat16, which takes 20 times as long.
+    """
 
     @staticmethod
     def _orthogonalize(group: dict, updates: list[torch.Tensor]) -> list[torch.Tensor]:
@@ -73,14 +78,21 @@ class Muon(pytorch_optimizer.Muon):
 
 def build_optimizer(name: str, groups: list[dict], learning_rate: float) -> torch.optim.Optimizer:
     """
-    One of [`OPTIMIZERS`] over the groups; each optimiser's other settings are its usual ones. Muon is scaled so that
-    AdamW's learning rates suit it (arXiv 2502.16982), and leaves what it is not for to AdamW.
+    Build one of [`OPTIMIZERS`] for groups of parameters, with its usual settings.
+
+    Muon's updates are scaled so that the learning rates of AdamW suit it (arXiv 2502.16982). It uses AdamW for the
+    groups that are not marked for Muon.
+
+    Args:
+        name: of the optimiser.
+        groups: from [`parameter_groups`].
+        learning_rate: the largest of the groups'.
     """
     if name == "lion":
         return pytorch_optimizer.Lion(groups, lr=learning_rate)
     if name == "muon":
         optimizer = Muon(groups, use_adjusted_lr=True)
-        optimizer.defaults["lr"] = learning_rate  # where the polynomial schedule looks for it
+        optimizer.defaults["lr"] = learning_rate  # the polynomial schedule reads it there
         return optimizer
     if name == "sgd":
         return torch.optim.SGD(groups, lr=learning_rate, momentum=0.9)
@@ -90,6 +102,8 @@ def build_optimizer(name: str, groups: list[dict], learning_rate: float) -> torc
 def build_scheduler(
     name: str, optimizer: torch.optim.Optimizer, num_steps: int, num_warmup_steps: float
 ) -> torch.optim.lr_scheduler.LRScheduler:
-    """Linear warm-up, then one of [`SCHEDULES`] down to 0; the polynomial's power is 0.9, as the segmenters use it."""
+    """
+    Linear warm-up, then one of [`SCHEDULES`] down to 0. The power of the polynomial is 0.9, usual in segmentation.
+    """
     settings = {"power": 0.9, "lr_end": 0.0} if name == "polynomial" else None
     return get_scheduler(name, optimizer, math.ceil(num_warmup_steps), num_steps, scheduler_specific_kwargs=settings)

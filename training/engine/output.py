@@ -1,4 +1,4 @@
-"""The folder that a run writes to: tried before anything else, for one run at a time, its files whole or absent."""
+"""The folder that a run writes to. Only one run at a time may use it, and its files are whole or absent."""
 
 import os
 import shutil
@@ -16,10 +16,10 @@ TRIED_BYTES = 4096
 @contextmanager
 def open_output(path: str | os.PathLike) -> Iterator[Path]:
     """
-    A folder that this run alone writes to. It is made and tried; its lock ends with the context or the process.
+    Make a folder, try to write to it, and lock it, until the context or the process ends.
 
     Raises:
-        ValueError: nothing can be written there, or another run is at work in it.
+        ValueError: if nothing can be written there, or another run has locked it.
     """
     folder = Path(path)
     try:
@@ -44,18 +44,26 @@ def open_output(path: str | os.PathLike) -> Iterator[Path]:
         lock.release()
 
 
-def check_room(folder: Path, num_bytes: int):
-    """A ValueError when the disk has less than that left for the checkpoints in a folder."""
+def check_free(folder: Path, num_bytes: int, what: str = "two checkpoints", option: str = "--output_dir"):
+    """
+    Raises ValueError if the disk of a folder has fewer bytes left than are needed.
+
+    Args:
+        folder: where to write.
+        num_bytes: to be written.
+        what: needs them, for the message.
+        option: that names the folder, for the message.
+    """
     free = shutil.disk_usage(folder).free
     if free < num_bytes:
         raise ValueError(
-            f"{folder} has {free / 1e6:.1f} MB left, and this run needs {num_bytes / 1e6:.1f} MB for two checkpoints: "
-            "make room, or choose another `--output_dir`."
+            f"{folder} has {free / 1e6:.1f} MB left, and this run needs {num_bytes / 1e6:.1f} MB for {what}: "
+            f"make room, or choose another `{option}`."
         )
 
 
 def sync(path: Path):
-    """What a file holds, or which files a folder does, outlasts a loss of power. (Windows syncs no folders.)"""
+    """Write a file, or a folder's list of files, to the disk. (Windows has no sync of folders.)"""
     if path.is_dir() and os.name == "nt":
         return
     descriptor = os.open(path, os.O_RDONLY if os.name != "nt" else os.O_RDWR)
@@ -66,7 +74,7 @@ def sync(path: Path):
 
 
 def remove(path: Path):
-    """A file, or a folder with all that is in it."""
+    """Remove a file, or a folder and everything in it."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
@@ -74,7 +82,12 @@ def remove(path: Path):
 
 
 def write_file(path: Path, content: str | bytes):
-    """The whole content, or what was there before where that raises an OSError or is interrupted."""
+    """
+    Write a file completely, or leave what was there before.
+
+    Raises:
+        OSError: if it cannot be written.
+    """
     temporary = path.with_name(path.name + ".partial")
     try:
         temporary.write_bytes(content.encode() if isinstance(content, str) else content)
@@ -90,12 +103,12 @@ def write_file(path: Path, content: str | bytes):
 @contextmanager
 def write_together(folder: Path, last: str) -> Iterator[Path]:
     """
-    A folder to write files to, which are moved to where they belong when all of them are on the disk; none is when
-    anything is raised.
+    Give a temporary folder to write files to. At the end, when all of them are on the disk, they are moved to the
+    folder where they belong; if anything is raised, none is.
 
     Args:
-        folder: where they belong.
-        last: the file that is moved last, whose presence tells that all are there.
+        folder: where the files belong.
+        last: name of the file that is moved last. Where it exists, all the others do.
     """
     partial = folder / "results.partial"
     try:

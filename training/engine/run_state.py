@@ -1,4 +1,4 @@
-"""State of a run on disk: whole checkpoints or none, the newest and the best kept, and a way back into them."""
+"""The state of a run on disk: writing checkpoints that are whole, finding damage, and resuming."""
 
 import hashlib
 import json
@@ -17,7 +17,7 @@ from engine.interruption import FAILED, common_status
 from engine.output import remove, sync, write_file
 
 
-CHECKPOINTS = "checkpoint-" + "[0-9]" * 8  # whole ones: those being written end in `.partial`
+CHECKPOINTS = "checkpoint-" + "[0-9]" * 8  # complete ones; the name of one that is being written ends in `.partial`
 SUMS = "SHA256SUMS"  # as `sha256sum --check` reads it
 PROGRESS, VALIDATION, DATA = "progress.json", "validation.json", "data.json"
 
@@ -25,22 +25,22 @@ logger = logging.getLogger(__name__)
 
 
 class DamagedCheckpoint(ValueError):
-    """A checkpoint that is not as it was written."""
+    """A file of a checkpoint is missing, or differs from what was written."""
 
 
 @dataclass
 class Progress:
     """
-    How far a run is.
+    How far a run has come.
 
     Args:
         step: optimiser steps done.
-        seconds: time spent, over all sessions of the run.
-        waited: seconds of these that the main process waited for data.
+        seconds: time spent in training, over all sessions of the run.
+        waited: part of it that the main process waited for data.
         metrics: of the last validation.
-        validated_step: when that was; None before the first validation.
-        best: the best value so far of the metric that the run looks at; None before the first validation.
-        best_step: when that was.
+        validated_step: step of the last validation; None before the first.
+        best: the best value so far of the task's metric; None before the first validation.
+        best_step: step of that validation.
     """
 
     step: int = 0
@@ -55,12 +55,13 @@ class Progress:
 @dataclass
 class DataIdentity:
     """
-    What a run has to be resumed with, lest it sees some images twice and others never.
+    What a resumed run must have in common with the one that wrote the checkpoint. Otherwise it would see some images
+    twice and others never.
 
     Args:
         batch_size: images per step.
-        num_images: how many there are.
-        sample: checksums of some of them. Most, not all, have to agree, so that broken images may be mended.
+        num_images: number of training images.
+        sample: checksums of some of them. Half of them must agree, so that broken images may be mended in between.
     """
 
     batch_size: int
@@ -68,7 +69,7 @@ class DataIdentity:
     sample: list[int]
 
     def check(self, before: "DataIdentity", checkpoint: Path):
-        """A ValueError when the checkpoint was written with another batch size or other images."""
+        """Raises ValueError if the checkpoint was written with another batch size or other images."""
         for before_and_now, what in (
             ((before.batch_size, self.batch_size), "`--batch_size {}`, not {}"),
             ((before.num_images, self.num_images), "{} training images, not {}"),
@@ -87,16 +88,18 @@ class DataIdentity:
 
 
 def checkpoint_path(output_dir: Path, step: int) -> Path:
+    """The folder of the checkpoint of a step."""
     return output_dir / f"checkpoint-{step:08d}"
 
 
 def checksum(path: Path) -> str:
+    """SHA-256 of a file, in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def write_sums(folder: Path):
-    """The checksums of all its files."""
+    """Write the checksums of all files in a folder."""
     files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != SUMS)
     lines = [f"{checksum(path)}  {path.relative_to(folder).as_posix()}\n" for path in files]
     write_file(folder / SUMS, "".join(lines))
@@ -104,8 +107,7 @@ def write_sums(folder: Path):
 
 def check_sums(checkpoint: Path):
     """
-    Raises:
-        DamagedCheckpoint: a file is missing or another than was written. (Checkpoints of version 0.1 have no sums.)
+    Raises DamagedCheckpoint if a file does not have its checksum. (Checkpoints of version 0.1 have no checksums.)
     """
     if not (checkpoint / SUMS).exists():
         return
@@ -123,10 +125,10 @@ def check_sums(checkpoint: Path):
 
 def read_progress(checkpoint: Path) -> Progress:
     """
-    Where a run was when it wrote a checkpoint, with the validation after it if there was one.
+    The progress that a checkpoint holds; after its validation, if there was one.
 
     Raises:
-        DamagedCheckpoint: that cannot be read, or is of another step.
+        DamagedCheckpoint: if it cannot be read, or is of another step.
     """
     path = checkpoint / (VALIDATION if (checkpoint / VALIDATION).exists() else PROGRESS)
     try:
@@ -140,7 +142,7 @@ def read_progress(checkpoint: Path) -> Progress:
 
 
 def check_data(checkpoint: Path, data: DataIdentity):
-    """A ValueError when a run on other data wrote the checkpoint. (Those of version 0.1 do not tell.)"""
+    """Raises ValueError if a run on other data wrote the checkpoint. (Those of version 0.1 do not say.)"""
     if (checkpoint / DATA).exists():
         try:
             before = DataIdentity(**json.loads((checkpoint / DATA).read_text()))
@@ -151,9 +153,8 @@ def check_data(checkpoint: Path, data: DataIdentity):
 
 def check_folder(output_dir: Path, progress: Progress, keep_best: bool):
     """
-    Raises:
-        ValueError: a run that goes on from there in that folder would take older checkpoints for its newest, or end
-            without its best.
+    Raises ValueError if the run cannot continue in that folder: it holds checkpoints of later steps, or lacks the best
+    one.
     """
     newest = max(output_dir.glob(CHECKPOINTS), default=None)
     if newest is not None and newest > checkpoint_path(output_dir, progress.step):
@@ -168,7 +169,7 @@ def check_folder(output_dir: Path, progress: Progress, keep_best: bool):
 
 
 def whole_checkpoint(output_dir: Path) -> str:
-    """For messages: which checkpoint is the newest."""
+    """What a message says about the newest checkpoint."""
     newest = max(output_dir.glob(CHECKPOINTS), default=None)
     return f"{newest} is the newest whole one" if newest is not None else "there is no older one"
 
@@ -181,10 +182,17 @@ def save_checkpoint(
     data: DataIdentity,
 ):
     """
-    Write the whole state under a temporary name, and rename it when all of it is on the disk.
+    Write a checkpoint under a temporary name, and rename it when all of it is on the disk.
+
+    Args:
+        accelerator: holds the state of model, optimiser and scheduler.
+        output_dir: folder of the run.
+        progress: of the run.
+        average: moving average of the weights, if there is one.
+        data: what the run is trained on.
 
     Raises:
-        ValueError: it cannot be written; nothing but whole checkpoints is left.
+        ValueError: if it cannot be written. Only complete checkpoints are left then.
     """
     final = checkpoint_path(output_dir, progress.step)
     partial, replaced = (final.with_name(final.name + suffix) for suffix in (".partial", ".replaced"))
@@ -217,10 +225,10 @@ def save_checkpoint(
 
 def record_validation(output_dir: Path, progress: Progress):
     """
-    Write what a validation found into the checkpoint before it; a run resumed from there does not validate again.
+    Add the metrics of a validation to the checkpoint of its step. A run resumed from there does not validate again.
 
     Raises:
-        ValueError: it cannot be written.
+        ValueError: if they cannot be written.
     """
     checkpoint = checkpoint_path(output_dir, progress.step)
     try:
@@ -233,12 +241,12 @@ def record_validation(output_dir: Path, progress: Progress):
 
 
 def prune_checkpoints(output_dir: Path, progress: Progress, keep: int):
-    """Remove all but the newest `keep` and the best."""
+    """Remove all checkpoints except the newest `keep` and the best."""
     kept = set(sorted(output_dir.glob(CHECKPOINTS))[-keep:])
     if progress.best_step is not None:
         kept.add(checkpoint_path(output_dir, progress.best_step))
     for old in set(output_dir.glob(CHECKPOINTS)) - kept:
-        old.rename(old.with_name(old.name + ".replaced"))  # so that none is half gone under a whole one's name
+        old.rename(old.with_name(old.name + ".replaced"))  # no half-removed folder may have the name of a checkpoint
     for leftover in output_dir.glob("*.replaced"):
         remove(leftover)
 
@@ -247,11 +255,11 @@ def load_state(
     accelerator: Accelerator, checkpoint: Path, average: AveragedModel | None, data: DataIdentity
 ) -> Progress:
     """
-    Bring model, optimiser, scheduler and average back to where they were. No pickled code runs.
+    Load the state of model, optimiser, scheduler and average from a checkpoint. No code in pickles is run.
 
     Raises:
-        DamagedCheckpoint: in every process, when one finds that it is not as it was written.
-        ValueError: it is of another model, other settings or other data.
+        DamagedCheckpoint: in every process, if one of them finds damage.
+        ValueError: if the checkpoint is of another model, other settings or other data.
     """
     error = progress = None
     try:
@@ -277,7 +285,7 @@ def load_state(
 
 
 def agree(accelerator: Accelerator, error: ValueError | None):
-    """Raise the error that this process has found, or one like that of another process; nothing where none has any."""
+    """Raise in all processes if one of them has met an error: its own error there, a similar one elsewhere."""
     status = 0 if error is None else FAILED + (not isinstance(error, DamagedCheckpoint))
     common = common_status(accelerator, status)
     if common:
@@ -289,11 +297,21 @@ def resume(
     accelerator: Accelerator, name: str, output_dir: Path, average: AveragedModel | None, data: DataIdentity
 ) -> tuple[Path, Progress]:
     """
-    Go on from the checkpoint that `--resume_from_checkpoint` means: a folder, or `last` for the newest whole one of
-    `output_dir`. Damaged ones that are newer are named, and renamed so that they are in nobody's way.
+    Load the checkpoint that `--resume_from_checkpoint` names. `last` is the newest one in the output folder that is
+    not damaged; damaged ones that are newer are logged and renamed.
+
+    Args:
+        accelerator: of the run.
+        name: a folder, or `last`.
+        output_dir: folder of the run.
+        average: moving average of the weights, if there is one.
+        data: what the run is trained on.
+
+    Returns:
+        The checkpoint's folder, and the progress that it holds.
 
     Raises:
-        ValueError: there is none, or see [`load_state`].
+        ValueError: if there is no such checkpoint, or it does not fit this run, see [`load_state`].
     """
     if name != "last":
         checkpoint = Path(name)
@@ -321,7 +339,7 @@ def resume(
 
 
 def set_aside(damaged: dict[Path, DamagedCheckpoint]):
-    """Rename damaged checkpoints, and say so."""
+    """Rename damaged checkpoints, and log it."""
     for checkpoint, error in damaged.items():
         aside = checkpoint.with_name(checkpoint.name + ".damaged")
         if aside.exists():

@@ -1,1 +1,1 @@
-"""Scores of a trained model."""
+"""How trained models are scored."""

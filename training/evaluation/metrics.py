@@ -1,4 +1,4 @@
-"""Metrics as `evaluate.Metric`s that need no download."""
+"""Metrics as subclasses of `evaluate.Metric`, which need no download."""
 
 import datasets
 import evaluate
@@ -6,7 +6,7 @@ import numpy as np
 
 
 class Accuracy(evaluate.Metric):
-    """Share of images whose predicted class is the labelled one."""
+    """Share of the images whose predicted class is their label."""
 
     def _info(self) -> evaluate.MetricInfo:
         return evaluate.MetricInfo(
@@ -24,8 +24,9 @@ class Accuracy(evaluate.Metric):
 
 class MeanIoU(evaluate.Metric):
     """
-    Intersection over union of each class, their mean over the classes that occur, and the share of pixels that are
-    right: from counts of pixels, so that images of any size cost the same to gather from many processes.
+    Intersection over union of each class, its mean over the classes that occur, and the share of correct pixels.
+
+    The inputs are counts of pixels, so that images of any size cost the same to gather from many processes.
     """
 
     def _info(self) -> evaluate.MetricInfo:
@@ -34,8 +35,8 @@ class MeanIoU(evaluate.Metric):
             description=self.__doc__,
             citation="",
             inputs_description=(
-                "For each image, over the pixels that count, and for each class: `intersection`, pixels rightly given "
-                "to it; `predicted`, pixels given to it; `labelled`, pixels that belong to it."
+                "For each image and each class, numbers of pixels that are not ignored: `intersection`, predicted and "
+                "labelled as the class; `predicted`; `labelled`."
             ),
             features=datasets.Features({"intersection": counts, "predicted": counts, "labelled": counts}),
         )
@@ -53,13 +54,13 @@ class MeanIoU(evaluate.Metric):
 
 def count_pixels(predicted: np.ndarray, labelled: np.ndarray, num_labels: int, ignore_index: int) -> np.ndarray:
     """
-    The counts that [`MeanIoU`] takes, of one image: (3, num_labels), int64.
+    The inputs of [`MeanIoU`] for one image: (3, num_labels), int64.
 
     Args:
         predicted: (height, width), class indices.
-        labelled: (height, width), class indices, `ignore_index` where a pixel does not count.
+        labelled: (height, width), class indices, or `ignore_index`.
         num_labels: number of classes.
-        ignore_index: label of the pixels that do not count.
+        ignore_index: label of the pixels that are not counted.
     """
     counted = labelled != ignore_index
     predicted, labelled = predicted[counted], labelled[counted]

@@ -1,4 +1,4 @@
-"""One pass over labelled images: the number that every script reports."""
+"""Scores of a classifier and of a segmenter on labelled images."""
 
 from collections.abc import Callable
 
@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from cbsa_hf import SlidingWindowSegmenter
+from cbsa_hf.segmentation.sliding_window import label_names
 from engine.interruption import read_batches
 from evaluation.metrics import Accuracy, MeanIoU, count_pixels
 
@@ -20,16 +21,16 @@ def evaluate_classifier(
     classify: Callable[[torch.Tensor], torch.Tensor], dataloader: DataLoader, accelerator: Accelerator
 ) -> dict[str, float]:
     """
-    Accuracy and mean cross-entropy over a prepared dataloader, each image counted once by however many processes;
-    images whose label is -100 are left out.
+    Accuracy and mean cross-entropy over a dataloader. Each image counts once, for any number of processes; images with
+    the label -100 do not count.
 
     Args:
-        classify: pixels -> logits.
-        dataloader: batches of `pixel_values` and `labels`.
-        accelerator: that prepared the dataloader.
+        classify: returns the logits (batch, num_labels) for pixels (batch, channels, height, width).
+        dataloader: prepared by the accelerator; its batches have `pixel_values` and `labels`.
+        accelerator: its processes share the work.
 
     Raises:
-        ValueError: a label that no class has.
+        ValueError: if a label is not the number of a class, or no image can be read.
     """
     metric = Accuracy(keep_in_memory=True)
     losses = []
@@ -58,25 +59,29 @@ def evaluate_segmenter(
     accelerator: Accelerator,
 ) -> dict[str, float]:
     """
-    Mean IoU, pixel accuracy and the IoU of each class that occurs, each image counted once by however many processes,
-    at its own size.
+    Mean IoU, pixel accuracy, and the IoU of each class that occurs; of a single class and its background. Each image
+    counts once, at its own size, for any number of processes.
 
     Args:
         segmenter: of a model for semantic segmentation.
-        read: index -> image and labels (height, width); None for a broken image, which is left out.
-        num_images: how many there are.
-        accelerator: whose processes share the work.
+        read: returns the image of an index and its labels (height, width); None if it is broken and does not count.
+        num_images: number of images.
+        accelerator: its processes share the work.
+
+    Raises:
+        ValueError: if there is no labelled pixel, or no image can be read.
     """
     config = segmenter.model.config
+    names = label_names(config.id2label)
     metric, total = MeanIoU(keep_in_memory=True), 0
     indices = accelerator.prepare(DataLoader(range(num_images), batch_size=accelerator.num_processes))
     for index in tqdm(indices, desc="validation", leave=False, disable=not accelerator.is_main_process):
-        counts = np.zeros((3, config.num_labels), dtype=np.int64)
+        counts = np.zeros((3, len(names)), dtype=np.int64)
         if (found := read(index.item())) is not None:
             image, labels = found
             with accelerator.autocast():
                 predicted = segmenter(image)
-            counts = count_pixels(predicted, labels, config.num_labels, config.semantic_loss_ignore_index)
+            counts = count_pixels(predicted, labels, len(names), config.semantic_loss_ignore_index)
         counts = accelerator.gather_for_metrics(torch.from_numpy(counts).unsqueeze(0).to(accelerator.device))
         intersection, predicted, labelled = counts.cpu().unbind(1)
         metric.add_batch(intersection=intersection, predicted=predicted, labelled=labelled)
@@ -84,5 +89,5 @@ def evaluate_segmenter(
     if not total:
         raise ValueError("No pixel of the images to score on counts, or none can be read; the log names those.")
     scores = metric.compute()
-    by_class = {f"iou/{config.id2label[i]}": iou for i, iou in enumerate(scores.pop("iou")) if not np.isnan(iou)}
+    by_class = {f"iou/{names[i]}": iou for i, iou in enumerate(scores.pop("iou")) if not np.isnan(iou)}
     return {**scores, **by_class}

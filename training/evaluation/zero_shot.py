@@ -1,7 +1,8 @@
 """
-Zero-shot segmentation against masks: every method of [`ZeroShotSegmenter`], and what is possible without any model.
+Scores of zero-shot segmentation against masks: of every method of [`ZeroShotSegmenter`], and of simple segmentations
+that need no model.
 
-Methods and rules are fixed before the masks are seen, but for what is named an oracle.
+No method sees the masks, except the one that is named an oracle.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -12,29 +13,30 @@ from scipy.cluster.vq import kmeans2
 from tqdm.auto import tqdm
 from transformers import BaseImageProcessor, PreTrainedModel
 
+from arguments import MIN_FOREGROUND
 from cbsa_hf import ZeroShotSegmenter
+from data.segmentation import IGNORED
 
 
-IGNORED = 255  # no label is known there
 NUM_SEGMENTS = 6
-MIN_SHARE = 0.01  # of an image, for a class to be counted
-MIN_FOREGROUND = 0.02  # of an image, for it to be counted
+MIN_SHARE = 0.01  # smallest share of an image that a class must cover to be scored
+
 MethodResults = Iterator[tuple[str, np.ndarray | None, np.ndarray | None]]
 
 
 def intersection_over_union(mask: np.ndarray, truth: np.ndarray) -> float:
-    """Of two bool masks of one shape, at least one of them not empty."""
+    """Intersection over union of two bool masks of one shape, of which at least one is not empty."""
     return float((mask & truth).sum() / (mask | truth).sum())
 
 
 def best_overlap(segments: np.ndarray, labels: np.ndarray) -> float:
     """
-    For each class that covers enough of the image the best intersection over union of any segment; the mean over the
-    classes, NaN if there are none.
+    For each class, the largest intersection over union with any segment; the mean of it over the classes that cover at
+    least [`MIN_SHARE`] of the image. NaN if there is no such class.
 
     Args:
-        segments: the segment of each pixel, any shape.
-        labels: its class, 0 where there is none.
+        segments: segment of each pixel, of any shape.
+        labels: class of each pixel; 0 for none.
     """
     pairs, counts = np.unique(np.stack([labels.ravel(), segments.ravel()]), axis=1, return_counts=True)
     best = {}
@@ -46,13 +48,15 @@ def best_overlap(segments: np.ndarray, labels: np.ndarray) -> float:
 
 
 def centred_ellipse(shape: tuple[int, int], share: float = 0.75) -> np.ndarray:
-    """An ellipse in the middle whose axes are that share of the sides."""
+    """A mask of an ellipse in the middle; its axes are a share of the sides."""
     rows, columns = (np.linspace(-1, 1, side) for side in shape)
     return (rows[:, None] / share) ** 2 + (columns[None, :] / share) ** 2 <= 1
 
 
 def two_colours(pixels: np.ndarray) -> np.ndarray:
-    """Two-colour k-means; the cluster that holds most of the image's border is background."""
+    """
+    A foreground mask from k-means on colour with two clusters; the cluster that has most of the border is background.
+    """
     _, labels = kmeans2(pixels.reshape(-1, 3).astype(np.float64), 2, minit="++", seed=0)
     labels = labels.reshape(pixels.shape[:2]).astype(bool)
     border = np.concatenate([labels[0], labels[-1], labels[:, 0], labels[:, -1]])
@@ -60,24 +64,24 @@ def two_colours(pixels: np.ndarray) -> np.ndarray:
 
 
 def coordinates(shape: tuple[int, int]) -> np.ndarray:
-    """(height, width, 2): row and column of each pixel, in shares of the longer side."""
+    """Row and column of each pixel as shares of the longer side: (height, width, 2)."""
     return np.stack(np.mgrid[: shape[0], : shape[1]], axis=-1) / max(shape)
 
 
 def colours_and_places(pixels: np.ndarray, weight: float = 1.0) -> np.ndarray:
-    """k-means on colour, from 0 to 1, and position times a weight: the segment of each pixel."""
+    """Segment of each pixel from k-means on colour, from 0 to 1, and position, multiplied by a weight."""
     points = np.concatenate([pixels / 255, weight * coordinates(pixels.shape[:2])], axis=-1).reshape(-1, 5)
     return kmeans2(points, NUM_SEGMENTS, minit="++", seed=0)[1].reshape(pixels.shape[:2])
 
 
 def two_by_three(shape: tuple[int, int]) -> np.ndarray:
-    """A grid of 2 rows and 3 columns: the segment of each pixel."""
+    """Segment of each pixel in a grid of 2 rows and 3 columns."""
     rows, columns = (np.arange(side) * count // side for side, count in zip(shape, (2, 3), strict=True))
     return 3 * rows[:, None] + columns
 
 
 def trivial_results(image: Image.Image) -> MethodResults:
-    """Name, foreground mask and segments of what needs no model."""
+    """Name, foreground mask and segments of the methods that need no model; None for what a method does not give."""
     pixels = np.asarray(image)
     shape = pixels.shape[:2]
     yield "everything", np.ones(shape, dtype=bool), None
@@ -89,8 +93,8 @@ def trivial_results(image: Image.Image) -> MethodResults:
 
 def read_labels(labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """
-    Labels (height, width) -> the same, 0 where there is nothing, and where they are known: all but 255, unless 0 and
-    255 are the only ones, black and white.
+    Labels of a mask (height, width), 0 for background, and where they are known (bool). 255 is unknown, unless the
+    mask has no values but 0 and 255: then 255 is the foreground.
     """
     if np.isin(labels, (0, IGNORED)).all():
         return (labels == IGNORED).astype(np.int64), np.ones(labels.shape, dtype=bool)
@@ -99,8 +103,8 @@ def read_labels(labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 def build_segmenters(model: PreTrainedModel, processor: BaseImageProcessor, **options) -> dict[str, ZeroShotSegmenter]:
     """
-    Every method by its name: the affinity of `ncut` as it is by default, and of the attention alone; the attention of
-    CLS on average, and of each head.
+    Every method by its name: `ncut` with its default affinity and with that of the attention only; `representatives`;
+    the attention of CLS, averaged over the heads and of each head.
     """
     methods = {
         "ncut": {},
@@ -116,7 +120,7 @@ def build_segmenters(model: PreTrainedModel, processor: BaseImageProcessor, **op
 
 
 def model_results(segmenters: dict[str, ZeroShotSegmenter], image: Image.Image) -> MethodResults:
-    """As [`trivial_results`]."""
+    """Name, foreground mask and segments of each segmenter for an image."""
     for name, segmenter in segmenters.items():
         found = segmenter(image)
         yield name, found.mask, found.labels
@@ -128,22 +132,22 @@ def evaluate_zero_shot(
     min_foreground: float = MIN_FOREGROUND,
 ) -> dict[str, float]:
     """
-    Means over the images, each counted once. Under a method's name the intersection over union of the foreground, any
-    label but 0; under the name with "best overlap" what [`best_overlap`] says of its segments, if anything.
+    Mean scores of several methods over images.
 
-    Where single heads are among the methods, `attention, best head (oracle)` lets the masks choose the head for each
-    image, as DINO and CRATE do; all else is fixed before they are seen.
+    A method's name stands for the intersection over union of its mask with the foreground, which is all labels but 0.
+    The name with "best overlap" stands for [`best_overlap`] of its segments. `attention, best head (oracle)` is the
+    score of the head that fits the mask best, chosen for each image, as DINO and CRATE report it.
 
     Args:
-        segment: image -> what [`model_results`] and [`trivial_results`] yield.
+        segment: returns name, mask and segments of each method for an image, as [`model_results`] does.
         samples: RGB images, and labels (height, width) of their size; see [`read_labels`].
-        min_foreground: images with a smaller share are left out.
+        min_foreground: images with a smaller share of foreground do not count.
 
     Returns:
-        The means by name, and `images`, how many were counted.
+        The means by name, and `images`, the number of images that counted.
 
     Raises:
-        ValueError: labels of another size than their image; no image has enough foreground.
+        ValueError: if labels have another size than their image, or no image has enough foreground.
     """
     scores = []
     for image, labels in tqdm(samples, desc="images"):

@@ -1,1 +1,1 @@
-"""What a model is trained for."""
+"""What models are trained for: losses, training data and validation of each task."""

@@ -1,39 +1,38 @@
 """Image classification as a task for the training loop, with or without a teacher."""
 
-from collections.abc import Callable
-from pathlib import Path
-
 import numpy as np
 import torch
 from accelerate import Accelerator
 from datasets import Dataset
+from PIL import Image
 from torch import nn
 from torch.nn import functional as F
 from transformers import BaseImageProcessor, PreTrainedModel
 
 from arguments import ClassificationArguments
-from cbsa_hf.interpretability import attention_maps
+from cbsa_hf.interpretability.attention_maps import attention_maps
 from cbsa_hf.interpretability.plots import attention_grid
 from data.classification import TrainingImages, ValidationImages
-from data.distillation import TaughtImages, check_answers, write_answers
 from data.labelled_images import check_labels
-from engine.loop import build_loader, train
+from engine.loop import Task
+from engine.setup import build_loader
 from evaluation.scores import evaluate_classifier
-from tasks.teachers import Teacher, build_teaching, prepare_teacher
+from tasks.distillation import DistillationDataset, prepare_targets
+from tasks.teachers import Teacher, prepare_teacher
 
 
-class Classification(nn.Module):
+class ClassificationLoss(nn.Module):
     """
-    Cross-entropy; with a teacher also the divergence from its class probabilities, and one minus the cosine between
-    its feature maps and what linear layers make of the patch tokens.
+    Cross-entropy. With a teacher, also the divergence from its class probabilities, and one minus the cosine between
+    its feature maps and linear functions of the patch tokens.
 
-    The teacher's classes are learned by a head of their own unless they are the model's. Heads are not part of the
-    model that is saved.
+    If the teacher has other classes than the model, a linear layer of its own predicts them. The linear layers are
+    trained with the model, but not saved with it.
 
     Args:
         model: a CBSA classifier.
         label_smoothing: probability spread evenly over all classes.
-        teacher: whose logits and maps the task will be called with.
+        teacher: gives the sizes of the logits and maps that `forward` will get.
         logits_weight: weight of the divergence.
         maps_weight: weight of the cosines.
     """
@@ -65,13 +64,13 @@ class Classification(nn.Module):
         **teacher_maps: torch.Tensor,
     ) -> dict[str, torch.Tensor]:
         """
-        `logits` when no labels are given; else the losses, `loss` their weighted sum.
+        The losses by name; `loss` is their weighted sum. Without labels, only `logits`.
 
         Args:
             pixel_values: (batch, channels, height, width), normalised.
             labels: (batch,) class indices, or (batch, num_labels) probabilities.
-            teacher_logits: (batch, the teacher's num_labels).
-            teacher_map_0, ...: the teacher's feature maps, each (batch, channels, rows, columns).
+            teacher_logits: (batch, num_labels of the teacher).
+            teacher_map_0, ...: feature maps of the teacher, each (batch, channels, rows, columns).
         """
         outputs = self.model.base_model(pixel_values, interpolate_pos_encoding=True)
         logits = self.model.classifier(outputs.pooler_output).float()
@@ -85,104 +84,116 @@ class Classification(nn.Module):
             losses["divergence"] = F.kl_div(own, target, reduction="batchmean", log_target=True)
             grid = self.model.config.patch_grid(*pixel_values.shape[2:])
             patches = outputs.last_hidden_state[:, self.model.base_model.num_prefix_tokens :]
-            patches = patches.transpose(1, 2).unflatten(2, grid)
-            cosines = []
-            for head, target in zip(self.map_heads, teacher_maps.values(), strict=True):
-                features = head(F.adaptive_avg_pool2d(patches, target.shape[2:]).permute(0, 2, 3, 1))
-                target = target.permute(0, 2, 3, 1).float()
-                cosines.append(F.cosine_similarity(features.float(), target, dim=-1).mean())
-            losses["distance"] = 1 - torch.stack(cosines).mean()
+            losses["distance"] = self.maps_distance(patches.transpose(1, 2).unflatten(2, grid), teacher_maps)
             loss = loss + self.logits_weight * losses["divergence"] + self.maps_weight * losses["distance"]
         return {**losses, "loss": loss}
 
+    def maps_distance(self, patches: torch.Tensor, teacher_maps: dict[str, torch.Tensor]) -> torch.Tensor:
+        """
+        One minus the mean cosine between the teacher's features and the linear functions of the patch tokens.
 
-def draw_attention(model: PreTrainedModel, dataset: ValidationImages, count: int = 4) -> dict[str, np.ndarray]:
-    """What CLS attends to in every layer and head, for the first images: pictures (1, height, width, 3) by name."""
-    pictures = {}
-    for index in range(min(count, len(dataset))):
-        if (found := dataset.read(index)) is not None:
-            maps = attention_maps(model, dataset[index]["pixel_values"].unsqueeze(0))[:, 0]
-            grid = attention_grid(found[0], maps, "what CLS is tied to")
-            pictures[f"validation/attention_{index}"] = np.asarray(grid)[None]
-    return pictures
+        Args:
+            patches: (batch, width, rows, columns); pooled to the size of each map.
+            teacher_maps: see [`forward`].
+        """
+        cosines = []
+        for head, target in zip(self.map_heads, teacher_maps.values(), strict=True):
+            features = head(F.adaptive_avg_pool2d(patches, target.shape[2:]).permute(0, 2, 3, 1))
+            target = target.permute(0, 2, 3, 1).float()
+            cosines.append(F.cosine_similarity(features.float(), target, dim=-1).mean())
+        return 1 - torch.stack(cosines).mean()
 
 
-def train_classifier(
-    args: ClassificationArguments,
-    accelerator: Accelerator,
-    model: PreTrainedModel,
-    processor: BaseImageProcessor,
-    splits: tuple[Dataset, Dataset],
-    task: nn.Module | None = None,
-    teach: Callable[[torch.Tensor], dict] | None = None,
-) -> dict:
+class ClassificationTask(Task):
     """
-    Train a CBSA classifier as the options say; see [`train`] for what it leaves behind, returns and raises.
+    Train a CBSA classifier, with the teacher that the options name if they do.
 
     Args:
         args: the script's options.
         accelerator: from `build_accelerator`.
         model: the classifier.
         processor: its image processor.
-        splits: from `load_splits`.
-        task: what to minimise, of the model; [`Classification`] with the options' teacher when None.
-        teach: see [`train`]; of the options' teacher when None.
+        splits: training and validation, from `load_splits`.
+
+    Raises:
+        ValueError: if a label is the number of no class, or the teacher or its cache cannot be used.
     """
-    train_split, validation_split = splits
-    for dataset, name in zip(splits, (args.train_split, args.validation_split), strict=True):
-        check_labels(dataset, name, warns=accelerator.is_main_process)
-    size = processor.size["height"]
-    augmentation = {
-        "dataset": train_split,
-        "max_corrupt": args.max_corrupt,
-        "processor": processor,
-        "crop_sizes": args.crop_sizes or [size],
-        "num_epochs": args.num_epochs,
-        "min_crop_scale": args.min_crop_scale,
-        "random_crop_sizes": args.random_crop_sizes,
-        "mixup_alpha": args.mixup_alpha,
-        "cutmix_alpha": args.cutmix_alpha,
-        "seed": args.seed,
-    }
-    train_images, teacher = TrainingImages(**augmentation), None
-    if args.teacher is not None:
-        teacher = Teacher(args.teacher, processor.image_mean, processor.image_std, model.config.patch_size)
-        teacher = prepare_teacher(teacher, accelerator)
+
+    metric = "accuracy"
+
+    def __init__(
+        self,
+        args: ClassificationArguments,
+        accelerator: Accelerator,
+        model: PreTrainedModel,
+        processor: BaseImageProcessor,
+        splits: tuple[Dataset, Dataset],
+    ):
+        for dataset, name in zip(splits, (args.train_split, args.validation_split), strict=True):
+            check_labels(dataset, name, warns=accelerator.is_main_process)
+        self.args, self.accelerator, self.processor = args, accelerator, processor
+        self.teacher = None
+        if args.teacher is not None:
+            if model.config.num_channels != 3:
+                raise ValueError(f"`--teacher` sees photos; the model takes {model.config.num_channels} channels.")
+            teacher = Teacher(args.teacher, processor.image_mean, processor.image_std, model.config.patch_size)
+            self.teacher = prepare_teacher(teacher, accelerator)
+        self.train_data = self.build_train_data(splits[0])
+        self.losses = self.build_losses(model)
+        self.validation_images = ValidationImages(splits[1], args.max_corrupt, processor)
+        self.validation_loader = accelerator.prepare(build_loader(self.validation_images, args, train=False))
+
+    def build_losses(self, model: PreTrainedModel) -> nn.Module:
+        """The losses of the model."""
+        args = self.args
+        return ClassificationLoss(model, args.label_smoothing, self.teacher, args.logits_weight, args.maps_weight)
+
+    def build_train_data(self, split: Dataset) -> TrainingImages:
+        """The training images; with the teacher's targets if they are cached."""
+        args, size = self.args, self.processor.size["height"]
+        augmentation = {
+            "dataset": split,
+            "max_corrupt": args.max_corrupt,
+            "processor": self.processor,
+            "crop_sizes": args.crop_sizes or [size],
+            "num_epochs": args.num_epochs,
+            "min_crop_scale": args.min_crop_scale,
+            "random_crop_sizes": args.random_crop_sizes,
+            "mixup_alpha": args.mixup_alpha,
+            "cutmix_alpha": args.cutmix_alpha,
+            "seed": args.seed,
+        }
+        images = TrainingImages(**augmentation)
         if args.teacher_cache is None:
-            teach = build_teaching(teacher, accelerator)
-        else:
-            answers = Path(args.teacher_cache)
-            with accelerator.main_process_first():
-                if not answers.exists():
-                    write_answers(teacher, train_images, processor, size, answers)
-            check_answers(teacher, train_images, size, answers)
-            train_images = TaughtImages(teacher, answers, **augmentation)
-    if task is None:
-        task = Classification(model, args.label_smoothing, teacher, args.logits_weight, args.maps_weight)
-    validate, validation_images = build_validation(args, accelerator, validation_split, processor)
-    return train(
-        args,
-        accelerator,
-        task,
-        processor,
-        train_images,
-        validate=validate,
-        metric="accuracy",
-        teach=teach,
-        draw=lambda model: draw_attention(model, validation_images),
-    )
+            return images
+        folder = prepare_targets(self.teacher, images, size, args.teacher_cache, self.accelerator)
+        return DistillationDataset(self.teacher, folder, **augmentation)
 
-
-def build_validation(
-    args: ClassificationArguments, accelerator: Accelerator, split: Dataset, processor: BaseImageProcessor
-) -> tuple[Callable[[nn.Module], dict[str, float]], ValidationImages]:
-    """What validates a task, such as [`Classification`], on a split; and the images that it does so with."""
-    images = ValidationImages(split, args.max_corrupt, processor)
-    loader = accelerator.prepare(build_loader(images, args, train=False))
-
-    def validate(network: nn.Module) -> dict[str, float]:
-        metrics = evaluate_classifier(lambda pixel_values: network(pixel_values)["logits"], loader, accelerator)
-        images.check()
+    def evaluate(self, losses: nn.Module) -> dict[str, float]:
+        """Accuracy and loss on the validation split."""
+        metrics = evaluate_classifier(
+            lambda pixel_values: losses(pixel_values)["logits"], self.validation_loader, self.accelerator
+        )
+        self.validation_images.check()
         return metrics
 
-    return validate, images
+    def teach(self, pixel_values: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Logits and feature maps of the teacher, unless the batch has them already."""
+        if self.teacher is None or self.args.teacher_cache is not None:
+            return {}
+        with self.accelerator.autocast():
+            logits, maps = self.teacher(pixel_values)
+        return {"teacher_logits": logits, **{f"teacher_map_{i}": features for i, features in enumerate(maps)}}
+
+    def draw(self, model: PreTrainedModel, count: int = 4) -> dict[str, np.ndarray]:
+        """For the first images, the attention of CLS in every layer and head."""
+        pictures = {}
+        for index in range(min(count, len(self.validation_images))):
+            if (found := self.validation_images.read(index)) is not None:
+                pixel_values = self.validation_images[index]["pixel_values"].unsqueeze(0)
+                picture = found[0]
+                if isinstance(picture, np.ndarray):  # of another number of channels: their mean, in grey
+                    picture = Image.fromarray(picture.mean(2).astype(np.uint8)).convert("RGB")
+                grid = attention_grid(picture, attention_maps(model, pixel_values)[:, 0], "what CLS is tied to")
+                pictures[f"validation/attention_{index}"] = np.asarray(grid)[None]
+        return pictures

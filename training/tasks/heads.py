@@ -1,4 +1,4 @@
-"""Models to go on from, their heads for the classes of the data."""
+"""Loading a pretrained model for the classes of a data set."""
 
 from copy import deepcopy
 
@@ -10,7 +10,7 @@ from cbsa_hf.checkpoints.weight_files import check_finite, find_folder
 
 
 def class_tensors(model: PreTrainedModel) -> set[str]:
-    """Names of the parameters and buffers whose shape follows the number of classes."""
+    """Names of the parameters and buffers whose shape depends on the number of classes."""
     config = deepcopy(model.config)
     config.num_labels += 1
     with torch.device("meta"):
@@ -20,8 +20,10 @@ def class_tensors(model: PreTrainedModel) -> set[str]:
 
 def load_for_classes(auto_class: type, source: str, names: dict[int, str], **changes) -> PreTrainedModel:
     """
-    The model of a folder or hub id for the classes of that name, in that order. Where its own are others, what follows
-    their number is made anew, and all else is kept; where they are the same, everything is.
+    Load a pretrained model for the classes of a data set.
+
+    If its own classes have the same names in the same order, all weights are kept. Otherwise the weights whose shape
+    depends on the number of classes are initialised anew, and all others are kept.
 
     Args:
         auto_class: the class of Transformers to load it with.
@@ -30,7 +32,7 @@ def load_for_classes(auto_class: type, source: str, names: dict[int, str], **cha
         **changes: to its configuration.
 
     Raises:
-        ValueError: not found, damaged, or not a model of this library.
+        ValueError: if there is no such model, it is damaged, or it is not a model of this library.
     """
     source = str(find_folder(source))
     config = load_config(source)

