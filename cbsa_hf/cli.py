@@ -121,7 +121,7 @@ def load_finder(args: argparse.Namespace) -> Finder:
         segmenter = SlidingWindowSegmenter(
             model, processor, long_side=args.long_side, sharp=args.sharp, max_memory=args.max_memory
         )
-        return lambda image: show_classes(image, segmenter(image), label_names(model))
+        return lambda image: show_classes(image, segmenter(image), label_names(model.config.id2label))
     options = {option: getattr(args, name) for name, option in FOREGROUND_OPTIONS.items() if name in args}
     if args.long_side is not None:
         options["long_side"] = args.long_side

@@ -9,7 +9,7 @@ import stat
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from io import BytesIO
-from typing import BinaryIO, TypeVar
+from typing import BinaryIO, Literal, TypeVar, overload
 
 import numpy as np
 import torch
@@ -27,6 +27,7 @@ T = TypeVar("T")
 MAX_PIXELS = 27_000_000  # largest number of pixels of a file: 6000 x 4500
 MAX_RATIO = 200  # largest ratio of the longer side of a file's image to the shorter side
 ROUNDING = 1e-3  # how far floats may lie below 0 or above 1
+HUNGRY_FORMATS = ("WEBP", "JPEG2000")  # half as many pixels: their decoders take up to 19 bytes for one, others 10
 PIXELS_AT_A_TIME = 2**18  # pixels of a band of rows that is processed at once; results do not depend on it
 BYTES_PER_PIXEL = 8  # largest number of bytes that a file may have for each pixel: 16-bit RGBA, not compressed
 
@@ -140,7 +141,7 @@ def decode(source: "ImageSource", name: str | None, max_pixels: int, max_ratio: 
     data = read_bytes(source, name, BYTES_PER_PIXEL * max_pixels)
     try:
         image = open_bytes(data)
-        check_size(image.size, name, max_pixels, max_ratio)
+        check_size(image.size, name, max_pixels // 2 if image.format in HUNGRY_FORMATS else max_pixels, max_ratio)
         image = turn_upright(image)
     except ImageError:
         raise
@@ -165,7 +166,7 @@ def open_image(
         source: a path, bytes, a binary file, or an image that `datasets` has not decoded, `{"bytes": ..., "path":
             ...}`.
         name: name of the image in messages; by default its path.
-        max_pixels: largest number of pixels.
+        max_pixels: largest number of pixels; half as many in [`HUNGRY_FORMATS`].
         max_ratio: largest ratio of the longer side to the shorter.
 
     Raises:
@@ -314,7 +315,15 @@ def scale_values(values: np.ndarray) -> np.ndarray:
     return (values // 257).astype(np.uint8)
 
 
-def to_image(source: "ImageSource", *, name: str | None = None, num_channels: int = 3) -> Image.Image | np.ndarray:
+@overload
+def to_image(source: ImageSource, *, name: str | None = None, num_channels: Literal[3] = 3) -> Image.Image: ...
+
+
+@overload
+def to_image(source: ImageSource, *, name: str | None = None, num_channels: int) -> Image.Image | np.ndarray: ...
+
+
+def to_image(source: ImageSource, *, name: str | None = None, num_channels: int = 3) -> Image.Image | np.ndarray:
     """
     Convert any source of one image to the form that models take.
 

@@ -258,6 +258,14 @@ def test_limits(recwarn):
         open_image(io.BytesIO(large), max_pixels=10)
 
 
+@pytest.mark.parametrize(("format", "limit"), [("WEBP", 7000), ("JPEG2000", 7000), ("PNG", 3500), ("JPEG", 3500)])
+def test_decoders_that_take_more_memory_get_fewer_pixels(noise, format, limit):
+    data = encoded(noise, format)  # 3,500 pixels
+    assert open_image(data, max_pixels=limit).size == noise.size
+    with pytest.raises(ImageError, match="70 x 50 = 3,500 pixels, and the limit is 3,49"):
+        open_image(data, max_pixels=limit - 2)
+
+
 def test_scans_are_counted(noise):
     data = encoded(noise, "JPEG", progressive=True)
     start = data.rindex(b"\xff\xda")

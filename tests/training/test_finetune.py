@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -173,6 +174,31 @@ def test_segmentation_learns_and_scores_each_image_once(classifier, masks, tmp_p
         left += width + 4
 
 
+def test_one_class(classifier, masks, training, tmp_path, capsys):
+    """Binary: 0 is the background, and both are scored."""
+    import score
+    from finetune import finetune_segmenter
+
+    from arguments import ScoringArguments, SegmentationArguments, parse_arguments
+
+    data, output = tmp_path / "data", tmp_path / "output"
+    shutil.copytree(masks, data)
+    (data / "id2label.json").write_text(json.dumps({"0": "red"}))
+    arguments = [*SEGMENTATION, f"--dataset_name={data}", f"--model_name_or_path={classifier}", "--num_epochs=1"]
+    arguments += [f"--output_dir={output}", "--dice=true", "--class_balanced=true", "--no_photometric_distortion"]
+    finetune_segmenter(parse_arguments(SegmentationArguments, arguments))
+    metrics = json.loads((output / "results.json").read_text())["metrics"]
+    model = AutoModelForSemanticSegmentation.from_pretrained(output).eval()
+    assert model.config.id2label == {0: "red"}
+    expected = measure(SlidingWindowSegmenter(model, AutoImageProcessor.from_pretrained(output)), data)
+    expected["iou/background"] = expected.pop("iou/noise")
+    assert metrics == pytest.approx({**expected, "mean_iou": mean_iou(expected)}, abs=2e-3)
+    capsys.readouterr()
+    score.main(ScoringArguments(task="semantic-segmentation", dataset_name=str(data), checkpoint=str(output)))
+    printed = dict(line.split() for line in capsys.readouterr().out.splitlines() if len(line.split()) == 2)
+    assert {name: float(printed[name]) for name in metrics} == pytest.approx(metrics, abs=2e-3)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -272,7 +298,7 @@ def vit(stripes, tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("attention_type", ["agent", "cbsa"])
+@pytest.mark.parametrize("attention_type", ["agent", "mita", "cbsa"])
 def test_adapted_vit_comes_back(vit, stripes, tmp_path, attention_type):
     """The original scores as it does, replacing its attention changes that, and training brings it back."""
     arguments = [f"--model_name_or_path={vit}", f"--attention_type={attention_type}", f"--dataset_name={stripes}"]
@@ -282,9 +308,10 @@ def test_adapted_vit_comes_back(vit, stripes, tmp_path, attention_type):
     run("adapt.py", *arguments)
     results = json.loads((tmp_path / "results.json").read_text())
     assert results["original"] == pytest.approx(classify(vit, stripes), abs=1e-5)
-    if attention_type == "agent":  # which takes over every weight
-        assert main(["convert", str(vit), "-o", str(tmp_path / "agent"), "--attention", "agent"]) == 0
-        assert results["replaced"] == pytest.approx(classify(tmp_path / "agent", stripes), abs=1e-5)
+    if attention_type != "cbsa":  # these take over every weight
+        converted = tmp_path / attention_type
+        assert main(["convert", str(vit), "-o", str(converted), "--attention", attention_type]) == 0
+        assert results["replaced"] == pytest.approx(classify(converted, stripes), abs=1e-5)
     else:
         assert results["replaced"]["loss"] > 2 * results["original"]["loss"]
     assert results["metrics"] == pytest.approx(classify(tmp_path, stripes), abs=1e-5)

@@ -365,7 +365,7 @@ def test_corrupt_images_are_skipped(data, tmp_path):
         (["--learning_rate", "1e30"], "at step 3; lower `--learning_rate`"),
         (["--train_split", "training"], "has no split 'training'; it has train, validation"),
         (["--image_column", "photo"], "has no column 'photo'; it has picture, kind"),
-        (["--label_column", "picture"], "needs an `Image` and a `ClassLabel` column"),
+        (["--label_column", "picture"], "needs an `Image` or `Array3D` and a `ClassLabel` column"),
         (["--batch_size", "32"], "24 training images are less than one batch of 32"),
         (["--num_epochs", "0"], "`--num_epochs` is 0, and has to be at least 1"),
         (["--gradient_accumulation_steps", "3"], "`--batch_size 8` is not a multiple of 3"),
