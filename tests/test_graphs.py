@@ -4,6 +4,7 @@ import numpy as np
 import onnxruntime
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.export import Dim
 from transformers import Dinov2Config, ResNetConfig
 from transformers.utils import logging
@@ -92,6 +93,27 @@ def test_export_and_onnx(case, tmp_path):
         found = session.run(None, {"pixel_values": pixel_values.numpy()})
         for actual, tensor in zip(found, expected, strict=True):
             np.testing.assert_allclose(actual, tensor, rtol=1e-4, atol=1e-4)
+
+
+# Of every class and both stems one, since each takes some ten seconds: inductor compiles C++ for every kernel.
+COMPILED = [CASES[i] for i in (0, 4, 7, 8, 10, 12)]
+
+
+@pytest.mark.parametrize("case", COMPILED, ids=name_case)
+def test_inductor(case):
+    """One compiled graph serves all sizes: the second size compiles it for any, and no later one compiles again."""
+    torch._dynamo.reset()
+    model, options = build(case)
+    graphs = CompileCounterWithBackend("inductor")
+    compiled = torch.compile(model, backend=graphs, fullgraph=True)
+    counts = []
+    for shape in [(2, 3, 40, 56), *SHAPES]:
+        pixel_values = torch.randn(shape)
+        with torch.no_grad():
+            actual, expected = (flatten(network(pixel_values, **options)) for network in (compiled, model))
+        torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
+        counts.append(graphs.frame_count)
+    print(counts)
 
 
 @pytest.fixture
