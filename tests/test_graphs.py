@@ -95,25 +95,24 @@ def test_export_and_onnx(case, tmp_path):
             np.testing.assert_allclose(actual, tensor, rtol=1e-4, atol=1e-4)
 
 
-# Of every class and both stems one, since each takes some ten seconds: inductor compiles C++ for every kernel.
-COMPILED = [CASES[i] for i in (0, 4, 7, 8, 10, 12)]
-
-
-@pytest.mark.parametrize("case", COMPILED, ids=name_case)
+@pytest.mark.parametrize("case", [CASES[i] for i in (0, 4, 8, 10)], ids=name_case)
 def test_inductor(case):
-    """One compiled graph serves all sizes: the second size compiles it for any, and no later one compiles again."""
+    """
+    The second size compiles a graph for any size; sizes that fill whole patches, and need no padding, may have one of
+    their own. No later size compiles again. One case of every class.
+    """
     torch._dynamo.reset()
     model, options = build(case)
-    graphs = CompileCounterWithBackend("inductor")
-    compiled = torch.compile(model, backend=graphs, fullgraph=True)
-    counts = []
-    for shape in [(2, 3, 40, 56), *SHAPES]:
+    inductor = CompileCounterWithBackend("inductor")
+    compiled = torch.compile(model, backend=inductor, fullgraph=True)
+    graphs = []
+    for shape in [(2, 3, 40, 56), (3, 3, 33, 47), (4, 3, 64, 24), (2, 3, 51, 29)]:
         pixel_values = torch.randn(shape)
         with torch.no_grad():
             actual, expected = (flatten(network(pixel_values, **options)) for network in (compiled, model))
         torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
-        counts.append(graphs.frame_count)
-    print(counts)
+        graphs.append(inductor.frame_count)
+    assert graphs[3] == graphs[2] <= 3
 
 
 @pytest.fixture
