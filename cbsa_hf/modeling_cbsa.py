@@ -236,6 +236,11 @@ class CBSAEmbeddings(nn.Module):
     def forward(
         self, pixel_values: torch.Tensor, interpolate_pos_encoding: bool | None = None
     ) -> tuple[torch.Tensor, tuple[int, int]]:
+        """
+        (batch, channels, height, width) -> tokens (batch, tokens, hidden_size), and (height, width) of the patches.
+
+        Raises ValueError if the number of channels or the size of the images does not fit the model.
+        """
         warn_of_trace()
         self.check_size(pixel_values, interpolate_pos_encoding)
         patches = self.patch_embeddings(pixel_values.to(self.cls_token.dtype))  # (batch, hidden_size, *grid)
