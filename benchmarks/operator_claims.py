@@ -7,18 +7,18 @@ from dataclasses import dataclass
 import torch
 from matplotlib.figure import Figure
 from PIL import Image
+from synthetic import (
+    distance_to_subspaces,
+    draw_union_of_subspaces,
+    iterate_operator,
+    operator_of_bases,
+)
 from torch.utils.flop_counter import FlopCounterMode
 from workbench import FAILS, HOLDS, OPEN, Finding, Workbench, spread, table
 
 from cbsa_hf.attention_cbsa import ATTENTIONS, PooledRepresentatives, SelfAttention
 from cbsa_hf.interpretability.measures import coding_rate
 from cbsa_hf.interpretability.plots import line_panels, render
-from cbsa_hf.interpretability.synthetic import (
-    distance_to_subspaces,
-    draw_union_of_subspaces,
-    iterate_operator,
-    operator_of_bases,
-)
 
 
 SIDES, TIMED_SIDES = (8, 16, 32, 64, 128), (8, 16, 32, 64)  # of the grids of claim 5, in patches

@@ -29,6 +29,7 @@ from .modeling_cbsa import (
 )
 from .presets import PRESETS, preset_path
 from .segmentation.images import ImageError
+from .segmentation.inference import Encoding, encode
 from .segmentation.pipeline_cbsa import ZeroShotSegmentationPipeline, register_pipeline
 from .segmentation.sliding_window import SlidingWindowSegmenter
 from .segmentation.zero_shot import Segment, ZeroShotSegmentation, ZeroShotSegmenter
@@ -64,6 +65,7 @@ __all__ = [
     "CBSASemanticSegmenterOutput",
     "ContractAndBroadcastSelfAttention",
     "ContractionSteps",
+    "Encoding",
     "ImageError",
     "Segment",
     "SlidingWindowSegmenter",
@@ -75,6 +77,7 @@ __all__ = [
     "class_attention_maps",
     "coding_rate",
     "default_checkpoint",
+    "encode",
     "exact_maps",
     "fold",
     "load_checkpoint",

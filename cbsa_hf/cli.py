@@ -25,13 +25,14 @@ from .segmentation.zero_shot import Segment, ZeroShotSegmentation, ZeroShotSegme
 
 
 Finder = Callable[[Image.Image], tuple[Image.Image, Image.Image, str]]
-"""A photo -> overlay, mask, and what was found in words."""
+"""Takes a photo; returns the overlay, the mask, and a description in words."""
 
-FOREGROUND_ONLY = ("method", "segments")
+FOREGROUND_OPTIONS = {"method": "method", "segments": "num_segments"}
+"""Options of `segment` only for the task `foreground`: name -> name in [`ZeroShotSegmenter`]."""
 
 
 def check_folder(path: Path):
-    """A ValueError, before any work is done, when that is no new or empty folder."""
+    """Raises ValueError if a path is not a new or empty folder; called before any work is done."""
     if not path.parent.is_dir():
         raise ValueError(f"There is no folder {path.parent} to write {path.name} to.")
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
@@ -39,6 +40,7 @@ def check_folder(path: Path):
 
 
 def read_photo(photo: str, args: argparse.Namespace) -> Image.Image:
+    """Open a file, or standard input for `-`. Raises ImageError as `open_image` does."""
     limits = {"max_pixels": args.max_pixels, "max_ratio": args.max_ratio}
     if photo == STANDARD_INPUT:
         return open_image(sys.stdin.buffer, name="The photo on standard input", **limits)
@@ -46,9 +48,9 @@ def read_photo(photo: str, args: argparse.Namespace) -> Image.Image:
 
 
 def plan_segmentation(args: argparse.Namespace) -> list[Job]:
-    """What to read and write; a ValueError for options that have no effect together."""
+    """The photos to read and the pictures to write. Raises ValueError for options without effect."""
     if args.task == "semantic":
-        for name in FOREGROUND_ONLY:
+        for name in FOREGROUND_OPTIONS:
             if name in args:
                 raise ValueError(f"`--{name}` has no effect with `--task semantic`; leave it out.")
     photos = find_photos(args.photos)
@@ -61,6 +63,7 @@ def plan_segmentation(args: argparse.Namespace) -> list[Job]:
 
 
 def segment(args: argparse.Namespace) -> int:
+    """`cbsa segment`. Returns 1 if some of several photos could not be segmented, else 0."""
     jobs = plan_segmentation(args)
     if jobs[0].outputs[0] == args.output:
         segment_photo(jobs[0], args)
@@ -80,15 +83,16 @@ def segment(args: argparse.Namespace) -> int:
 
 
 def segment_photo(job: Job, args: argparse.Namespace):
+    """Segment a single photo."""
     check_job(job, [job.photo], args.force)
-    image = read_photo(job.photo, args)  # before the model, which one that cannot be read does not need
+    image = read_photo(job.photo, args)  # before the model is loaded, which takes longer
     *pictures, found = load_finder(args)(image)
     save_pngs(pictures, job.outputs)
     print(f"{job.outputs[0]} and {job.outputs[1]}: {found}.")
 
 
 def segment_photos(jobs: list[Job], args: argparse.Namespace) -> list[Exception]:
-    """Segment what can be, and return what is wrong with the others, a sentence each."""
+    """Segment several photos. Returns an error for each photo that could not be segmented."""
     photos, find, failures = [job.photo for job in jobs], None, []
     with tqdm(jobs, unit="photo") as progress:
         for job in progress:
@@ -110,15 +114,14 @@ def segment_photos(jobs: list[Job], args: argparse.Namespace) -> list[Exception]
 
 
 def load_finder(args: argparse.Namespace) -> Finder:
-    """What the options ask for, its model loaded once for all photos."""
+    """The segmenter that the options ask for; its model is loaded once for all photos."""
     if args.task == "semantic":
         model, processor = load_checkpoint(args.checkpoint, "semantic-segmentation")
         segmenter = SlidingWindowSegmenter(
             model, processor, long_side=args.long_side, sharp=args.sharp, max_memory=args.max_memory
         )
         return lambda image: show_classes(image, segmenter(image), label_names(model))
-    given = {"method": "method", "segments": "num_segments"}
-    options = {option: getattr(args, name) for name, option in given.items() if name in args}
+    options = {option: getattr(args, name) for name, option in FOREGROUND_OPTIONS.items() if name in args}
     if args.long_side is not None:
         options["long_side"] = args.long_side
     segmenter = ZeroShotSegmenter(
@@ -129,7 +132,7 @@ def load_finder(args: argparse.Namespace) -> Finder:
 
 
 def label_picture(labels: np.ndarray, num_labels: int) -> Image.Image:
-    """Indices as pixels, with a palette where there are few, so that it is more than shades of black to look at."""
+    """Labels (height, width) as a picture; up to 256 labels get a palette, so that people can tell them apart."""
     picture = Image.fromarray(labels)
     if labels.dtype == np.uint8:
         picture.putpalette(class_colours(num_labels).tobytes())
@@ -137,11 +140,12 @@ def label_picture(labels: np.ndarray, num_labels: int) -> Image.Image:
 
 
 def name_segment(segment: Segment, index: int) -> str:
+    """The name of a segment with its probability, or its number."""
     return f"segment {index}" if segment.name is None else f"{segment.name} (p = {segment.probability:.2f})"
 
 
 def show_foreground(image: Image.Image, found: ZeroShotSegmentation) -> tuple[Image.Image, Image.Image, str]:
-    """Overlay, drawn on the photo itself, mask, and what was found in words."""
+    """The overlay, which is drawn on the photo itself, the mask, and a description in words."""
     names = [name_segment(s, i) for i, s in enumerate(found.segments) if s.score > 0 and s.name is not None]
     text = ", ".join([f"{found.mask.mean():.0%} of the pixels are foreground", *names])
     draw_mask(image, found.mask)
@@ -149,7 +153,7 @@ def show_foreground(image: Image.Image, found: ZeroShotSegmentation) -> tuple[Im
 
 
 def show_segments(image: Image.Image, found: ZeroShotSegmentation) -> tuple[Image.Image, Image.Image, str]:
-    """Overlay with a legend, segment indices as a mask, and what was found in words."""
+    """The overlay with a legend, the index of each pixel's segment, and a description in words."""
     names = {i: name_segment(segment, i) for i, segment in enumerate(found.segments)}
     text = ", ".join(text for _, text in class_legend(found.labels, names))
     return overlay_classes(image, found.labels, names), label_picture(found.labels, len(names)), text
@@ -158,13 +162,14 @@ def show_segments(image: Image.Image, found: ZeroShotSegmentation) -> tuple[Imag
 def show_classes(
     image: Image.Image, labels: np.ndarray, names: dict[int, str]
 ) -> tuple[Image.Image, Image.Image, str]:
-    """Overlay with a legend, class indices as a mask, and what was found in words."""
+    """The overlay with a legend, the index of each pixel's class, and a description in words."""
     found = ", ".join(text for _, text in class_legend(labels, names))
     return overlay_classes(image, labels, names), label_picture(labels, len(names)), found
 
 
 def attention(args: argparse.Namespace):
-    from .interpretability.plots import attention_grid  # Matplotlib, without which `segment` starts sooner
+    """`cbsa attention`."""
+    from .interpretability.plots import attention_grid  # loads Matplotlib, which `segment` does not need
 
     check_job(Job(args.photo, (args.output,)), [args.photo], args.force)
     image = read_photo(args.photo, args)
@@ -179,6 +184,7 @@ def attention(args: argparse.Namespace):
 
 
 def inspect(args: argparse.Namespace):
+    """`cbsa inspect`."""
     from .interpretability.report import inspect_photo, save_report
 
     check_folder(args.output)
@@ -190,6 +196,7 @@ def inspect(args: argparse.Namespace):
 
 
 def convert(args: argparse.Namespace):
+    """`cbsa convert`."""
     output = args.output
     check_folder(output)
     conversion = convert_checkpoint(args.source, args.origin, args.attention, args.num_heads)
@@ -200,7 +207,7 @@ def convert(args: argparse.Namespace):
         if not all(relative <= 1e-5 for _, relative in differences.values()):
             raise ValueError("The outputs differ by more than 1e-05 of the largest value; nothing was written.")
 
-    # A local path says nothing to others, and too much.
+    # The card does not show local paths.
     source = Path(args.source).resolve().name if Path(args.source).exists() else args.source
     card = model_card(conversion, output.name, source, args.license, args.attribution)
     save_conversion(conversion, output, card)
@@ -215,38 +222,32 @@ def convert(args: argparse.Namespace):
 
 
 def push(args: argparse.Namespace):
+    """`cbsa push`."""
     print(push_checkpoint(args.name, args.checkpoint, args.private))
 
 
-def positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{value} is not at least 1")
-    return value
+def at_least(least: int, kind: type = int) -> Callable[[str], float]:
+    """A type for argparse: numbers of that kind that are not below `least`."""
+
+    def number(text: str) -> float:
+        value = kind(text)
+        if not value >= least:
+            raise argparse.ArgumentTypeError(f"{value:g} is not at least {least}")
+        return value
+
+    return number
 
 
 def gigabytes(text: str) -> float:
+    """A type for argparse: gigabytes above 0, as bytes."""
     value = float(text)
     if not value > 0:
         raise argparse.ArgumentTypeError(f"{value:g} is not above 0")
     return value * 1e9
 
 
-def ratio(text: str) -> float:
-    value = float(text)
-    if not value >= 1:
-        raise argparse.ArgumentTypeError(f"{value:g} is not at least 1")
-    return value
-
-
-def at_least_two(text: str) -> int:
-    value = int(text)
-    if value < 2:
-        raise argparse.ArgumentTypeError(f"{value} is not at least 2")
-    return value
-
-
 def build_parser() -> argparse.ArgumentParser:
+    """The parser of `cbsa` with its commands."""
     parser = argparse.ArgumentParser(prog="cbsa", description=__doc__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     add_photo_commands(commands)
@@ -255,19 +256,19 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def add_photo_commands(commands):
-    """`segment`, `attention` and `inspect`."""
+    """Add `segment`, `attention` and `inspect`."""
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument("--checkpoint", help="a folder or hub id; default: the checkpoint in this package")
     common.add_argument(
         "--max-pixels",
-        type=positive,
+        type=at_least(1),
         default=MAX_PIXELS,
         metavar="N",
         help="refuse a photo of more (%(default)s)",
     )
     common.add_argument(
         "--max-ratio",
-        type=ratio,
+        type=at_least(1, float),
         default=MAX_RATIO,
         metavar="R",
         help="of a photo's sides, at most (%(default)s)",
@@ -282,7 +283,10 @@ def add_photo_commands(commands):
     photo = argparse.ArgumentParser(add_help=False)
     photo.add_argument("photo", metavar="PHOTO", help="an image file; - reads it from standard input")
     photo.add_argument(
-        "--long-side", type=positive, default=256, help="pixels of the longer side that the model sees (%(default)s)"
+        "--long-side",
+        type=at_least(1),
+        default=256,
+        help="pixels of the longer side that the model sees (%(default)s)",
     )
     picture = argparse.ArgumentParser(add_help=False)
     picture.add_argument("--force", action="store_true", help="replace pictures that exist")
@@ -311,6 +315,7 @@ def add_photo_commands(commands):
 
 
 def add_segment_options(command: argparse.ArgumentParser):
+    """Add the options of `segment`."""
     command.add_argument(
         "photos",
         nargs="+",
@@ -328,11 +333,11 @@ def add_segment_options(command: argparse.ArgumentParser):
     )
     command.add_argument(
         "--long-side",
-        type=positive,
+        type=at_least(1),
         help="pixels of the longer side that the model sees; default: 192, or for --task semantic what the image "
         "processor says, else the photo's own",
     )
-    # No defaults: whether one is given without effect has to be known.
+    # Without defaults, so that `plan_segmentation` knows which options were given.
     command.add_argument(
         "--method",
         choices=METHODS,
@@ -341,7 +346,7 @@ def add_segment_options(command: argparse.ArgumentParser):
     )
     command.add_argument(
         "--segments",
-        type=at_least_two,
+        type=at_least(2),
         metavar="K",
         default=argparse.SUPPRESS,
         help="for foreground: show K segments, with names where known",
@@ -352,7 +357,7 @@ def add_segment_options(command: argparse.ArgumentParser):
 
 
 def add_checkpoint_commands(commands):
-    """`convert` and `push`."""
+    """Add `convert` and `push`."""
     command = commands.add_parser("convert", help="make a CBSA model of another library's checkpoint")
     command.add_argument("source", metavar="SOURCE", help="a file of weights, a folder, or a hub id")
     command.add_argument("-o", "--output", type=Path, required=True, help="the folder to write")
@@ -362,7 +367,9 @@ def add_checkpoint_commands(commands):
         choices=["softmax", "agent"],
         help="of a ViT: softmax is exact (the default), agent is linear in the tokens and has to be fine-tuned",
     )
-    command.add_argument("--num-heads", type=positive, help="default: config.json, else the published model that wide")
+    command.add_argument(
+        "--num-heads", type=at_least(1), help="default: config.json, else the published model that wide"
+    )
     command.add_argument("--verify", type=Path, metavar="TENSORS", help="recorded outputs to compare, .safetensors")
     command.add_argument("--license", help="of the weights, for the model card, such as apache-2.0")
     command.add_argument("--attribution", help="whose weights they are, a sentence for the model card")
@@ -384,7 +391,7 @@ def main(argv: list[str] | None = None) -> int:
         is bad; 130 when it was interrupted.
     """
     args = build_parser().parse_args(argv)
-    # Their retries and reports would bury the one sentence.
+    # Messages of the libraries would hide our one sentence.
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     huggingface_hub.logging.set_verbosity_error()

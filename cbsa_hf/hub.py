@@ -1,10 +1,10 @@
-"""Publish a checkpoint on the Hub: weights, code, image processor and model card."""
+"""Publish a checkpoint on the Hub, with code, image processor and model card."""
 
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from huggingface_hub import HfApi, ModelCard
-from huggingface_hub.errors import HFValidationError, HTTPError  # of whichever HTTP client the Hub's library uses
+from huggingface_hub.errors import HFValidationError, HTTPError
 
 from .checkpoints import default_checkpoint, load_checkpoint
 from .modeling_cbsa import CBSAPreTrainedModel
@@ -15,14 +15,14 @@ REQUIRED_METADATA = ("library_name", "pipeline_tag", "license")
 
 def load_card(checkpoint: str) -> ModelCard:
     """
-    The model card of a folder or hub id.
+    The model card in a folder or of a hub id.
 
     Raises:
-        ValueError: there is none, or its metadata does not say what the Hub needs to show the model.
+        ValueError: there is none, or its metadata lacks one of `REQUIRED_METADATA`, which the Hub needs.
     """
     try:
         card = ModelCard.load(Path(checkpoint) / "README.md" if Path(checkpoint).is_dir() else checkpoint)
-    except Exception as error:  # of YAML, of the card's types, of the Hub, or RecursionError
+    except Exception as error:  # of YAML, of the types of the metadata, of the Hub, or a RecursionError
         raise ValueError(f"{checkpoint} has no model card that can be read; write its README.md.") from error
     missing = [name for name in REQUIRED_METADATA if not getattr(card.data, name)]
     if missing:
@@ -66,15 +66,16 @@ def push_checkpoint(name: str, checkpoint: str | None = None, private: bool = Fa
     Publish a checkpoint with the code that `trust_remote_code=True` runs.
 
     Args:
-        name: the id to publish under, `user/model`.
-        checkpoint: folder or hub id; [`default_checkpoint`] when None.
-        private: whether a repository that is made for it is private; one that exists stays as it is.
+        name: the hub id to publish under, `user/model`.
+        checkpoint: the folder or hub id of the checkpoint; by default [`default_checkpoint`].
+        private: whether a new repository is private; a repository that exists stays as it is.
 
     Returns:
-        The page of the model.
+        The URL of the model's page.
 
     Raises:
-        ValueError: not a complete checkpoint with a card, or the Hub refuses; nothing is uploaded but all of it.
+        ValueError: the checkpoint is incomplete or has no model card, or the Hub refuses. All files are uploaded in
+            one commit, or none.
     """
     checkpoint = default_checkpoint() if checkpoint is None else checkpoint
     model, processor = load_checkpoint(checkpoint)

@@ -19,7 +19,7 @@ from transformers.modeling_outputs import (
     SemanticSegmenterOutput,
 )
 from transformers.processing_utils import Unpack
-from transformers.utils import TransformersKwargs, is_torchdynamo_compiling, is_torchdynamo_exporting
+from transformers.utils import TransformersKwargs, is_torchdynamo_compiling, is_torchdynamo_exporting, logging
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs, maybe_install_capturing_hooks
 
@@ -36,6 +36,18 @@ from .attention_cbsa import (
 from .configuration_cbsa import CBSAConfig
 from .mask_decoder_cbsa import DECODERS, ClassTokenMaskDecoder
 from .tiles_cbsa import MIN_TOKENS, STRIP_TOKENS, is_watched, layer_in_tiles
+
+
+logger = logging.get_logger(__name__)
+
+
+def warn_of_trace():
+    """Says once, while `torch.jit.trace` or the old ONNX exporter records a graph, that the graph has one size."""
+    if torch.jit.is_tracing():
+        logger.warning_once(
+            "`torch.jit.trace` and `torch.onnx.export(dynamo=False)` record a graph for images of this one size. "
+            "`torch.export.export` and `torch.onnx.export(dynamo=True)` make a graph for every size."
+        )
 
 
 @dataclass
@@ -235,6 +247,7 @@ class CBSAEmbeddings(nn.Module):
     def forward(
         self, pixel_values: torch.Tensor, interpolate_pos_encoding: bool | None = None
     ) -> tuple[torch.Tensor, tuple[int, int]]:
+        warn_of_trace()
         self.check_size(pixel_values, interpolate_pos_encoding)
         patches = self.patch_embeddings(pixel_values.to(self.cls_token.dtype))  # (batch, hidden_size, *grid)
         grid = tuple(patches.shape[2:])
@@ -288,13 +301,13 @@ class CBSAISTA(nn.Module):
         if self.bias is not None:
             return F.relu(F.linear(hidden_states, self.weight, self.bias))
         weight = self.weight
-        # Mixed precision adds the step to `hidden_states` in their own precision; a compiler fuses the addition.
-        in_steps = is_torchdynamo_compiling() or torch.is_autocast_enabled(hidden_states.device.type)
-        has_many_tokens = hidden_states.numel() > weight.numel()
-        if has_many_tokens and not in_steps:
-            return self.prepare()(hidden_states)
         # A graph takes one way for every number of tokens, so that it is not made again for some of them.
-        if has_many_tokens or is_torchdynamo_compiling():
+        in_graph = is_torchdynamo_compiling()
+        in_one_product = in_graph or hidden_states.numel() > weight.numel()
+        # Mixed precision adds the step to `hidden_states` in their own precision; a compiler fuses the addition.
+        if in_one_product and not (in_graph or torch.is_autocast_enabled(hidden_states.device.type)):
+            return self.prepare()(hidden_states)
+        if in_one_product:
             # One product with D^T - D^T D instead of two; to form that matrix costs as much as d tokens do.
             gradient = F.linear(hidden_states, weight.t() - weight.t() @ weight)
         else:
@@ -635,6 +648,7 @@ class CBSAForSemanticSegmentation(CBSAPreTrainedModel):
                 f"A backbone of type {self.config.backbone_config.model_type!r} has no `representative_attentions`; "
                 "they are the CBSA encoder's."
             )
+        warn_of_trace()
         outputs = self.backbone.forward_with_filtered_kwargs(
             pixel_values.to(dtype_of(self.backbone)),
             **{name: self.is_wanted(name, kwargs) for name in ("output_hidden_states", "output_attentions")},

@@ -1,4 +1,4 @@
-"""Pictures of what a model sees: masks and attention maps over photos."""
+"""Draw masks, classes and attention maps over photos."""
 
 from colorsys import hsv_to_rgb
 
@@ -12,12 +12,12 @@ MASK_COLOUR = (255, 64, 96)
 
 
 def dilate(mask: np.ndarray, radius: int) -> np.ndarray:
-    """True where the mask is within so many pixels, down and across; in time proportional to log(radius)."""
+    """Extends a mask (height, width) by `radius` pixels in each direction, in time proportional to log(radius)."""
     mask = mask.copy()
     for rows in (mask, mask.T):
         reach = 0
         while reach < radius:
-            step = min(2 * reach + 1, radius - reach)  # what is reached stays without gaps
+            step = min(2 * reach + 1, radius - reach)  # so that no pixels are left out between
             rows[step:] |= rows[:-step]
             rows[:-step] |= rows[step:]
             reach += step
@@ -25,7 +25,7 @@ def dilate(mask: np.ndarray, radius: int) -> np.ndarray:
 
 
 def draw_mask(image: Image.Image, mask: np.ndarray):
-    """Tint and outline the mask on the photo itself, and darken the rest; `mask` is (height, width) of the image."""
+    """Draw a mask (height, width) on the photo itself: inside it is tinted and outlined, outside it is darkened."""
     radius = max(1, round(max(image.size) / 400))
     levels = np.arange(256, dtype=np.float32)
     tinted = np.concatenate([0.65 * levels + 0.35 * np.float32(channel) for channel in MASK_COLOUR])
@@ -40,14 +40,14 @@ def draw_mask(image: Image.Image, mask: np.ndarray):
 
 
 def overlay_mask(image: Image.Image, mask: np.ndarray) -> Image.Image:
-    """A copy of the photo that shows the mask, see [`draw_mask`]."""
+    """A copy of the photo with [`draw_mask`] applied."""
     image = image.copy()
     draw_mask(image, mask)
     return image
 
 
 def class_colours(num_classes: int) -> np.ndarray:
-    """A colour for each class, (num_classes, 3) uint8: hues by the golden ratio, neighbours in number far apart."""
+    """A colour for each class, (num_classes, 3) uint8. Classes with neighbouring numbers get very different hues."""
     saturations, values = (0.9, 0.55, 0.75), (0.95, 1.0, 0.6)
     rgb = [
         hsv_to_rgb((0.6 + index * 0.618034) % 1, saturations[index % 3], values[index % 3])
@@ -57,7 +57,7 @@ def class_colours(num_classes: int) -> np.ndarray:
 
 
 def class_legend(labels: np.ndarray, names: dict[int, str]) -> list[tuple[int, str]]:
-    """The classes in some labels, those with most pixels first: index, and name with the share of the pixels."""
+    """The classes in labels of any shape, the most frequent first: index, and name with the share of the pixels."""
     flat, counts = labels.reshape(-1), np.zeros(len(names), dtype=np.int64)
     for first in range(0, flat.size, PIXELS_AT_A_TIME):  # which are 64 bits each when they are counted
         counts += np.bincount(flat[first : first + PIXELS_AT_A_TIME], minlength=len(names))
@@ -68,14 +68,15 @@ def class_legend(labels: np.ndarray, names: dict[int, str]) -> list[tuple[int, s
 
 def draw_legend(picture_size: tuple[int, int], labels: np.ndarray, names: dict[int, str]) -> Image.Image:
     """
-    White, above the colours and names of the classes in some labels, an array of any shape.
+    A white picture with a legend below it: colours and names of the classes in some labels.
 
     Args:
-        picture_size: (width, height) of what is left white for a picture.
-        labels, names: class indices, and the names of all classes.
+        picture_size: (width, height) of the white part, in pixels, for the caller to fill.
+        labels: class indices, an array of any shape.
+        names: names of all classes.
     """
     colours, (picture_width, picture_height) = class_colours(len(names)), picture_size
-    size = max(12, round(max(picture_size) / 40))  # of the text and of the fields of colour
+    size = max(12, round(max(picture_size) / 40))  # of the text and of the coloured squares, in pixels
     font = ImageFont.load_default(size)
     left, top = size, size // 2
     entries = []
@@ -96,12 +97,12 @@ def draw_legend(picture_size: tuple[int, int], labels: np.ndarray, names: dict[i
 
 def overlay_classes(image: Image.Image, labels: np.ndarray, names: dict[int, str]) -> Image.Image:
     """
-    The photo tinted and outlined by class, above its legend.
+    The photo tinted and outlined by class, with a legend below it.
 
     Args:
         image: the photo, RGB.
         labels: (height, width) of the photo, class indices.
-        names: of all classes.
+        names: names of all classes.
     """
     colours, whole = class_colours(len(names)), draw_legend(image.size, labels, names)
     for rows in bands(image.height, image.width):
@@ -120,14 +121,15 @@ def class_strip(
     predicted: list[np.ndarray], labelled: list[np.ndarray], names: dict[int, str], ignore_index: int
 ) -> Image.Image:
     """
-    A column for each image: the predicted classes above, and below in black where they are wrong, in grey where no
-    class is known. Neither photos nor labels are in it, so it may be shown whatever the licence of the data.
+    A picture with a column for each image: above the predicted classes, below black where they are wrong and grey
+    where the true class is unknown. It shows neither photos nor labels, so the licence of the data does not restrict
+    it.
 
     Args:
         predicted: class indices, each (height, width).
-        labelled: the true ones, `ignore_index` where none is known.
-        names: of all classes.
-        ignore_index: see above.
+        labelled: the true classes, `ignore_index` where they are unknown.
+        names: names of all classes.
+        ignore_index: the label of pixels without a known class.
     """
     colours, gap = class_colours(len(names)), 4
     columns = []
@@ -145,16 +147,16 @@ def class_strip(
 
 
 def colour_values(values: np.ndarray, scale: str) -> Image.Image:
-    """Values from 0 to 1 as colours of that scale of Matplotlib."""
-    from matplotlib import colormaps  # a tenth of what `cbsa segment` takes to start, which draws without it
+    """Values from 0 to 1 in the colours of a colour map of Matplotlib, as a picture."""
+    from matplotlib import colormaps  # imported here, since it takes long and `cbsa segment` does not need it
 
     return Image.fromarray(colormaps[scale](values, bytes=True)[..., :3])
 
 
 def overlay_heat(image: Image.Image, heat: np.ndarray) -> Image.Image:
     """
-    The photo, in grey, under a heat map of any resolution, each value a rectangle: dark for the map's least value,
-    bright for the largest hundredth, lest a few outliers darken the rest.
+    The photo in grey under a heat map of any resolution, in which each value is a rectangle. Colours range from dark
+    for the smallest value to bright for the 99th percentile and above, so that a few outliers do not darken the rest.
     """
     low, high = heat.min(), np.quantile(heat, 0.99)
     colours = colour_values((heat - low) / max(high - low, np.finfo(np.float32).tiny), "inferno")
@@ -163,7 +165,7 @@ def overlay_heat(image: Image.Image, heat: np.ndarray) -> Image.Image:
 
 
 def overlay_signed(image: Image.Image, heat: np.ndarray) -> Image.Image:
-    """As [`overlay_heat`] for values of both signs: red above zero, blue below, white at zero."""
+    """[`overlay_heat`] for values of both signs: red above zero, blue below, white at zero."""
     limit = max(np.quantile(np.abs(heat), 0.99), np.finfo(np.float32).tiny)
     colours = colour_values((heat / limit + 1) / 2, "RdBu_r").resize(image.size, Image.Resampling.NEAREST)
     return Image.blend(image.convert("L").convert("RGB"), colours, 0.7)

@@ -1,4 +1,5 @@
-"""Which photos a command reads and which pictures it writes: never over its input, and never half of one."""
+"""Choose the photos that a command reads and the pictures that it writes. Photos are never overwritten, and pictures
+are written whole or not at all."""
 
 import glob
 import os
@@ -16,9 +17,11 @@ STANDARD_INPUT = "-"
 @dataclass(frozen=True)
 class Job:
     """
+    A photo, and the pictures to make of it.
+
     Args:
         photo: a path, or `-` for standard input.
-        outputs: the pictures to make of it, each a .png.
+        outputs: paths of the pictures, each a .png.
     """
 
     photo: str
@@ -27,10 +30,14 @@ class Job:
 
 def find_photos(sources: list[str]) -> list[str]:
     """
-    The photos that a command line names: files, `-`, the images in a folder, or those that a pattern fits, sorted.
+    The photos that a command line names, without repetitions.
+
+    Args:
+        sources: files, `-`, folders, and patterns such as `holiday/*.jpg`. The images in folders and those that match
+            a pattern are sorted.
 
     Raises:
-        ValueError: a folder without images, or a pattern that fits no file.
+        ValueError: a folder has no images, or no file matches a pattern.
     """
     photos = []
     for source in sources:
@@ -51,7 +58,7 @@ def find_photos(sources: list[str]) -> list[str]:
 
 
 def check_png(path: Path):
-    """A ValueError when a PNG cannot be written there, whatever is there now."""
+    """Raises ValueError if a PNG cannot be written to a path. A file that exists is no error here."""
     if path.is_dir():
         raise ValueError(f"The output {path} is a folder; name a .png in it.")
     if path.suffix.lower() != ".png":
@@ -63,7 +70,7 @@ def check_png(path: Path):
 
 
 def same_file(path: str | Path, other: str | Path) -> bool:
-    """Whether two names are, or would be, those of one file: by links of both kinds, too."""
+    """Whether two paths name the same file, also through symbolic and hard links, or would if they existed."""
     try:
         return os.path.samefile(path, other)
     except OSError:  # one of them does not exist
@@ -72,8 +79,8 @@ def same_file(path: str | Path, other: str | Path) -> bool:
 
 def check_job(job: Job, photos: Iterable[str], force: bool):
     """
-    A ValueError, before any work is done, when a job would write over a photo, over another of its own pictures or,
-    without `force`, over what exists.
+    Raises ValueError if a job would overwrite a photo, another of its own pictures or, without `force`, any file. This
+    is checked before any work is done.
     """
     for index, path in enumerate(job.outputs):
         check_png(path)
@@ -89,10 +96,10 @@ def check_job(job: Job, photos: Iterable[str], force: bool):
 
 def plan_folder(photos: list[str], folder: Path) -> list[Job]:
     """
-    For each photo an overlay and a mask in the folder, named after it.
+    A job for each photo: an overlay and a mask in the folder, named after the photo.
 
     Raises:
-        ValueError: no folder can be there, or two pictures would have one name.
+        ValueError: the folder cannot be made, or two pictures would have the same name.
     """
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"The output {folder} is a file; name a folder for several photos.")
@@ -112,8 +119,8 @@ def plan_folder(photos: list[str], folder: Path) -> list[Job]:
 
 def save_pngs(images: Iterable[Image.Image], paths: Iterable[Path]):
     """
-    Write pictures under temporary names and rename them when all are whole; whatever interrupts that, nothing partial
-    stays.
+    Write pictures under temporary names, and rename them when all are complete. If that is interrupted, no partial
+    file is left.
     """
     partial = {path: path.with_name(f".{path.name}.{os.getpid()}.partial") for path in paths}
     try:

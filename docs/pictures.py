@@ -76,7 +76,7 @@ def draw_steps(photo: Image.Image, found, contraction: np.ndarray) -> Image.Imag
     index = row * SIZE[1] + column
     reads, writes = (
         values[0, HEAD, index, -GRID[0] * GRID[1] :].unflatten(0, GRID).numpy()
-        for values in (found.factor, found.writes)
+        for values in (found.representative_attentions, found.writes)
     )
     figure = Figure(figsize=(10, 2.75), dpi=120)
     axes = figure.subplots(
@@ -101,7 +101,7 @@ def main():
     found = exact_map(encoding, LAYER)
     contraction = encoding.steps(LAYER).similarity[0, HEAD].numpy()
     map_of_cls = encoding.attention_maps()[-1, 0].mean(0).numpy()
-    reads = found.factor[0, HEAD, :, -GRID[0] * GRID[1] :].unflatten(-1, GRID).numpy()
+    reads = found.representative_attentions[0, HEAD, :, -GRID[0] * GRID[1] :].unflatten(-1, GRID).numpy()
     labels = ZeroShotSegmenter(model, processor)(photo).labels
     for name, picture in {
         "overview": draw_overview(photo, labels, map_of_cls, reads),

@@ -162,7 +162,7 @@ def test_inspect(photo, photo_file, shipped, tmp_path, capsys, patch):
     assert report["exact_map"]["exact"] is True
     np.testing.assert_allclose(report["exact_map"]["values"], dense, rtol=1e-3, atol=1e-5)
     peaks = np.asarray(report["representatives"]["reads"][7]["peak"])
-    factor = exact_maps(model, pixel_values)[7].factor[0, ..., 1:]
+    factor = exact_maps(model, pixel_values)[7].representative_attentions[0, ..., 1:]
     assert (peaks @ [8, 1] == factor.argmax(-1).numpy()).all()
     assert np.asarray(report["measures"]["coding_rate_after"]).shape == (12, 3)
 
@@ -230,7 +230,7 @@ def test_inspect_that_fails_leaves_nothing(photo_file, tmp_path, monkeypatch, ca
 
     monkeypatch.setattr(Image.Image, "save", save)
     report = Report({}, {"attention.png": Image.new("RGB", (8, 8))})
-    monkeypatch.setattr("cbsa_hf.cli.inspect_photo", lambda *args: report)
+    monkeypatch.setattr("cbsa_hf.interpretability.report.inspect_photo", lambda *args: report)
     check_refusal(["inspect", str(photo_file), "-o", str(tmp_path / "report")], "is full", tmp_path, capsys)
 
 
@@ -438,3 +438,27 @@ def test_interrupted_process(photo_file, tmp_path, seconds):
     assert process.returncode == 130
     assert "Traceback" not in error and error.splitlines()[-1] == "cbsa: Interrupted."
     assert not list(tmp_path.rglob("*partial*"))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision(tiny_model, saved_segmenter, photo_file, tmp_path, monkeypatch, dtype):
+    """Every command that takes a checkpoint takes one in half precision, and finds in it what float32 finds."""
+    folders = {"classifier": tmp_path / "classifier", "segmenter": saved_segmenter}
+    tiny_model.to(dtype).save_pretrained(folders["classifier"])
+    AutoImageProcessor.from_pretrained(saved_segmenter).save_pretrained(folders["classifier"])
+    CBSAForSemanticSegmentation.from_pretrained(saved_segmenter, dtype=dtype).save_pretrained(saved_segmenter)
+    number = 0
+    for name, commands in {
+        "classifier": ["segment", "segment --segments 3", "segment --method attention"],
+        "segmenter": ["segment", "segment --task semantic"],
+    }.items():
+        for command in [*commands, "attention", "inspect", "inspect --patch 1 1"]:
+            output = tmp_path / (f"{number}.png" if command.split()[0] != "inspect" else str(number))
+            number += 1
+            arguments = ["--long-side", "48", "--checkpoint", str(folders[name]), "-o", str(output)]
+            assert main([*command.split(), str(photo_file), *arguments]) == 0, command
+            assert json.loads((folders[name] / "config.json").read_text())["dtype"] == str(dtype).split(".")[1]
+            if command.startswith("inspect"):
+                json.loads((output / "report.json").read_text(), parse_constant=pytest.fail)  # NaN and infinity
+            else:
+                assert np.asarray(Image.open(output).convert("RGB")).std() > 10

@@ -21,6 +21,7 @@ from tasks.adaptation import AdaptationTask, load_original, replace_attention
 
 
 def main(args: AdaptationArguments):
+    """Replace the attention of a ViT, score it, and fine-tune it."""
     if args.teacher is not None:
         raise ValueError("`--teacher` is not for adapt.py, whose teacher is the original: `--hidden_states_weight`.")
     with start_run(args) as accelerator:

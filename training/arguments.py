@@ -36,6 +36,7 @@ class AtLeast:
     least: float
 
     def check(self, name: str, args: object, given: set[str]):
+        """Raises ValueError if the value is smaller."""
         value = getattr(args, name)
         smallest = min(value) if isinstance(value, list) else value
         if smallest is not None and smallest < self.least:
@@ -49,6 +50,7 @@ class Needs:
     needed: str
 
     def check(self, name: str, args: object, given: set[str]):
+        """Raises ValueError if the option is set and the other is not."""
         if getattr(args, name) is not None and not getattr(args, self.needed):
             raise ValueError(f"`--{name}` does nothing without `--{self.needed}`.")
 
@@ -60,6 +62,7 @@ class OnlyFor:
     tasks: tuple[str, ...]
 
     def check(self, name: str, args: object, given: set[str]):
+        """Raises ValueError if the option is given and `--task` is none of the tasks."""
         if name in given and args.task not in self.tasks:
             raise ValueError(
                 f"`--{name}` has no effect with `--task {args.task}`, only with {' or '.join(self.tasks)}."
@@ -68,6 +71,8 @@ class OnlyFor:
 
 @dataclass(kw_only=True)
 class TaskArguments:
+    """What the model is trained for."""
+
     _argument_group_name = "task"
 
     task: str = field(metadata={"help": "what the model is to do"})
@@ -75,6 +80,8 @@ class TaskArguments:
 
 @dataclass(kw_only=True)
 class ArchitectureArguments:
+    """The configuration of a new model."""
+
     _argument_group_name = "model"
 
     config_name: str = field(
@@ -94,6 +101,8 @@ class ArchitectureArguments:
 
 @dataclass(kw_only=True)
 class OperatorArguments:
+    """The operators of a new model's layers."""
+
     _argument_group_name = "layers of the model"
 
     attention_type: list[str] | None = field(
@@ -104,6 +113,8 @@ class OperatorArguments:
 
 @dataclass(kw_only=True)
 class ClassifierArguments:
+    """The classifier to fine-tune."""
+
     _argument_group_name = "model"
 
     model_name_or_path: str | None = field(
@@ -113,6 +124,8 @@ class ClassifierArguments:
 
 @dataclass(kw_only=True)
 class SegmenterArguments:
+    """The model to fine-tune for semantic segmentation."""
+
     _argument_group_name = "model"
 
     model_name_or_path: str | None = field(
@@ -125,6 +138,8 @@ class SegmenterArguments:
 
 @dataclass(kw_only=True)
 class OriginalArguments:
+    """The ViT to adapt, and the attention it gets."""
+
     _argument_group_name = "model"
 
     model_name_or_path: str = field(metadata={"help": "ViT, DeiT or DINOv2, by hub id or folder"})
@@ -139,6 +154,8 @@ class OriginalArguments:
 
 @dataclass(kw_only=True)
 class DataArguments:
+    """The data set and its columns."""
+
     _argument_group_name = "data"
 
     dataset_name: str = field(metadata={"help": "hub id, local folder or Parquet file"})
@@ -152,6 +169,8 @@ class DataArguments:
 
 @dataclass(kw_only=True)
 class SplitArguments:
+    """The splits of the data set, and how they are read."""
+
     _argument_group_name = "splits of the data"
 
     train_split: str = field(default="train", metadata={"help": "split to train on"})
@@ -173,6 +192,8 @@ class SplitArguments:
 
 @dataclass(kw_only=True)
 class OptimizationArguments:
+    """Batches, the optimiser and its schedule, regularisation."""
+
     _argument_group_name = "optimisation"
 
     num_epochs: Annotated[int, AtLeast(1)] = field(default=30, metadata={"help": "passes over the training split"})
@@ -202,6 +223,8 @@ class OptimizationArguments:
 
 @dataclass(kw_only=True)
 class OutputArguments:
+    """What is written, when, and where."""
+
     _argument_group_name = "checkpoints, logs and results"
 
     output_dir: str = field(metadata={"help": "where checkpoints, logs and the trained model go"})
@@ -225,6 +248,8 @@ class OutputArguments:
 
 @dataclass(kw_only=True)
 class SessionArguments:
+    """What differs between runs with the same settings."""
+
     _argument_group_name = "this run"
 
     seed: int = field(default=0, metadata={"help": "seed of weights, order and augmentation"})
@@ -241,6 +266,8 @@ class RunArguments(DataArguments, SplitArguments, OptimizationArguments, OutputA
 
 @dataclass(kw_only=True)
 class CropArguments:
+    """Augmentation and loss of image classification."""
+
     _argument_group_name = "augmentation and loss"
 
     crop_sizes: Annotated[list[int] | None, AtLeast(1)] = field(
@@ -260,6 +287,8 @@ class CropArguments:
 
 @dataclass(kw_only=True)
 class TeacherArguments:
+    """Distillation from a teacher."""
+
     _argument_group_name = "teacher"
 
     teacher: str | None = field(
@@ -297,6 +326,8 @@ class AdaptationArguments(OriginalArguments, ClassificationArguments):
 
 @dataclass(kw_only=True)
 class MaskArguments:
+    """Classes, augmentation, loss and validation of semantic segmentation."""
+
     _argument_group_name = "masks, augmentation and loss"
 
     id2label: str | None = field(
@@ -329,6 +360,8 @@ class SegmentationArguments(TaskArguments, SegmenterArguments, MaskArguments, Ru
 
 @dataclass(kw_only=True)
 class ComparedArguments:
+    """Seeds and zero-shot scores of a comparison."""
+
     _argument_group_name = "comparison"
 
     seeds: list[int] = field(default_factory=lambda: [0], metadata={"help": "seeds to train each member with"})
@@ -354,6 +387,8 @@ class ComparisonArguments(
 
 @dataclass(kw_only=True)
 class ScoredArguments:
+    """The checkpoint and the images to score."""
+
     _argument_group_name = "what to score"
 
     task: str = field(default=SCORED_TASKS[0], metadata={"help": "what to score", "choices": SCORED_TASKS})
@@ -372,6 +407,8 @@ class ScoredArguments:
 
 @dataclass(kw_only=True)
 class ScoredMaskArguments:
+    """How segmentations are made and scored."""
+
     _argument_group_name = "semantic and zero-shot segmentation"
 
     reduce_labels: Annotated[bool, OnlyFor(SCORED_TASKS[1:2])] = field(
@@ -400,6 +437,8 @@ class ScoredMaskArguments:
 
 @dataclass(kw_only=True)
 class ReportArguments:
+    """Files that the scores are written to."""
+
     _argument_group_name = "output"
 
     strip: Annotated[str | None, OnlyFor(SCORED_TASKS[1:2])] = field(

@@ -175,6 +175,7 @@ def score_members(
 
 
 def main(args: ComparisonArguments):
+    """Train all members, measure them, and write the table."""
     with open_output(args.output_dir) if PartialState().is_main_process else nullcontext():
         masks = None if args.masks_name is None else load_masks(args)  # tells what is wrong with them before training
         folders = {name: [train_member(args, name, seed) for seed in args.seeds] for name in MEMBERS}

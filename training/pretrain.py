@@ -77,6 +77,7 @@ def build_model(args: PretrainingArguments, names: list[str]) -> tuple[PreTraine
 
 
 def main(args: PretrainingArguments):
+    """Train a classifier from scratch."""
     with start_run(args) as accelerator:
         check_room(args, accelerator, empty_model(AutoModelForImageClassification, build_config(args)))
         splits = load_splits(args, find_columns)

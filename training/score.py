@@ -160,6 +160,7 @@ SCORES = {
 
 
 def main(args: ScoringArguments):
+    """Score a checkpoint, and print the scores or write them to a file."""
     for path in (args.output, args.strip):
         if path is not None:
             check_writable(path, args.force)

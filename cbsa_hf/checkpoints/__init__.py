@@ -1,4 +1,4 @@
-"""Where checkpoints come from: those in this package, a folder, or the Hub."""
+"""Load checkpoints: those in this package, in a folder, or on the Hub."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,15 +25,17 @@ from .weight_files import (
 )
 
 
-MAX_IMAGE_SIDE = 16_384  # pixels that an image processor may make of a side
+MAX_IMAGE_SIDE = 16_384  # largest side in pixels that an image processor may produce
 
 
 @dataclass(frozen=True)
 class Task:
     """
+    A task that models are for.
+
     Args:
-        model_class: what does it.
-        title: what to call such a model.
+        model_class: class of its models.
+        title: name of such a model in messages.
         default: name of the checkpoint for it that ships with this package.
     """
 
@@ -49,22 +51,31 @@ TASKS = {
 
 
 def find_task(name: str) -> Task:
+    """The entry of `TASKS`. Raises ValueError if there is none of that name."""
     if name not in TASKS:
         raise ValueError(f"There is no task {name!r}; choose one of {', '.join(map(repr, TASKS))}.")
     return TASKS[name]
 
 
 def default_checkpoint(task: str = "image-classification") -> str:
-    """Path of the checkpoint for a task in `TASKS` that ships with this package; a ValueError for another one."""
+    """
+    Path of the checkpoint that ships with this package for a task.
+
+    Args:
+        task: `"image-classification"` or `"semantic-segmentation"`.
+
+    Raises:
+        ValueError: there is no such task.
+    """
     return str(Path(__file__).parent / find_task(task).default)
 
 
 def load_config(name: str) -> CBSAConfig:
     """
-    Configuration of a folder or hub id.
+    The configuration in a folder or of a hub id.
 
     Raises:
-        CheckpointError: not found, not readable, or of another kind of model.
+        CheckpointError: it is not found, cannot be read, or belongs to a model of another type.
     """
     with one_sentence(f"The configuration of {name} cannot be read"):
         folder = find_folder(name)
@@ -82,7 +93,7 @@ def load_config(name: str) -> CBSAConfig:
 
 
 def saved_as(config: CBSAConfig) -> tuple[type[CBSAPreTrainedModel], str]:
-    """The class that a checkpoint's weights fill, and what to call it; the encoder where there is no head."""
+    """The class that a checkpoint was saved as, and its name in messages; the encoder if no class is known."""
     architectures = config.architectures or [CBSAForImageClassification.__name__]
     for task in TASKS.values():
         if task.model_class.__name__ in architectures:
@@ -92,8 +103,16 @@ def saved_as(config: CBSAConfig) -> tuple[type[CBSAPreTrainedModel], str]:
 
 def check_processor(processor: BaseImageProcessor, num_channels: int, least: int = 1):
     """
-    A ValueError when images would have sides below the `least` or above [`MAX_IMAGE_SIDE`]; any of several errors when
-    one cannot be prepared.
+    Check that an image processor can prepare images.
+
+    Args:
+        processor: the image processor.
+        num_channels: number of channels of the images.
+        least: smallest side in pixels that it may produce.
+
+    Raises:
+        ValueError: sides would be below `least` or above `MAX_IMAGE_SIDE`, or values would not be finite.
+        Exception: any error of a processor that cannot prepare an image.
     """
     for name in ("size", "crop_size", "pad_size"):
         sides = dict(getattr(processor, name, None) or {})
@@ -112,17 +131,21 @@ def check_processor(processor: BaseImageProcessor, num_channels: int, least: int
 
 def load_processor(name: str, config: CBSAConfig) -> BaseImageProcessor:
     """
-    Image processor of a folder or hub id, for a model of that configuration. No code from there is run.
+    The image processor in a folder or of a hub id. Code from there is not run.
+
+    Args:
+        name: the folder or hub id.
+        config: configuration of the model that it is for.
 
     Raises:
-        CheckpointError: not found, or not one that prepares images.
+        CheckpointError: it is not found, or cannot prepare images.
     """
     folder = find_folder(name)
     with one_sentence(f"The image processor of {name} cannot be used"):
         if not any(read_json(folder / file) for file in ("preprocessor_config.json", "processor_config.json")):
             raise not_found(name)
         processor = AutoImageProcessor.from_pretrained(folder, trust_remote_code=False)
-        # A window of semantic segmentation much smaller than the model is made for sees nothing, many times.
+        # The size is the window of semantic segmentation: very small windows would be very many, and see nothing.
         least = (
             1
             if config.backbone_config
@@ -134,10 +157,10 @@ def load_processor(name: str, config: CBSAConfig) -> BaseImageProcessor:
 
 def check_weights(name: str, config: CBSAConfig, model_class: type[CBSAPreTrainedModel]):
     """
-    Compare a configuration with the header of the weights, before there is memory for a model.
+    Compare a configuration with the header of the weights, before memory for a model is allocated.
 
     Raises:
-        CheckpointError: the weights are not found, are pickles or cut short, or do not fit the configuration.
+        CheckpointError: the weights are not found, are pickles, are cut short, or do not fit the configuration.
     """
     header = read_header(find_shards(find_folder(name)))
     with one_sentence(f"The weights of {name} do not fit its configuration"):
@@ -149,17 +172,20 @@ def load_checkpoint(
     name: str | None = None, task: str | None = None
 ) -> tuple[CBSAPreTrainedModel, BaseImageProcessor]:
     """
-    Model (in evaluation mode) and image processor of a folder or hub id. Code from there is never run, and pickles are
-    not opened.
+    Load a model and its image processor from a folder or the Hub. Code from there is never run, and pickles are not
+    opened.
 
     Args:
-        name: the folder or hub id; [`default_checkpoint`] when None.
-        task: what the model has to be for, of `TASKS`; when None it is what it was saved as: a classifier, a
-            segmenter, or an encoder without a head.
+        name: the folder or hub id; by default the [`default_checkpoint`] of the task.
+        task: the task that the model has to be for, `"image-classification"` or `"semantic-segmentation"`. None
+            accepts what was saved: a classifier, a segmenter, or an encoder without a head.
+
+    Returns:
+        The model in evaluation mode, and the image processor.
 
     Raises:
-        ValueError: not found, not readable, of another kind of model or for another task, or damaged; the message is
-            one sentence for people.
+        ValueError: the checkpoint is not found, cannot be read, is damaged, or is for another task or another type of
+            model. The message is one sentence for people.
     """
     if name is None:
         name = default_checkpoint() if task is None else default_checkpoint(task)

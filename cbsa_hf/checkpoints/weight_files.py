@@ -1,6 +1,6 @@
 """
-A checkpoint's files, looked at before a model is made of them. Whatever they hold, and whoever wrote them, the outcome
-is a model or one sentence, soon and in little memory, and no code of theirs runs.
+Check the files of a checkpoint before a model is built from them. Any content leads either to a model or to an error
+of one sentence, in short time and little memory, and code from the files never runs.
 """
 
 import json
@@ -26,11 +26,11 @@ SAFETENSORS_FLOATS = re.compile(r"B?F\d")  # F32, BF16, F8_E4M3
 
 
 class CheckpointError(ValueError):
-    """A checkpoint that cannot be used; the message is one sentence for people."""
+    """A checkpoint cannot be used. The message is one sentence for people."""
 
 
 def reason(error: BaseException) -> str:
-    """What went wrong, on one line."""
+    """The message of an error on one line, without a full stop, cut off after 300 characters."""
     if isinstance(error, StrictDataclassError) and error.__cause__ is not None:
         return reason(error.__cause__)
     if isinstance(error, KeyError):
@@ -42,8 +42,8 @@ def reason(error: BaseException) -> str:
 @contextmanager
 def one_sentence(beginning: str):
     """
-    Whatever the files lead the libraries to (TypeError, KeyError, RecursionError ...) is a [`CheckpointError`], which
-    begins like that and ends with the reason.
+    Turns any error inside the `with` block, such as a TypeError or RecursionError of a library, into a
+    [`CheckpointError`] whose message is `beginning` and the reason.
     """
     try:
         yield
@@ -54,13 +54,16 @@ def one_sentence(beginning: str):
 
 
 def not_found(name: str) -> CheckpointError:
+    """The error for a name that is neither a folder nor a hub id."""
     return CheckpointError(
         f"{name} is neither a folder with a complete checkpoint nor the id of one that can be reached on the Hub."
     )
 
 
 def find_folder(name: str) -> Path:
-    """The folder of a checkpoint: itself, or what the Hub has under that id."""
+    """
+    The folder of a checkpoint: `name` itself, or a download of that hub id. Raises CheckpointError without either.
+    """
     if Path(name).is_dir():
         return Path(name)
     try:
@@ -71,10 +74,10 @@ def find_folder(name: str) -> Path:
 
 def read_json(path: Path) -> dict:
     """
-    The object in a JSON file; an empty one if there is no such file.
+    The object in a JSON file; an empty dictionary if there is no such file.
 
     Raises:
-        CheckpointError: larger than [`MAX_JSON_BYTES`], or not an object in JSON.
+        CheckpointError: the file is larger than `MAX_JSON_BYTES`, or does not hold a JSON object.
     """
     if not path.is_file():
         return {}
@@ -91,10 +94,10 @@ def read_json(path: Path) -> dict:
 
 def find_shards(folder: Path) -> list[Path]:
     """
-    The files of safetensors in a checkpoint's folder.
+    The safetensors files in the folder of a checkpoint.
 
     Raises:
-        CheckpointError: there are none, or pickles in their place.
+        CheckpointError: there are none, or only pickles.
     """
     if (folder / SAFE_WEIGHTS_NAME).is_file():
         return [folder / SAFE_WEIGHTS_NAME]
@@ -119,10 +122,10 @@ def find_shards(folder: Path) -> list[Path]:
 
 def read_header(shards: list[Path]) -> dict[str, tuple[str, tuple[int, ...]]]:
     """
-    Type, as safetensors calls it, and shape of each weight.
+    The names of the weights in safetensors files, with type (as safetensors names it) and shape.
 
     Raises:
-        CheckpointError: not safetensors, or cut short.
+        CheckpointError: a file is not safetensors, or is cut short.
     """
     header = {}
     for path in shards:
@@ -140,18 +143,22 @@ def read_header(shards: list[Path]) -> dict[str, tuple[str, tuple[int, ...]]]:
 
 def build_on_meta(build: Callable[[], nn.Module], header: dict[str, tuple[str, tuple[int, ...]]]) -> nn.Module:
     """
-    A model without memory for its weights, for those in the header.
+    Build a model on the meta device, without memory for its weights.
 
-    Building stops as soon as the model has many more of them, so that no configuration takes long.
+    Building stops as soon as the model has many more weights than the header, so that no configuration takes long.
+
+    Args:
+        build: returns the model.
+        header: the weights that it is meant for, see [`read_header`].
 
     Raises:
         ValueError: the model is much larger than the weights.
     """
-    # Where names are converted as they are read, one weight can become a few.
+    # A weight can become several where names are converted while weights are read.
     most, thread, count = 4 * len(header) + 16, threading.get_ident(), 0
     too_large = ValueError("it describes a model that is much larger than they are")
 
-    def stop_at_most(module, name, parameter):
+    def stop_at_most(module, name, parameter):  # called for each parameter of any model, in any thread
         nonlocal count
         count += threading.get_ident() == thread
         if count > most:
@@ -171,11 +178,12 @@ def build_on_meta(build: Callable[[], nn.Module], header: dict[str, tuple[str, t
 
 def check_fit(model: nn.Module, header: dict[str, tuple[str, tuple[int, ...]]], prefix: str = ""):
     """
-    A ValueError for a weight of another shape or kind than the model's; one that is missing is not looked for here.
+    Raises ValueError if a weight has another shape or kind of type than the model's. Missing weights are not reported.
 
     Args:
-        model: it may be on the meta device.
-        prefix: of the names in a model with a head, which those of the encoder alone do not have.
+        model: may be on the meta device.
+        header: see [`read_header`].
+        prefix: prefix of names that only models with a head have.
     """
     for name, tensor in model.state_dict().items():
         there = next((n for n in (name, prefix + name, name.removeprefix(prefix)) if n in header), None)
@@ -189,7 +197,9 @@ def check_fit(model: nn.Module, header: dict[str, tuple[str, tuple[int, ...]]], 
 
 
 def check_finite(model: nn.Module, name: str):
-    """A [`CheckpointError`] for the first weight with a value that is no finite number."""
+    """
+    Raises CheckpointError for the first weight with a value that is not a finite number; `name` is for the message.
+    """
     for key, tensor in model.state_dict().items():
         if tensor.is_floating_point() and not tensor.isfinite().all():
             raise CheckpointError(

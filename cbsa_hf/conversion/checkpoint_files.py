@@ -1,4 +1,4 @@
-"""What `cbsa convert` reads: weights and configurations of other libraries, from files, folders and the Hub."""
+"""Read weights and configurations of other libraries from files, folders and the Hub."""
 
 import pickle
 import re
@@ -19,7 +19,7 @@ TRANSFORMERS_TYPES = ("vit", "deit", "dinov2")
 
 
 def load_pickle(path: Path) -> object:
-    """Tensors, and dictionaries and lists of them; whatever error the bytes lead torch to when there is more."""
+    """The tensors in a pickle, or dictionaries and lists of them. Raises any error of torch for other contents."""
     if zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as archive:
             if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
@@ -28,7 +28,7 @@ def load_pickle(path: Path) -> object:
 
 
 def is_whole(tensor: torch.Tensor) -> bool:
-    """Whether a tensor has all its values in memory: it is dense, and repeats none of them by its strides."""
+    """Whether a tensor has all its values in memory: it is dense, and its strides repeat no value."""
     if not torch.is_tensor(tensor) or tensor.layout != torch.strided or tensor.is_quantized or tensor.is_meta:
         return False
     return tensor.numel() * tensor.element_size() <= tensor.untyped_storage().nbytes()
@@ -36,10 +36,12 @@ def is_whole(tensor: torch.Tensor) -> bool:
 
 def load_weights(path: Path) -> dict[str, torch.Tensor]:
     """
-    State dict in a file of safetensors or torch: bare, or under `state_dict` or `model`, with or without `module.`.
+    The state dict in a file of safetensors or torch: by itself, or under `state_dict` or `model`. A prefix `module.`
+    is removed.
 
     Raises:
-        ValueError: not a checkpoint, cut short, or a pickle with more in it than tensors, which is never loaded.
+        ValueError: the file is no checkpoint, is cut short, or is a pickle with other objects than tensors. Such
+            objects are never loaded.
     """
     try:
         if path.suffix == ".safetensors":
@@ -50,7 +52,7 @@ def load_weights(path: Path) -> dict[str, torch.Tensor]:
             weights = load_pickle(path)
     except PermissionError:
         raise
-    except Exception as error:  # whatever the bytes lead torch to: EOFError, KeyError, OSError ...
+    except Exception as error:  # torch raises many types: EOFError, KeyError, OSError ...
         if isinstance(error, pickle.UnpicklingError) and "GLOBAL" in str(error):  # a class or function by name
             raise ValueError(
                 f"{path} is a pickle with more in it than tensors, which could run code and is not loaded "
@@ -71,10 +73,16 @@ def load_weights(path: Path) -> dict[str, torch.Tensor]:
 
 def find_weights(source: str) -> Path:
     """
-    The file with the weights of a file, folder or hub id; `config.json`, if there is one, lies beside it.
+    The file with the weights.
+
+    Args:
+        source: the file itself, a folder, or a hub id.
+
+    Returns:
+        The path; `config.json`, if there is one, lies beside it.
 
     Raises:
-        ValueError: there is none.
+        ValueError: there is no file of weights.
     """
     path = Path(source)
     if path.is_file():
@@ -94,10 +102,10 @@ def find_weights(source: str) -> Path:
 
 def load_source_config(folder: Path) -> PreTrainedConfig:
     """
-    Configuration in the folder of a Transformers model.
+    The configuration in the folder of a Transformers model.
 
     Raises:
-        ValueError: there is none, or it is of a model that cannot be converted.
+        ValueError: there is none, or its model cannot be converted.
     """
     path = folder / "config.json"
     if not path.is_file():
@@ -114,7 +122,9 @@ def load_source_config(folder: Path) -> PreTrainedConfig:
 
 
 def read_preprocessing(folder: Path, origin: str) -> dict:
-    """What the files beside weights of that origin say of `image_mean`, `image_std` and `resample`, if they do."""
+    """
+    The `image_mean`, `image_std` and `resample` in the files beside weights of that origin, as far as they say so.
+    """
     if origin == "timm":
         said = read_json(folder / "config.json").get("pretrained_cfg")
         said = said if isinstance(said, dict) else {}

@@ -1,8 +1,8 @@
 """
-Checkpoints of other libraries -> CBSA models, by the names in `key_mappings.py`.
+Convert checkpoints of other libraries to CBSA models.
 
-Sizes are read off the shapes of the renamed weights, and every weight has to find its place: none left over, none
-missing.
+The weights are renamed by `key_mappings`, and `derive_config` derives the configuration from their shapes. Every
+weight needs a place in the model, and every weight of the model has to be there.
 """
 
 from dataclasses import dataclass
@@ -29,12 +29,14 @@ from .key_mappings import ORIGINS, convert_state_dict, detect_origin
 @dataclass
 class Conversion:
     """
+    A converted checkpoint.
+
     Args:
-        model: [`CBSAForImageClassification`], [`CBSAForSemanticSegmentation`], or [`CBSAModel`] where the origin has
-            neither classifier nor decoder; evaluation mode.
-        processor: prepares images the way the origin did.
+        model: in evaluation mode: [`CBSAForImageClassification`], [`CBSAForSemanticSegmentation`], or [`CBSAModel`] if
+            the weights have neither classifier nor decoder.
+        processor: image processor that prepares images as the origin does.
         origin: a name in `ORIGINS`.
-        dropped: keys left out on purpose, because they have no effect on the outputs.
+        dropped: keys that were left out because they have no effect on the outputs.
     """
 
     model: CBSAPreTrainedModel
@@ -45,10 +47,14 @@ class Conversion:
 
 def build_model(config: CBSAConfig, weights: dict[str, torch.Tensor]) -> CBSAPreTrainedModel:
     """
-    Model with exactly these weights, which have our names, in evaluation mode; its head is the one that they have.
+    A model in evaluation mode with exactly these weights.
+
+    Args:
+        config: its configuration.
+        weights: our name -> tensor. They decide whether the model has a decoder, a classifier or no head.
 
     Raises:
-        ValueError: a weight that is missing, left over, or of another shape.
+        ValueError: a weight is missing, left over, or has another shape.
     """
     if any(name.startswith("decoder.") for name in weights):
         model_class = CBSAForSemanticSegmentation
@@ -79,20 +85,21 @@ def convert_checkpoint(
     source: str, origin: str | None = None, attention_type: str | None = None, num_heads: int | None = None
 ) -> Conversion:
     """
-    A CBSA model with the weights of another library's.
+    Convert a checkpoint of another library.
 
-    Images are normalised as the files beside the weights say, else with the mean and standard deviation of ImageNet:
-    right for the reference models and DeiT, not for the ViTs of timm and Google that take 0.5 for both, nor for the
-    Segmenters made of them.
+    Images are normalised as the files beside the weights say, else with the mean and standard deviation of ImageNet.
+    These are right for the reference models and DeiT. They are wrong for the ViTs of timm and Google with 0.5 for
+    both, and for Segmenters made from those.
 
     Args:
         source: a file of weights, a folder, or a hub id.
-        origin: a name in `ORIGINS`; told from the keys by default.
-        attention_type: `"softmax"`, which is exact, or `"agent"`, which has to be fine-tuned, for a ViT.
-        num_heads: number of heads, where neither the weights nor a `config.json` tell.
+        origin: a name in `ORIGINS`; by default the one that the keys match.
+        attention_type: for a ViT `"softmax"`, which is exact, or `"agent"`, which has to be fine-tuned.
+        num_heads: number of heads, if neither the weights nor a `config.json` tell it.
 
     Raises:
-        ValueError: no checkpoint, or not one that a CBSA model can represent; one sentence for people.
+        ValueError: `source` is no checkpoint, or no CBSA model can represent it. The message is one sentence for
+            people.
     """
     path = find_weights(source)
     weights = load_weights(path)
@@ -133,14 +140,18 @@ def convert_checkpoint(
 @torch.no_grad()
 def compare_outputs(model: CBSAPreTrainedModel, path: Path) -> dict[str, tuple[float, float]]:
     """
-    Recorded outputs against the model's: the largest absolute difference, and its share of the largest absolute value.
+    Compare recorded outputs with those of a model.
 
     Args:
-        path: safetensors with `input.pixel_values`, and some of `output.logits`, `output.hidden_states.N` and, of a
-            segmenter, `output.encoder_last_hidden_state` and `output.mask_logits_at_patch_grid`.
+        model: the model.
+        path: a safetensors file with `input.pixel_values` and some of `output.logits`, `output.hidden_states.N` and,
+            for a segmenter, `output.encoder_last_hidden_state` and `output.mask_logits_at_patch_grid`.
+
+    Returns:
+        Name -> the largest absolute difference, and that divided by the largest absolute recorded value.
 
     Raises:
-        ValueError: not such a file, or its sizes do not fit the model.
+        ValueError: the file has other contents, or its sizes do not fit the model.
     """
     try:
         tensors = load_file(path)
@@ -210,7 +221,7 @@ def model_card(
 
 
 def save_conversion(conversion: Conversion, output: Path, card: ModelCard):
-    """Write model, image processor and model card to a new or empty folder: all of it, or nothing."""
+    """Write model, image processor and model card to a new or empty folder; if that fails, nothing is written."""
     with TemporaryDirectory(prefix=f".{output.name}.", dir=output.parent) as partial:
         folder = Path(partial) / output.name
         conversion.model.save_pretrained(folder)

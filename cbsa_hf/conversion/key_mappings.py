@@ -1,8 +1,9 @@
 """
-Names of weights in other libraries -> ours: the reference implementations (CBT, CRATE, ToST), Segmenter, timm,
-Transformers.
+Rename the weights of other libraries to our names: the reference implementations (CBT, CRATE, ToST), Segmenter, timm
+and Transformers.
 
-One function an origin renames its parameters, one table by name; to add one, write the function and enter it there.
+Each origin has a function that renames one parameter; the table `ORIGINS` has the origins by name. To add an origin,
+write its function and enter it in the table.
 """
 
 import re
@@ -32,14 +33,14 @@ TRANSFORMERS_LAYER = {
     "norm2": "layernorm_after",
     "layer_scale1": "attention.layer_scale",
     "layer_scale2": "feed_forward.layer_scale",
-    # in files
+    # names in files
     "attention.attention.query": "attention.q_proj",
     "attention.attention.key": "attention.k_proj",
     "attention.attention.value": "attention.v_proj",
     "attention.output.dense": "attention.out_proj",
     "intermediate.dense": "feed_forward.fc1",
     "output.dense": "feed_forward.fc2",
-    # in memory, since transformers 5
+    # names in memory, since transformers 5
     "attention.q_proj": "attention.q_proj",
     "attention.k_proj": "attention.k_proj",
     "attention.v_proj": "attention.v_proj",
@@ -50,14 +51,14 @@ TRANSFORMERS_LAYER = {
 
 
 def rename_reference(key: str) -> str | None:
-    """Parameter name of the reference classifiers (CBT, CRATE, ToST) -> ours, or None."""
+    """Our name for a parameter of the reference classifiers (CBT, CRATE, ToST); None if it has no place."""
     match key.split("."):
         case ["cls_token"]:
             return "cbsa.embeddings.cls_token"
         case ["pos_embedding"]:
             return "cbsa.embeddings.position_embeddings"
         case ["to_patch_embedding", "proj", i, j, kind] if i.isdecimal() and j.isdecimal():
-            index = int(i) // 2 * 3 + int(j)  # there (conv, norm) pairs with a GELU between, here a flat chain
+            index = int(i) // 2 * 3 + int(j)  # there pairs (conv, norm) with a GELU between, here a flat list
             return f"cbsa.embeddings.patch_embeddings.layers.{index}.{kind}"
         case ["to_patch_embedding", ("1" | "2" | "3") as i, kind]:
             name = {"1": "layernorm_before", "2": "projection", "3": "layernorm_after"}[i]
@@ -82,7 +83,9 @@ def rename_reference(key: str) -> str | None:
 
 
 def rename_timm(key: str) -> str | None:
-    """Parameter name of timm's vision transformers, and of the first DeiT and DINOv2 -> ours, or None."""
+    """
+    Our name for a parameter of timm's vision transformers and of the original DeiT and DINOv2; None without a place.
+    """
     match key.split("."):
         case ["cls_token"]:
             return "cbsa.embeddings.cls_token"
@@ -100,7 +103,9 @@ def rename_timm(key: str) -> str | None:
 
 
 def rename_transformers(key: str) -> str | None:
-    """Parameter name of ViT, DeiT and DINOv2 in Transformers, of files and of version 5 in memory -> ours, or None."""
+    """
+    Our name for a parameter of ViT, DeiT and DINOv2 in Transformers, in files or in memory; None without a place.
+    """
     key = re.sub(r"^(vit|deit|dinov2)\.", "", key)
     match key.removeprefix("encoder.").split("."):
         case ["embeddings", "cls_token" | "position_embeddings"] | ["embeddings", "patch_embeddings", "projection", _]:
@@ -115,7 +120,10 @@ def rename_transformers(key: str) -> str | None:
 
 
 def rename_segmenter(key: str) -> str | None:
-    """Parameter name of Segmenter and of CBT's segmenter, whose encoders are timm's ViT -> ours, or None."""
+    """
+    Our name for a parameter of Segmenter and of CBT's segmenter, which have timm's ViT as encoder; None without a
+    place.
+    """
     match key.split("."):
         case ["encoder", *_]:
             return rename_timm(key.removeprefix("encoder."))
@@ -140,16 +148,16 @@ def rename_segmenter(key: str) -> str | None:
 @dataclass(frozen=True)
 class Origin:
     """
-    Where checkpoints come from.
+    A library or implementation that checkpoints come from.
 
     Args:
-        title: what to call it.
-        paper: where it was published.
-        mark: how a key ends that state dicts of this origin have.
-        rename: a parameter's name there -> ours, None for one without a place.
-        attention_types: what its attention can become, the exact one first.
-        layer_norm_eps: epsilon of its LayerNorms; None where its `config.json` says.
-        decoder_type: what decodes, where it is a segmenter.
+        title: its name in texts.
+        paper: arXiv number of its paper.
+        mark: the end of a key by which state dicts of this origin are recognised.
+        rename: returns our name for a parameter, or None if it has no place in a CBSA model.
+        attention_types: the attention types that its attention can become; the first one is exact.
+        layer_norm_eps: epsilon of its LayerNorms; None if its `config.json` says so.
+        decoder_type: decoder type of a segmenter; None for other models.
     """
 
     title: str
@@ -161,7 +169,8 @@ class Origin:
     decoder_type: str | None = None
 
 
-# In the order in which they are tried: Segmenter has the mark of timm too, ToST that of CRATE, and DINOv2 that of ViT.
+# Origins are tried in this order: state dicts of Segmenter also have the mark of timm, those of ToST the mark of
+# CRATE, and those of DINOv2 the mark of ViT.
 ORIGINS = {
     "cbt-segmenter": Origin(
         "CBT segmenter",
@@ -199,8 +208,8 @@ ORIGINS = {
     ),
 }
 
-# Without effect on the outputs: a pooler that no classifier reads, what stands for masked patches in pretraining, and
-# the classifier that a segmenter's encoder once had.
+# Weights without effect on the outputs: a pooler that no classifier reads, the token of masked patches in pretraining,
+# and the old classifier of a segmenter's encoder.
 UNUSED = re.compile(r"(^|\.)(mask_token|pooler\.dense\.(weight|bias))$|^encoder\.head\.(weight|bias)$")
 
 REFUSED = {
@@ -215,7 +224,7 @@ REFUSED = {
 
 
 def detect_origin(weights: dict[str, torch.Tensor]) -> str:
-    """The name in `ORIGINS` that the keys speak for; a ValueError when there is none."""
+    """The name in `ORIGINS` that the keys match. Raises ValueError if there is none."""
     for name, origin in ORIGINS.items():
         if any(key.endswith(origin.mark) for key in weights):
             return name
@@ -227,10 +236,17 @@ def detect_origin(weights: dict[str, torch.Tensor]) -> str:
 
 def convert_state_dict(weights: dict[str, torch.Tensor], origin: str) -> tuple[dict[str, torch.Tensor], list[str]]:
     """
-    Weights of that origin, by their names there -> by our names, float32; and the keys dropped on purpose.
+    Rename the weights of an origin to our names.
+
+    Args:
+        weights: name at the origin -> tensor.
+        origin: a name in `ORIGINS`.
+
+    Returns:
+        Our name -> tensor, in float32; and the keys that were dropped because they have no effect.
 
     Raises:
-        ValueError: a weight that has no place in a CBSA model.
+        ValueError: a weight has no place in a CBSA model.
     """
     for pattern, reason in REFUSED.items():
         for key in weights:
@@ -249,7 +265,7 @@ def convert_state_dict(weights: dict[str, torch.Tensor], origin: str) -> tuple[d
 
 
 def split_qkv(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Queries, keys and values, thirds of one layer at the origin, each as a layer."""
+    """Splits the layers that compute queries, keys and values together into three layers."""
     split = {}
     for name, tensor in weights.items():
         if ".qkv." in name:
@@ -261,7 +277,7 @@ def split_qkv(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 def transpose_products(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Matrices that tokens are multiplied with from the left at the origin, as linear layers."""
+    """Turns matrices M of products `tokens M` into the weights of linear layers, which are transposed."""
     return {
         re.sub(r"\.transposed$", ".weight", name): tensor.T.contiguous() if name.endswith(".transposed") else tensor
         for name, tensor in weights.items()
@@ -269,7 +285,7 @@ def transpose_products(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tens
 
 
 def fold_layer_scale(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The factor per channel that DINOv2 multiplies each update with, into the layer that makes the update."""
+    """Multiplies the factor for each channel of DINOv2's updates into the layer that computes the update."""
     folded = {name: tensor for name, tensor in weights.items() if ".layer_scale." not in name}
     for name in weights.keys() - folded.keys():
         module = name.split(".layer_scale.")[0]
@@ -279,6 +295,3 @@ def fold_layer_scale(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor
                 raise ValueError(f"The weights lack what becomes `{key}`.")
             folded[key] = folded[key] * factor
     return folded
-
-
-__all__ = ["ORIGINS", "Origin", "convert_state_dict", "detect_origin"]

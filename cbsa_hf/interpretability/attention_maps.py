@@ -42,60 +42,76 @@ def attention_maps(
 
 def map_is_exact(model: PreTrainedModel) -> bool:
     """
-    Whether the model's `attentions` times the values are its attention updates before the output layer, in every
-    layer: not for `cbsa`, where the map leaves out the contraction, nor for `tssa`, whose update uses no map.
+    Whether in every layer the update before the output layer is the map in `attentions` times the values. It is not
+    for `cbsa`, where the map leaves out the contraction, and for `tssa`, which computes its update without a map.
     """
     return all(operator.map_is_exact for operator in layer_operators(model))
 
 
 def map_formula(model: PreTrainedModel) -> str:
-    """What the token-to-token map is, for titles; of every attention type once, where layers differ."""
+    """The formula of the token-to-token map, for titles. Where layers differ, all formulas are listed once."""
     return " or ".join(dict.fromkeys(operator.map_formula for operator in layer_operators(model)))
 
 
 @dataclass
 class ExactMap:
     """
-    One layer's attention as it is, with the softmaxes frozen: the update before the output layer is
-    `writes^T (reads W + initial)`, and the token-to-token map `writes^T reads` is the `kappa A^T S (P + eta A)` of the
-    derivation, S the contraction among the representatives and P the pooling.
+    What the attention of one layer does to the tokens, as a linear map once its softmaxes are computed.
+
+    The update before the output layer is `writes^T (reads W + initial)`. The token-to-token map is `writes^T reads`,
+    which is `kappa A^T S (P + eta A)` with the contraction S, the pooling matrix P, and the step sizes eta and kappa
+    (arXiv 2509.16875, section 3).
 
     Args:
-        factor: (batch, heads, m, N), A: how each representative spreads its attention; rows sum to 1.
-        reads: (batch, heads, m, N), `P + eta A`: how much of each token a representative holds in the end.
-        writes: (batch, heads, m, N), `kappa S^T A`: how much of what a representative holds each token is given; the
-            factor N / N0 of the image's size is in kappa.
+        representative_attentions: (batch, heads, m, N), A: attention of each representative over the tokens; rows sum
+            to 1.
+        reads: (batch, heads, m, N), `P + eta A`: how much of each token a representative contains.
+        writes: (batch, heads, m, N), `kappa S^T A`: how much of a representative each token receives. kappa includes
+            the factor N / N0 of the image's size.
         values: (batch, heads, N, p), the projected tokens W.
-        initial: (heads, m, p), what learned representatives hold of themselves; 0 where they are pooled.
+        initial: (heads, m, p), learned initial representatives; 0 if they are pooled.
     """
 
-    factor: torch.Tensor
+    representative_attentions: torch.Tensor
     reads: torch.Tensor
     writes: torch.Tensor
     values: torch.Tensor
     initial: torch.Tensor
 
+    @property
+    def factor(self) -> torch.Tensor:
+        """The old name of `representative_attentions`, which the next version removes."""
+        return self.representative_attentions
+
     def row(self, token: int) -> torch.Tensor:
-        """What one token is given of every token, (batch, heads, N), signed; linear in N."""
+        """(batch, heads, N), how much one token receives of every token; of both signs. Linear in N."""
         return (self.writes[..., token].unsqueeze(-2) @ self.reads).squeeze(-2)
 
     def column(self, token: int) -> torch.Tensor:
-        """What one token gives to every token, (batch, heads, N), signed; linear in N."""
+        """(batch, heads, N), how much one token gives to every token; of both signs. Linear in N."""
         return (self.reads[..., token].unsqueeze(-2) @ self.writes).squeeze(-2)
 
     def dense(self) -> torch.Tensor:
-        """The whole map, (batch, heads, N, N): quadratic in N."""
+        """(batch, heads, N, N), the whole map. Quadratic in N."""
         return self.writes.transpose(2, 3) @ self.reads
 
     def update(self) -> torch.Tensor:
-        """The update of the tokens before the output layer, (batch, heads, N, p); linear in N."""
+        """(batch, heads, N, p), the update of the tokens before the output layer. Linear in N."""
         return self.writes.transpose(2, 3) @ (self.reads @ self.values + self.initial)
 
 
 def pooling_matrix(
     pool: PooledRepresentatives, grid: tuple[int, int], num_tokens: int, like: torch.Tensor
 ) -> torch.Tensor:
-    """The product with this matrix (m, N) makes the initial representatives of the tokens: P."""
+    """
+    P, (m, N): its product with the tokens is the initial representatives.
+
+    Args:
+        pool: the pooling of the representatives.
+        grid: (height, width) of the grid of patches.
+        num_tokens: N.
+        like: gives dtype and device.
+    """
     rows, columns = (adaptive_bins(n, m, like) for n, m in zip(grid, pool.size, strict=True))
     matrix = torch.kron(rows, columns)  # (m, patches)
     return F.pad(matrix, (pool.first_token, num_tokens - pool.first_token - matrix.shape[1]))
@@ -123,7 +139,7 @@ def exact_map(encoding: Encoding, layer: int) -> ExactMap | None:
 
 def exact_maps(model: PreTrainedModel, pixel_values: torch.Tensor) -> list[ExactMap | None]:
     """
-    What every layer's attention does, without approximation.
+    What the attention of every layer does, without approximation.
 
     Args:
         model: a CBSA model with any head, wrapped or not, with attention type `cbsa` in one layer at least.

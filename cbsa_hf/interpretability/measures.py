@@ -1,5 +1,6 @@
 """
-Whether the layers do what their objective says: coding rates, sparsity and ranks, and accuracy under perturbation.
+Measure whether the layers do what their objective says: coding rates, sparsity and ranks; and how accuracy falls when
+weights are perturbed.
 """
 
 from collections.abc import Iterable
@@ -18,9 +19,15 @@ EPS = 0.5  # error of the coding rates, in the units of the projected tokens
 
 def coding_rate(tokens: torch.Tensor, eps: float = EPS) -> torch.Tensor:
     """
-    `R(X) = 1/2 logdet(I + p / (n eps^2) X^T X)`, in nats: what it takes to code the rows of X up to the error eps.
+    The coding rate `R(X) = 1/2 logdet(I + p / (n eps^2) X^T X)`, in nats: how much it takes to code the rows of X up
+    to an error of eps (arXiv 2509.16875).
 
-    (..., n, p) -> (...), in float64.
+    Args:
+        tokens: X, (..., n, p).
+        eps: error, in the units of the tokens.
+
+    Returns:
+        (...), in float64.
     """
     n, p = tokens.shape[-2:]
     tokens = tokens.double()
@@ -30,8 +37,8 @@ def coding_rate(tokens: torch.Tensor, eps: float = EPS) -> torch.Tensor:
 
 def effective_count(weights: torch.Tensor) -> torch.Tensor:
     """
-    Over how many entries non-negative weights are spread: the exponential of the entropy of their shares, which is k
-    for k equal ones. (..., n) -> (...), in float64.
+    Over how many entries weights are spread: the exponential of the entropy of the normalised weights, which is k for
+    k equal weights. Non-negative weights (..., n) -> (...), in float64.
     """
     weights = weights.double()
     total = weights.sum(-1, keepdim=True).clamp_min(torch.finfo(weights.dtype).tiny)
@@ -39,14 +46,16 @@ def effective_count(weights: torch.Tensor) -> torch.Tensor:
 
 
 def effective_rank(matrix: torch.Tensor) -> torch.Tensor:
-    """The [`effective_count`] of the singular values (Roy and Vetterli, 2007). (..., rows, columns) -> (...)."""
+    """
+    The [`effective_count`] of the singular values (Roy, Vetterli 2007). (..., rows, columns) -> (...), in float64.
+    """
     return effective_count(torch.linalg.svdvals(matrix.double()))
 
 
 def hoyer_sparsity(tokens: torch.Tensor) -> torch.Tensor:
     """
-    `(sqrt(n) - |x|_1 / |x|_2) / (sqrt(n) - 1)` of each token x of n entries, averaged (Hoyer, 2004): 0 when all
-    entries are as large, 1 when one alone is not zero. (..., tokens, n) -> (...).
+    The mean over tokens x of `(sqrt(n) - |x|_1 / |x|_2) / (sqrt(n) - 1)` (Hoyer 2004). It is 0 if all n entries have
+    the same size, and 1 if a single entry is not zero. (..., tokens, n) -> (...).
     """
     root = tokens.shape[-1] ** 0.5
     ratio = tokens.norm(p=1, dim=-1) / tokens.norm(dim=-1).clamp_min(torch.finfo(tokens.dtype).tiny)
@@ -56,21 +65,22 @@ def hoyer_sparsity(tokens: torch.Tensor) -> torch.Tensor:
 @dataclass
 class LayerMeasures:
     """
-    Numbers of every image, layer and, where it says so, head. Coding rates are of the tokens projected by the head's
-    basis, and there are none (None) where query, key and value have projections of their own. What only some layers
-    have is NaN in the others.
+    Measures of every image and layer, some of every head.
+
+    A measure is None if no layer has it, and NaN in the layers without it. Coding rates are those of the tokens
+    projected to a head; operators with separate projections to queries, keys and values have none.
 
     Args:
         eps: error of the coding rates.
-        coding_rate_before: (images, layers, heads), of the tokens that the attention step gets.
-        coding_rate_after: (images, layers, heads), of the tokens that it leaves, residual included.
-        normalised_coding_rate_before, normalised_coding_rate_after: the same behind the layer's LayerNorm, which takes
-            away the tokens' lengths: what the operator itself is given, and would be given again.
-        zeros_before, zeros_after: (images, layers), share of entries that are exactly 0 before and after the
+        coding_rate_before: (images, layers, heads), coding rate before the attention step, in nats.
+        coding_rate_after: (images, layers, heads), coding rate after the attention step and its residual.
+        normalised_coding_rate_before, normalised_coding_rate_after: (images, layers, heads), the same after the
+            layer's LayerNorm, which removes the lengths of the tokens. The operator itself gets normalised tokens.
+        zeros_before, zeros_after: (images, layers), share of the entries that are exactly 0 before and after the
             feed-forward block (ISTA).
-        sparsity_before, sparsity_after: (images, layers), [`hoyer_sparsity`] there.
-        factor_rank: (images, layers, heads), effective rank of the factor A; None where there is none.
-        map_rank: (images, layers, heads), effective rank of the token-to-token map, `A^T A` for cbsa.
+        sparsity_before, sparsity_after: (images, layers), [`hoyer_sparsity`] before and after the feed-forward block.
+        factor_rank: (images, layers, heads), effective rank of the representative attentions A.
+        map_rank: (images, layers, heads), effective rank of the token-to-token map, which is `A^T A` for `cbsa`.
     """
 
     eps: float
@@ -87,8 +97,8 @@ class LayerMeasures:
 
     def summary(self) -> dict[str, dict[str, list] | None]:
         """
-        Mean and standard deviation over the images (0 for a single one), as lists over layers and heads; None where a
-        layer does not have it.
+        Mean and standard deviation over the images, as lists over layers and heads; None where a layer does not have
+        the measure. The standard deviation of a single image is 0.
         """
         found = {name: getattr(self, name) for name in MEASURES}
         return {
@@ -106,7 +116,7 @@ MEASURES = [field.name for field in fields(LayerMeasures) if field.name != "eps"
 
 
 def basis_coding_rate(attention: SharedProjectionSelfAttention, tokens: torch.Tensor, eps: float) -> torch.Tensor:
-    """Of tokens (batch, N, d) in the basis of each head -> (batch, heads)."""
+    """Coding rate of tokens (batch, N, d) projected to each head -> (batch, heads)."""
     return coding_rate(attention.split_heads(attention.proj(tokens)), eps)
 
 
@@ -159,13 +169,16 @@ def collect(measured: Iterable[dict[str, torch.Tensor]], eps: float = EPS) -> La
 
 def measure_layers(model: PreTrainedModel, batches: Iterable[torch.Tensor], eps: float = EPS) -> LayerMeasures:
     """
-    Coding rates before and after every attention step, sparsity before and after every feed-forward block, and the
-    ranks of the attention, image by image.
+    Measure coding rates before and after every attention step, sparsity before and after every feed-forward block, and
+    ranks of the attention.
 
     Args:
-        model: a CBSA model with any head.
-        batches: of `pixel_values`, (batch, channels, height, width) of any size.
+        model: a CBSA model with any head, as it is or wrapped.
+        batches: batches of `pixel_values`, (batch, channels, height, width) of any size.
         eps: error of the coding rates, in the units of the projected tokens.
+
+    Raises:
+        ValueError: there are no batches, the model has another library's backbone, or its outputs are not finite.
     """
     encodings = (encode(model, batch, output_hidden_states=True, output_attentions=True) for batch in batches)
     return collect((measure(encoding, eps) for encoding in encodings), eps)
@@ -175,12 +188,16 @@ def noisy_projections(
     model: PreTrainedModel, scale: float, generator: torch.Generator | None = None
 ) -> dict[str, torch.Tensor]:
     """
-    Copies of the weights that project tokens to queries, keys and values in every layer, by name, with Gaussian noise
-    added: its standard deviation is `scale` times the root mean square of each matrix.
+    Copies of the weights that project tokens to queries, keys and values, by name, with Gaussian noise added.
+
+    Args:
+        model: a CBSA model.
+        scale: standard deviation of the noise, divided by the root mean square of the matrix that it is added to.
+        generator: of the noise.
     """
     noisy = {}
     for name, weight in model.named_parameters():
-        name_in_model = name.replace(".base_layer.", ".")  # without the adapter of PEFT around the layer
+        name_in_model = name.replace(".base_layer.", ".")  # PEFT adds this part if an adapter is around the layer
         if name_in_model.endswith(("attention.proj.weight", "q_proj.weight", "k_proj.weight", "v_proj.weight")):
             noise = torch.randn(weight.shape, generator=generator).to(weight)
             noisy[name] = weight.detach() + scale * weight.detach().square().mean().sqrt() * noise
@@ -194,13 +211,18 @@ def accuracy_under_noise(
     seed: int = 0,
 ) -> list[float]:
     """
-    Accuracy of a classifier for each scale of the noise of [`noisy_projections`]; its own weights are not touched.
+    Accuracy of a classifier when noise is added to its projections. The weights of the model do not change.
 
     Args:
-        model: a CBSA classifier.
-        batches: pairs of `pixel_values` and labels (batch,); gone through once per scale.
-        scales: of the noise, relative to the weights; the noise is the same but for its scale.
-        seed: of the noise.
+        model: a CBSA classifier, as it is or wrapped.
+        batches: pairs of `pixel_values` (batch, channels, height, width) and labels (batch,); iterated once for each
+            scale.
+        scales: standard deviations of the noise, relative to the root mean square of each matrix. The same noise is
+            used for all scales.
+        seed: seed of the noise.
+
+    Returns:
+        The accuracy for each scale.
     """
     accuracies = []
     with evaluating(unwrap(model)) as copy:

@@ -1,4 +1,4 @@
-"""Pictures of what is measured inside a model: representatives over a photo, numbers over the layers."""
+"""Plots of what is inside a model: attention and representatives over a photo, measures over the layers."""
 
 from collections.abc import Callable
 
@@ -15,7 +15,7 @@ from ..overlays import overlay_heat, overlay_signed
 
 
 def render(figure: Figure) -> Image.Image:
-    """The figure as an RGB image."""
+    """A Matplotlib figure as an RGB image."""
     canvas = FigureCanvasAgg(figure)
     canvas.draw()
     return Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
@@ -30,15 +30,15 @@ def attention_grid(
     layers: list[int] | None = None,
 ) -> Image.Image:
     """
-    A labelled table of attention maps over the photo: a column per layer, a row per head, and one for their mean.
+    A table of attention maps over the photo, with a column for each layer, a row for each head and a row for the mean.
 
     Args:
         image: the photo.
         maps: (layers, heads, grid height, grid width).
-        title: what the maps show.
-        overlay: draws one map, [`overlay_heat`] or, for maps of both signs, [`overlay_signed`].
-        patch: (row, column) to frame on the photo: whose maps they are, where they are not those of CLS.
-        layers: number of each layer, where not all are shown.
+        title: title of the picture.
+        overlay: draws a map: [`overlay_heat`], or [`overlay_signed`] for maps of both signs.
+        patch: (row, column) of a patch to frame on the photo; None for none.
+        layers: numbers of the layers; by default from 0.
     """
     maps = torch.cat([maps, maps.mean(1, keepdim=True)], dim=1)
     num_layers, num_rows = maps.shape[:2]
@@ -57,7 +57,7 @@ def attention_grid(
     axes[0, 0].set_title("photo", fontsize=11)
     if patch is not None:
         height, width = thumbnail.height / maps.shape[2], thumbnail.width / maps.shape[3]
-        corner = (patch[1] * width - 0.5, patch[0] * height - 0.5)  # of the patch, where pixels are counted by centres
+        corner = (patch[1] * width - 0.5, patch[0] * height - 0.5)  # pixel centres have whole numbers as coordinates
         axes[0, 0].add_patch(Rectangle(corner, width, height, fill=False, edgecolor="red", linewidth=1.5))
     for axis in axes.flat:
         axis.set(xticks=[], yticks=[])
@@ -71,12 +71,12 @@ def attention_grid(
 
 def representative_mosaic(image: Image.Image, maps: torch.Tensor, size: tuple[int, int], signed: bool) -> Image.Image:
     """
-    One small overlay per representative, laid out as the representatives are over the photo.
+    A small overlay for each representative, in the order of the grid of representatives.
 
     Args:
         image: the photo.
         maps: (m, grid height, grid width).
-        size: rows and columns of representatives, m together.
+        size: (rows, columns) of the grid of representatives; rows * columns is m.
         signed: whether the maps have both signs.
     """
     thumbnail = image.copy()
@@ -94,14 +94,14 @@ def representative_sheet(
     image: Image.Image, reads: torch.Tensor, writes: torch.Tensor, size: tuple[int, int], title: str
 ) -> Image.Image:
     """
-    What every representative of a layer reads and writes: a column per head, reading above writing.
+    What the representatives of a layer read and write, with a column for each head; reading is above writing.
 
     Args:
         image: the photo.
         reads: (heads, m, grid height, grid width), not negative.
-        writes: the same, of both signs.
-        size: rows and columns of representatives.
-        title: what is shown.
+        writes: of the same shape, with both signs.
+        size: (rows, columns) of the grid of representatives.
+        title: title of the picture.
     """
     num_heads = len(reads)
     side = 4.4
@@ -122,7 +122,7 @@ def representative_sheet(
 
 
 def plot_spread(axis: Axes, positions: np.ndarray, values: np.ndarray, label: str, **style):
-    """A line through the means of (samples, positions), and a band of one standard deviation to either side."""
+    """Plot the mean of values (samples, positions) as a line, in a band of one standard deviation on both sides."""
     mean, std = values.mean(0), values.std(0)
     (line,) = axis.plot(positions, mean, marker="o", markersize=3, label=label, **style)
     axis.fill_between(positions, mean - std, mean + std, color=line.get_color(), alpha=0.2, linewidth=0)
@@ -133,9 +133,9 @@ def line_panels(panels: list[dict], width: float = 4.0, height: float = 3.0) -> 
     Line charts side by side.
 
     Args:
-        panels: each with a `title`, labels `x` and `y`, `positions`, and `lines`: name -> (samples, positions); a
-            `scale`, "linear" or "log" for both axes, where it is not linear.
-        width, height: of one panel, in inches of 100 pixels.
+        panels: each a dictionary with a `title`, labels `x` and `y` of the axes, `positions`, `lines` (name -> values
+            of shape (samples, positions)) and, optionally, `scale`, "linear" or "log", of both axes.
+        width, height: of a panel, in inches; an inch has 100 pixels.
     """
     figure = Figure(figsize=(width * len(panels), height), dpi=100)
     for axis, panel in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):

@@ -1,4 +1,4 @@
-"""What can be seen of a model at work on one photo: pictures, and the numbers behind them, in a folder."""
+"""A report of what a model does with one photo: pictures, and the numbers behind them, in a folder."""
 
 import json
 from dataclasses import dataclass
@@ -22,9 +22,11 @@ from .plots import attention_grid, line_panels, representative_sheet
 @dataclass
 class Report:
     """
+    A report, or a part of one.
+
     Args:
-        numbers: what goes into `report.json`.
-        pictures: by file name.
+        numbers: content of `report.json`.
+        pictures: file name -> picture.
     """
 
     numbers: dict
@@ -32,7 +34,7 @@ class Report:
 
 
 def rounded(value):
-    """Numbers, tensors, and lists and dictionaries of them, with six significant digits, for JSON."""
+    """Numbers and tensors, also in lists and dictionaries, rounded to six significant digits, for JSON."""
     if isinstance(value, torch.Tensor):
         return rounded(value.tolist())
     if isinstance(value, dict):
@@ -43,32 +45,33 @@ def rounded(value):
 
 
 def describe_maps(maps: torch.Tensor) -> dict[str, list]:
-    """Of maps (..., grid height, grid width): where each is strongest, and over how many patches it is spread."""
+    """The strongest patch of each map (..., grid height, grid width), and over how many patches it is spread."""
     strength = maps.abs().flatten(-2)
     peak = strength.argmax(-1)
     rows_and_columns = torch.stack([peak // maps.shape[-1], peak % maps.shape[-1]], dim=-1)
     return {"peak": rows_and_columns.tolist(), "patches": effective_count(strength).tolist()}
 
 
-def predictions(model: PreTrainedModel, encoding: Encoding, count: int = 5) -> list[dict]:
-    """The most probable classes of the first image, the most probable first; none without a classifier."""
+def predictions(model: PreTrainedModel, encoding: Encoding) -> list[dict]:
+    """The five most probable classes of the first image, in order; none without a classifier."""
     found = classify(model, encoding.tokens[:1, 0])
     if found is None:
         return []
     names = unwrap(model).config.id2label
-    probabilities, classes = found[0].topk(min(count, found.shape[1]))
+    probabilities, classes = found[0].topk(min(5, found.shape[1]))
     pairs = zip(classes.tolist(), probabilities.tolist(), strict=True)
     return [{"label": names[index], "probability": probability} for index, probability in pairs]
 
 
 def query_name(patch: tuple[int, int] | None) -> str:
+    """The token whose attention is shown, for titles."""
     return "CLS" if patch is None else f"patch ({patch[0]}, {patch[1]})"
 
 
 def draw_measures(measures: LayerMeasures) -> Image.Image:
-    """Coding rates, sparsity and ranks over the layers: mean and spread over images and heads."""
+    """Plot coding rates, sparsity and ranks over the layers: mean and standard deviation over images and heads."""
 
-    def lines(**names: str) -> dict[str, torch.Tensor]:
+    def lines(**names: str) -> dict[str, torch.Tensor]:  # label -> (samples, layers), of the measures that there are
         found = {label.replace("_", " "): getattr(measures, name) for label, name in names.items()}
         return {
             label: (values.transpose(1, 2).flatten(0, 1) if values.ndim == 3 else values).numpy()
@@ -94,7 +97,7 @@ def draw_measures(measures: LayerMeasures) -> Image.Image:
 
 
 def inspect_attention(image: Image.Image, encoding: Encoding, patch: tuple[int, int] | None) -> Report:
-    """The query's row of the token-to-token map that the model returns as its `attentions`."""
+    """The row of CLS or a patch in the token-to-token map that the model returns as `attentions`."""
     formula, exact = map_formula(encoding.encoder), map_is_exact(encoding.encoder)
     what = f"row of {query_name(patch)} in {formula}"
     maps = encoding.attention_maps(patch)[:, 0]
@@ -106,10 +109,10 @@ def inspect_attention(image: Image.Image, encoding: Encoding, patch: tuple[int, 
 def inspect_exact_map(
     image: Image.Image, maps: dict[int, ExactMap], grid: tuple[int, int], patch: tuple[int, int] | None
 ) -> Report:
-    """The query's row of the exact token-to-token map, of the layers that have one."""
+    """The row of CLS or a patch in the exact token-to-token map of the layers that have one, by layer."""
     rows = []
     for found in maps.values():
-        num_prefix_tokens = found.factor.shape[-1] - grid[0] * grid[1]
+        num_prefix_tokens = found.representative_attentions.shape[-1] - grid[0] * grid[1]
         row = found.row(token_index(grid, patch, num_prefix_tokens))[0]
         rows.append(row[:, num_prefix_tokens:].unflatten(-1, grid))
     rows = torch.stack(rows)
@@ -124,7 +127,7 @@ def inspect_exact_map(
 def inspect_representatives(
     image: Image.Image, maps: dict[int, ExactMap], grid: tuple[int, int], size: tuple[int, int]
 ) -> Report:
-    """What every representative reads and writes: a picture per layer; where, and over how many patches."""
+    """What each representative reads and writes: a picture for each layer; strongest patch and spread as numbers."""
     numbers = {
         "what": "reads: rows of A; writes: rows of kappa S^T A; peak: [row, column] of the strongest patch; patches: "
         "over how many it is spread, the exponential of the entropy",
@@ -137,7 +140,10 @@ def inspect_representatives(
     pictures = {}
     for layer, found in maps.items():
         num_patches = grid[0] * grid[1]
-        reads, writes = (values[0, ..., -num_patches:].unflatten(-1, grid) for values in (found.factor, found.writes))
+        reads, writes = (
+            values[0, ..., -num_patches:].unflatten(-1, grid)
+            for values in (found.representative_attentions, found.writes)
+        )
         numbers["reads"].append(describe_maps(reads))
         numbers["writes"].append(describe_maps(writes))
         title = f"layer {layer}: what each representative reads, and where it is written after the contraction"
@@ -162,20 +168,22 @@ def inspect_photo(
     max_memory: float = MAX_MEMORY,
 ) -> Report:
     """
-    Look at a model at work on an RGB image; it is not changed. Lists go over layers (those that `layers` names, where
-    it does), then heads, then what is looked at. What the attention type does not have is None.
+    Report what a model does with a photo, from one pass of the encoder.
+
+    Lists in the report go over layers (those in `layers`, if that is there), then over heads. Parts that the attention
+    type does not have are None.
 
     Args:
-        image: the photo.
-        model: a CBSA model with any head; classifiers say what they see.
+        image: the photo, RGB.
+        model: a CBSA model with any head, as it is or wrapped; it does not change. Classifiers also predict classes.
         processor: its image processor.
-        long_side: pixels that the longer side is resized to.
-        patch: (row, column) of the patch whose attention is shown; CLS when None.
-        max_memory: bytes that it may take, by an estimate that is made before.
+        long_side: the longer side of the photo is resized to that many pixels.
+        patch: (row, column) of the patch whose attention is shown; None for CLS.
+        max_memory: bytes that the report may take, as estimated before.
 
     Raises:
-        ValueError: `patch` lies outside the grid of patches, the model has another library's backbone, or it would
-            take too much memory.
+        ValueError: `patch` lies outside the grid of patches, the model has another library's backbone, its outputs are
+            not finite, or the report would take too much memory.
     """
     config = unwrap(model).config
     size = fit_to_patches((image.height, image.width), long_side, config.patch_size)
@@ -207,12 +215,12 @@ def inspect_photo(
 
 
 def save_report(report: Report, folder: Path):
-    """Write `report.json` and the pictures to a new or empty folder: all of it, or nothing."""
+    """Write `report.json` and the pictures to a new or empty folder; if that fails, nothing is written."""
     with TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as partial:
         written = Path(partial) / folder.name
         written.mkdir()
         for name, picture in report.pictures.items():
-            # 256 colours: a third of the size, and the eye sees no difference.
+            # With 256 colours the file has a third of the size and looks the same.
             palette = picture.quantize(256, Image.Quantize.FASTOCTREE, dither=Image.Dither.NONE)
             palette.save(written / name, format="PNG", optimize=True)
         (written / "report.json").write_text(json.dumps(report.numbers, allow_nan=False) + "\n", encoding="utf-8")

@@ -1,8 +1,8 @@
 """
-The published sizes of CBT, and CRATE and ToST of the same widths: configurations `cbt-tiny` ... `tost-large`.
+Configurations of the published sizes: `cbt-tiny` to `tost-large`.
 
-All have the convolutional stem, as the CBSA paper compares them. CRATE as published is wider (384, 576, 768, 1024) and
-has `patch_embedding_type="patchify"`.
+CRATE and ToST have the widths of CBT and the convolutional stem here, as the CBSA paper compares them. CRATE was
+published with other widths (384, 576, 768, 1024) and with `patch_embedding_type="patchify"`.
 """
 
 from pathlib import Path
@@ -13,10 +13,13 @@ PRESETS = sorted(path.stem for path in Path(__file__).parent.glob("*.json"))
 
 def preset_path(name: str) -> str:
     """
-    Path of the JSON file of one of [`PRESETS`], which `CBSAConfig.from_pretrained` opens.
+    Path of the JSON file of a preset, for `CBSAConfig.from_pretrained`.
+
+    Args:
+        name: one of [`PRESETS`], such as `"cbt-tiny"`.
 
     Raises:
-        ValueError: no such preset.
+        ValueError: there is no such preset.
     """
     if name not in PRESETS:
         raise ValueError(f"There is no preset {name!r}; choose one of {', '.join(PRESETS)}.")

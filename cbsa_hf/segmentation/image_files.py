@@ -116,3 +116,13 @@ def open_bytes(data: bytes) -> ImageFile.ImageFile:
             image.info.update(info)
             return image
     raise failure or UnidentifiedImageError(f"The formats are {', '.join(FORMATS)}.")
+
+
+def has_more_pictures(data: bytes) -> bool:
+    """Whether a file that [`open_bytes`] opens holds more than the one picture: an animation, or pages."""
+    image = open_bytes(data)
+    if image.format == "PNG":
+        return b"acTL" in data[: data.find(b"IDAT")]
+    if image.format == "TIFF":
+        return strip_tiff(data)[0] != data
+    return getattr(image, "is_animated", False)

@@ -11,6 +11,7 @@ import torch
 from torch.nn import functional as F
 
 
+MAX_STEPS = 100  # largest number of iterations of k-means
 SMALLEST_VALUE = 1e-6  # eigenvalues below this are rounding errors; the largest one is 1
 LONGEST_WALK = 1000.0  # steps; where the affinity has several components, random walks are cut off there
 
@@ -141,7 +142,7 @@ def visits(cut: Cut, target: torch.Tensor) -> torch.Tensor:
     return cut.vectors @ (steps * (cut.vectors.T @ (cut.degrees * more)))
 
 
-def k_means(points: torch.Tensor, k: int, max_steps: int = 100) -> torch.Tensor:
+def k_means(points: torch.Tensor, k: int) -> torch.Tensor:
     """
     K-means clustering without randomness: the first centre is the point farthest from the mean, each next centre the
     point farthest from the centres before.
@@ -149,7 +150,6 @@ def k_means(points: torch.Tensor, k: int, max_steps: int = 100) -> torch.Tensor:
     Args:
         points: (N, d).
         k: number of clusters; fewer if there are fewer different points.
-        max_steps: largest number of iterations.
 
     Returns:
         (N,), the cluster of each point, from 0.
@@ -158,7 +158,7 @@ def k_means(points: torch.Tensor, k: int, max_steps: int = 100) -> torch.Tensor:
     while len(centres) < k and (distance := torch.cdist(points, centres).amin(1)).max() > 0:
         centres = torch.cat([centres, points[distance.argmax()].unsqueeze(0)])
     labels = torch.cdist(points, centres).argmin(1)
-    for _ in range(max_steps):
+    for _ in range(MAX_STEPS):
         members = F.one_hot(labels, len(centres)).to(points.dtype)
         counts = members.sum(0).unsqueeze(1)
         centres = torch.where(counts > 0, members.T @ points / counts.clamp_min(1), centres)

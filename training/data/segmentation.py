@@ -191,6 +191,7 @@ class TrainingMasks(SegmentationDataset):
         )
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        """`pixel_values` (3, height, width) and `labels` (height, width) of a crop."""
         seeds = np.random.SeedSequence((self.seed, int(self.epoch), index))
         _, image, labels = self.read_next(index)
         ratio = np.random.default_rng(seeds).uniform(*self.resize_ratios)

@@ -47,6 +47,7 @@ class StreamedRows(Sampler):
         return self.num_rows
 
     def set_epoch(self, epoch: int):
+        """Set the epoch that the order depends on."""
         self.rows.set_epoch(epoch)
 
     def first(self, count: int) -> list[dict]:

@@ -27,6 +27,7 @@ def exit_with_a_sentence():
     and status 130 on Ctrl-C (during training, [`StopRequest`] takes Ctrl-C).
     """
     script = Path(sys.argv[0]).name
+    threading.excepthook = print_thread_error
     try:
         yield
     except ValueError as error:
@@ -38,6 +39,15 @@ def exit_with_a_sentence():
     except KeyboardInterrupt:
         print(f"{script}: Interrupted.", file=sys.stderr)
         sys.exit(128 + signal.SIGINT)
+
+
+def print_thread_error(failure: threading.ExceptHookArgs):
+    """
+    Print the error that ended a thread, unless the thread could not write a file: then TensorBoard raises the error in
+    the main thread too.
+    """
+    if not (isinstance(failure.exc_value, OSError) and failure.exc_value.errno in WRITING_ERRORS):
+        threading.__excepthook__(failure)
 
 
 class StopRequest:
@@ -60,6 +70,7 @@ class StopRequest:
             signal.signal(number, handler)
 
     def on_signal(self, number: int, _):
+        """Keep the first signal."""
         self.received = self.received or number
 
     @property

@@ -36,6 +36,7 @@ from engine.run_state import (
     save_checkpoint,
 )
 from engine.setup import build_loader
+from engine.tracking import RunLog
 
 
 LOG_STEPS = 10
@@ -164,6 +165,7 @@ class TrainingRun:
             losses, optimizer, scheduler, loader
         )
         self.progress, self.seconds_before, self.saved_step = Progress(), 0.0, None
+        self.run_log = RunLog(accelerator, self.output_dir)
 
     def run(self) -> dict:
         """
@@ -181,12 +183,13 @@ class TrainingRun:
             if self.args.resume_from_checkpoint is not None:
                 self.resume()
             check_folder(self.output_dir, self.progress, self.args.keep_best)
-            settings = {k: v if isinstance(v, int | float | str) else str(v) for k, v in asdict(self.args).items()}
-            self.accelerator.init_trackers(Path(sys.argv[0]).stem, config=settings)
+            self.run_log.start(asdict(self.args))
             with self.progress_bar() as self.bar:  # it ends its line before an error is printed
                 self.train()
             results = self.finish()
-            self.accelerator.end_training()
+            self.run_log.close()
+        if self.run_log.error is not None:
+            raise self.run_log.error
         return results
 
     def train(self):
@@ -249,8 +252,11 @@ class TrainingRun:
                 self.save()
 
     def next_batch(self, batches: Iterator[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
-        """The next batch. If any process cannot read it, or is asked to stop, the run is saved and ends here."""
-        batch, error, asked = None, None, time.time()
+        """
+        The next batch. If any process cannot read it, cannot write the log or is asked to stop, the run is saved and
+        ends here.
+        """
+        batch, error, asked = None, self.run_log.error, time.time()
         try:
             batch = next(batches)
         except WrongLength:  # every process raises it; and no run with the right length could continue from here
@@ -271,7 +277,7 @@ class TrainingRun:
         if step or status != FAILED:
             self.save()
         self.bar.close()
-        accelerator.end_training()
+        self.run_log.close()
         if error is not None:
             way_on = f" `--resume_from_checkpoint last` goes on from step {step}." if step else ""
             raise ValueError(f"{error}{way_on}") from error
@@ -304,7 +310,7 @@ class TrainingRun:
         self.task.train_data.check()
         self.bar.set_postfix(loss=f"{values['loss']:.3f}")
         values |= {"lr": self.scheduler.get_last_lr()[-1], "data_wait": progress.waited / progress.seconds}
-        self.accelerator.log({f"train/{name}": value for name, value in values.items()}, step=progress.step)
+        self.run_log.write({f"train/{name}": value for name, value in values.items()}, progress.step)
 
     def save(self):
         """
@@ -360,7 +366,7 @@ class TrainingRun:
         if progress.best is None or metrics[self.task.metric] > progress.best:
             progress.best, progress.best_step = metrics[self.task.metric], progress.step
         progress.seconds = self.seconds_before + time.time() - self.started
-        accelerator.log({f"validation/{k}": v for k, v in metrics.items()}, step=progress.step)
+        self.run_log.write({f"validation/{name}": value for name, value in metrics.items()}, progress.step)
         shown = ", ".join(f"{name} {value:.4f}" for name, value in metrics.items())
         accelerator.print(f"\nepoch {progress.step // self.steps_per_epoch}: {shown}")
         if accelerator.is_main_process:
@@ -372,10 +378,7 @@ class TrainingRun:
         every, epoch = self.args.picture_epochs, self.progress.step // self.steps_per_epoch
         if every and epoch % every == 0:
             model = self.accelerator.unwrap_model(self.validated, keep_torch_compile=False).model
-            pictures = self.task.draw(model)
-            for tracker in self.accelerator.trackers:
-                layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
-                tracker.log_images(pictures, step=self.progress.step, **layout)
+            self.run_log.draw(self.task.draw(model), self.progress.step)
 
     def finish(self) -> dict:
         """

@@ -169,7 +169,7 @@ def check_folder(output_dir: Path, progress: Progress, keep_best: bool):
 
 
 def whole_checkpoint(output_dir: Path) -> str:
-    """The newest checkpoint, for messages."""
+    """What a message says about the newest checkpoint."""
     newest = max(output_dir.glob(CHECKPOINTS), default=None)
     return f"{newest} is the newest whole one" if newest is not None else "there is no older one"
 

@@ -128,6 +128,7 @@ class AdaptationTask(ClassificationTask):
         self.original = original.requires_grad_(False).eval().to(accelerator.device)
 
     def build_losses(self, model: PreTrainedModel) -> nn.Module:
+        """Cross-entropy, and the distance from the original."""
         return AdaptationLoss(model, self.args.label_smoothing, self.args.hidden_states_weight)
 
     def score_before(self, names: list[str]) -> dict[str, dict[str, float]]:

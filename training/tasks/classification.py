@@ -167,6 +167,7 @@ class ClassificationTask(Task):
         return DistillationDataset(self.teacher, folder, **augmentation)
 
     def evaluate(self, losses: nn.Module) -> dict[str, float]:
+        """Accuracy and loss on the validation split."""
         metrics = evaluate_classifier(
             lambda pixel_values: losses(pixel_values)["logits"], self.validation_loader, self.accelerator
         )

@@ -159,6 +159,7 @@ class SegmentationTask(Task):
         return SlidingWindowSegmenter(model, self.processor, read_size(self.args.window or self.args.crop_size))
 
     def evaluate(self, losses: nn.Module) -> dict[str, float]:
+        """Mean IoU, pixel accuracy and IoU of each class on the validation split."""
         model = self.accelerator.unwrap_model(losses, keep_torch_compile=False).model
         images = self.validation_images
         metrics = evaluate_segmenter(self.build_segmenter(model), images.read, len(images), self.accelerator)

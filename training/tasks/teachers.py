@@ -75,6 +75,7 @@ class EfficientNetLite(nn.Module):
         self.label2id = None
 
     def forward(self, pixel_values: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        """Logits (batch, 1000) and two feature maps (batch, channels, rows, columns)."""
         network = self.network
         hidden = network._swish(network._bn0(network._conv_stem(pixel_values)))
         for i, block in enumerate(network._blocks):
@@ -162,6 +163,7 @@ class AutoTeacher(nn.Module):
         return self.network(pixel_values, output_hidden_states=True, **keywords)
 
     def forward(self, pixel_values: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        """Logits (batch, num_labels) and one feature map (batch, channels, rows, columns)."""
         outputs = self.look(pixel_values)
         features = outputs.hidden_states[-1]
         if features.ndim == 3:  # tokens: the patches come last, after CLS and registers
@@ -196,7 +198,8 @@ class Teacher(nn.Module):
         self.register_buffer("shift", ((mean - own_mean) / own_std).view(-1, 1, 1), persistent=False)
 
     def train(self, mode: bool = True) -> "Teacher":
-        return self  # always in evaluation mode
+        """Does nothing: a teacher stays in evaluation mode."""
+        return self
 
     @torch.no_grad()
     def forward(self, pixel_values: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:

@@ -1,13 +1,11 @@
 """Semantic segmentation: the decoders, the model around them, and what it is at home in."""
 
 import numpy as np
-import onnxruntime
 import pytest
 import torch
 from conftest import enable_activation_checkpointing
 from huggingface_hub.errors import StrictDataclassError
 from PIL import Image
-from torch.export import Dim
 from torch.nn import functional as F
 from transformers import (
     AutoImageProcessor,
@@ -304,26 +302,6 @@ def test_compiles_without_graph_breaks(tiny_config, decoder):
     expected, outputs = model(pixel_values, **wanted), compiled(pixel_values, **wanted)
     torch.testing.assert_close(outputs.logits, expected.logits)
     torch.testing.assert_close(outputs.decoder_attentions, expected.decoder_attentions)
-
-
-def test_exports_for_every_size(tiny_config, tmp_path):
-    one_layer = {"num_hidden_layers": 1, "decoder_num_layers": 1, "out_features": None, "out_indices": None}
-    model = make_model(tiny_config, **one_layer)
-    exported = torch.export.export(
-        model,
-        (torch.randn(2, 3, 43, 57),),
-        dynamic_shapes={"pixel_values": {0: Dim.DYNAMIC, 2: Dim.DYNAMIC, 3: Dim.DYNAMIC}},
-    )
-    torch.onnx.export(exported, output_names=["logits"], dynamo=True).save(tmp_path / "model.onnx")
-    session = onnxruntime.InferenceSession(tmp_path / "model.onnx")
-    module = exported.module()
-    for shape in [(2, 3, 32, 48), (1, 3, 33, 47), (3, 3, 64, 24)]:
-        pixel_values = torch.randn(shape)
-        with torch.no_grad():
-            expected = model(pixel_values).logits
-            torch.testing.assert_close(module(pixel_values).logits, expected, rtol=1e-4, atol=1e-4)
-        (logits,) = session.run(["logits"], {"pixel_values": pixel_values.numpy()})
-        np.testing.assert_allclose(logits, expected, rtol=1e-4, atol=1e-4)
 
 
 def test_half_precision(tiny_segmenter, saved_segmenter):

@@ -4,13 +4,10 @@ import copy
 import itertools
 from typing import get_args
 
-import numpy as np
-import onnxruntime
 import pytest
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from peft import LoraConfig, PeftModel, get_peft_model
-from torch.export import Dim
 from torch.nn import functional as F
 from transformers import (
     AutoBackbone,
@@ -274,35 +271,6 @@ def test_bins_are_those_of_the_adaptive_pool(length, bins):
     values = torch.randn(2, length, dtype=torch.float64)
     pooled = values @ adaptive_bins(length, bins, values).T
     torch.testing.assert_close(pooled, F.adaptive_avg_pool1d(values, bins))
-
-
-@pytest.mark.parametrize(
-    ("attention", "patch_embedding"), [("cbsa", "conv_stem"), ("agent", "linear"), ("tssa", "patchify")]
-)
-def test_exports_for_every_size(tiny_config, tmp_path, attention, patch_embedding):
-    tiny_config.attention_type, tiny_config.patch_embedding_type = attention, patch_embedding
-    torch.manual_seed(0)
-    model = CBSAForImageClassification(tiny_config).eval()
-    exported = torch.export.export(
-        model,
-        (torch.randn(2, 3, 40, 56),),
-        {"interpolate_pos_encoding": True},
-        dynamic_shapes={
-            "pixel_values": {0: Dim.DYNAMIC, 2: Dim.DYNAMIC, 3: Dim.DYNAMIC},
-            "interpolate_pos_encoding": None,
-        },
-    )
-    torch.onnx.export(exported, output_names=["logits"], dynamo=True).save(tmp_path / "model.onnx")
-    session = onnxruntime.InferenceSession(tmp_path / "model.onnx")
-    module = exported.module()
-    for shape in [(2, 3, 32, 48), (1, 3, 48, 32), (3, 3, 64, 24), (1, 3, 33, 47), (1, 3, 128, 160)]:
-        pixel_values = torch.randn(shape)
-        with torch.no_grad():
-            expected = model(pixel_values, interpolate_pos_encoding=True).logits
-            logits = module(pixel_values, interpolate_pos_encoding=True).logits
-        torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
-        (logits,) = session.run(["logits"], {"pixel_values": pixel_values.numpy()})
-        np.testing.assert_allclose(logits, expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.bfloat16, 0.1), (torch.float16, 0.01)])

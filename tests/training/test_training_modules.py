@@ -1,7 +1,9 @@
 """The pieces of the training scripts, each against something worked out by hand."""
 
+import dataclasses
 import json
 import multiprocessing
+import re
 import signal
 import subprocess
 from types import SimpleNamespace
@@ -29,6 +31,7 @@ from arguments import (
     OPTIMIZERS,
     ComparisonArguments,
     PretrainingArguments,
+    ScoringArguments,
     SegmentationArguments,
     parse_arguments,
 )
@@ -109,6 +112,17 @@ class TestArguments:
         with pytest.raises(ValueError) as error:
             parse_arguments(PretrainingArguments, [*self.NAMES, *arguments])
         assert message in str(error.value)
+
+    def test_help_has_groups(self, capsys):
+        """Every option stands in one of them, but for `--help` and `--config`."""
+        with pytest.raises(SystemExit):
+            parse_arguments(ScoringArguments, ["--help"])
+        options, *groups = capsys.readouterr().out.split("options:")[1].split("\n\n")
+        assert re.findall(r"^  .*?(--\w+)", options, re.M) == ["--help", "--config"]
+        titles = [group.split(":")[0].strip() for group in groups]
+        assert titles == ["what to score", "data", "semantic and zero-shot segmentation", "output"]
+        named = re.findall(r"^  (--\w+)", "\n".join(groups), re.M)
+        assert sorted(named) == sorted(f"--{option.name}" for option in dataclasses.fields(ScoringArguments))
 
     def test_good_options(self):
         args = parse_arguments(SegmentationArguments, [*self.NAMES, "--task=x", "--no_photometric_distortion"])

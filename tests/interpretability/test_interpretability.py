@@ -7,6 +7,12 @@ from copy import deepcopy
 import numpy as np
 import pytest
 import torch
+from synthetic import (
+    distance_to_subspaces,
+    draw_union_of_subspaces,
+    iterate_operator,
+    operator_of_bases,
+)
 
 from cbsa_hf import CBSAConfig, CBSAForImageClassification
 from cbsa_hf.attention_cbsa import ATTENTIONS
@@ -20,12 +26,6 @@ from cbsa_hf.interpretability.measures import (
     noisy_projections,
 )
 from cbsa_hf.interpretability.report import inspect_photo, save_report
-from cbsa_hf.interpretability.synthetic import (
-    distance_to_subspaces,
-    draw_union_of_subspaces,
-    iterate_operator,
-    operator_of_bases,
-)
 from cbsa_hf.segmentation.inference import token_index
 
 

@@ -15,7 +15,7 @@ from cbsa_hf.conversion.convert import convert_checkpoint, convert_state_dict
 from cbsa_hf.mask_decoder_cbsa import DECODERS
 
 
-REFERENCE = Path(__file__).parents[2] / "shared" / "reference"
+REFERENCE = Path(__file__).parents[3] / "shared" / "reference"
 
 pytestmark = pytest.mark.skipif(not REFERENCE.is_dir(), reason=f"no recorded tensors at {REFERENCE.name}")
 

@@ -5,21 +5,25 @@ import json
 import multiprocessing
 import os
 import pickle
+import re
 import resource
 import shutil
 import signal
 import subprocess
 import sys
+import zipfile
 from collections import namedtuple
 from contextlib import contextmanager
 from io import BytesIO
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from accelerate import Accelerator
 from conftest import ROOT
 from datasets import Dataset, Features, Image
 from PIL import Image as PILImage
@@ -27,10 +31,11 @@ from safetensors.torch import load_file
 
 from data.labelled_images import LabelledImages
 from data.segmentation import SegmentationDataset, check_masks
+from data.streaming import StreamedRows
 from engine import interruption, loop, output, results, run_state, setup
 from engine.interruption import exit_with_a_sentence
 from engine.run_state import DamagedCheckpoint, DataIdentity, check_sums, write_sums
-from tasks import classification
+from tasks import classification, distillation
 
 
 SETTINGS = {"num_epochs": 3, "checkpointing_steps": 1, "keep_checkpoints": 9, "ema_decay": 0.5}  # of two steps each
@@ -443,6 +448,76 @@ class TestFullDisk:
         monkeypatch.setattr(loop, "record_validation", record)
         start(tmp_path / "run", resume_from_checkpoint="last")
 
+    def test_while_the_log_is_begun(self, start, tmp_path, monkeypatch, capfd):
+        """One sentence, and no file without content but the lock."""
+        begin = Accelerator.init_trackers
+
+        def begin_on_a_full_disk(*arguments, **options):
+            with full_disk(0):
+                begin(*arguments, **options)
+
+        monkeypatch.setattr(Accelerator, "init_trackers", begin_on_a_full_disk)
+        with pytest.raises(SystemExit) as ending, exit_with_a_sentence():
+            start(tmp_path / "run", report_to="tensorboard")
+        assert re.search(r"The log in .*run/.* cannot be written \(File too large\); make room", ending.value.code)
+        assert "Traceback" not in capfd.readouterr().err
+        assert [path.name for path in (tmp_path / "run").rglob("*") if path.is_file()] == [".lock"]
+
+    def test_while_the_log_is_written(self, start, tmp_path, whole, monkeypatch):
+        """The run saves a checkpoint and ends; resumed, it comes to the same results."""
+        log = Accelerator.log
+
+        def log_on_a_full_disk(accelerator, values, step):
+            if step == 3:
+                raise OSError(errno.ENOSPC, "No space left on device")
+            log(accelerator, values, step=step)
+
+        with monkeypatch.context() as patches:
+            patches.setattr(Accelerator, "log", log_on_a_full_disk)
+            with pytest.raises(ValueError, match=r"The log in .* cannot be written .* goes on from step 3"):
+                start(tmp_path / "run", **SETTINGS)
+        assert names(tmp_path / "run")[-1] == "checkpoint-00000003"
+        start(tmp_path / "run", **RESUMED)
+        assert_same_results(tmp_path / "run", whole)
+
+    def test_while_the_log_is_ended(self, start, tmp_path, monkeypatch):
+        """The results are there."""
+        end = Mock(side_effect=OSError(errno.ENOSPC, "No space left on device"))
+        monkeypatch.setattr(Accelerator, "end_training", end)
+        with pytest.raises(ValueError, match=r"The log in .* cannot be written \(No space left on device\)"):
+            start(tmp_path / "run")
+        assert (tmp_path / "run" / "results.json").exists()
+
+    def test_while_targets_of_a_teacher_are_written(self, start, tmp_path, vit, monkeypatch):
+        """Nothing of them is left, and nothing is in the way of the next run."""
+        settings = {"teacher": str(vit[1]), "teacher_cache": str(tmp_path / "targets")}
+        write = distillation.write_arrays
+
+        def write_on_a_full_disk(*arguments):
+            with full_disk(150):  # the header of a file takes 128 bytes
+                write(*arguments)
+
+        with monkeypatch.context() as patches:
+            patches.setattr(distillation, "write_arrays", write_on_a_full_disk)
+            with pytest.raises(OSError) as error:
+                start(tmp_path / "run", **settings)
+        assert (error.value.errno, error.value.filename) == (errno.EFBIG, settings["teacher_cache"])
+        assert not list(tmp_path.glob("targets*"))
+
+        usage = namedtuple("usage", "total used free")
+        with monkeypatch.context() as patches:
+            patches.setattr(
+                output.shutil,
+                "disk_usage",
+                lambda folder: usage(0, 0, 99 if folder.name.startswith("targets") else 10**9),
+            )
+            with pytest.raises(
+                ValueError, match=r"needs 0\.0 MB for the teacher's targets: make room, or choose another"
+            ):
+                start(tmp_path / "run", **settings)
+        assert not list(tmp_path.glob("targets*"))
+        start(tmp_path / "run", **settings)
+
     def test_what_is_left_of_a_result_does_not_stop_a_checkpoint(self, start, tmp_path):
         run = tmp_path / "run"
         (run / "results.partial").mkdir(parents=True)
@@ -664,8 +739,53 @@ class TestMasks:
         check_masks(self.images(PILImage.fromarray(mask // 255)), "train", self.NAMES)
         assert not caplog.text
 
+    @pytest.mark.parametrize("mask", [PILImage.new("L", (4, 3), 7), PILImage.new("L", (3, 4))], ids=["label", "size"])
+    def test_of_a_stream(self, mask):
+        """At the row, by name."""
+        masks = [PILImage.new("L", (4, 3)), mask]
+        features = Features({"image": Image(), "label": Image()})
+        rows = Dataset.from_dict({"image": [PILImage.new("RGB", (4, 3))] * 2, "label": masks}, features=features)
+        stream = StreamedRows(rows.to_iterable_dataset(), 2, seed=0)
+        images = SegmentationDataset(stream, max_corrupt=9, num_labels=2, reduce_labels=False)
+        check_masks(images, "train", self.NAMES)  # reads nothing
+        with pytest.raises(ValueError, match=r"Image [01] of this epoch.* (has \(4, 3\) pixels|has the label 7)"):
+            for index in images.indices(list(stream)):
+                images.read(index)
+
     def test_broken_or_none(self, caplog):
         images = self.images({"bytes": b"x", "path": "a.png"}, None, PILImage.new("L", (4, 3)))
         assert [images.read(i) is None for i in range(3)] == [True, True, False]
         assert images.corrupt.tolist() == [True, True, False]
         assert "Skipped image 0, which cannot be read: The mask of Image 0" in caplog.text
+
+
+class TestAddresses:
+    """Images that streams name by an address, not by a path."""
+
+    def encode(self, image: PILImage.Image) -> bytes:
+        stream = BytesIO()
+        image.save(stream, format="PNG")
+        return stream.getvalue()
+
+    def test_in_an_archive(self, tmp_path, caplog):
+        picture, mask = PILImage.new("RGB", (4, 3), (9, 8, 7)), PILImage.new("L", (4, 3), 1)
+        with zipfile.ZipFile(tmp_path / "all.zip", "w") as archive:
+            archive.writestr("0.png", self.encode(picture))
+            archive.writestr("mask.png", self.encode(mask))
+            archive.writestr("1.png", self.encode(picture)[:40])
+        address = f"zip://{{}}.png::{tmp_path / 'all.zip'}"
+        paths = [address.format(name) for name in ("0", "1", "2")] + [
+            "zip://0.png::/nowhere.zip",
+            "hf://datasets/a/b/c",
+        ]
+        rows = {"image": [{"path": path, "bytes": None} for path in paths]}
+        rows["label"] = [{"path": address.format("mask"), "bytes": None}] * len(paths)
+        dataset = Dataset.from_dict(rows, features=Features({"image": Image(), "label": Image()}))
+        images = SegmentationDataset(dataset, max_corrupt=9, num_labels=2, reduce_labels=False)
+        found = [images.read(index) for index in range(len(paths))]
+        assert np.array_equal(np.array(found[0][0]), np.array(picture))
+        assert np.array_equal(found[0][1], np.ones((3, 4)))
+        assert found[1:] == [None] * 4
+        assert images.corrupt.tolist() == [False, *[True] * 4]
+        for index, path in enumerate(paths[1:], start=1):
+            assert f"Skipped image {index}, which cannot be read: Image {index} ({path}) " in caplog.text

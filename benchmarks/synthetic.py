@@ -1,12 +1,12 @@
 """
-The operator on data whose answer is known: points around a union of low-dimensional subspaces, with the true bases as
-the heads' projections (section 3 of arXiv 2509.16875 derives it as a step that compresses tokens onto them).
+Synthetic tokens around a union of low-dimensional subspaces, and the operator with the true bases of the subspaces as
+projections. Section 3 of arXiv 2509.16875 derives the operator as a step that compresses tokens onto the subspaces.
 """
 
 import torch
 from torch.nn import functional as F
 
-from ..attention_cbsa import ContractAndBroadcastSelfAttention, PooledRepresentatives
+from cbsa_hf.attention_cbsa import ContractAndBroadcastSelfAttention, PooledRepresentatives
 
 
 def draw_union_of_subspaces(
@@ -19,14 +19,14 @@ def draw_union_of_subspaces(
     interleaved: bool = True,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """
-    Tokens around subspaces of random orientation, as many around each.
+    Draw tokens around subspaces of random orientation, the same number around each.
 
     Args:
         num_subspaces, subspace_dim, ambient_dim: K, p and d.
         num_tokens: N, a multiple of K.
-        noise: length of the Gaussian noise on tokens that have length 1 in their subspace (in expectation, squared).
-        generator: of everything drawn.
-        interleaved: in random order; else subspace after subspace.
+        noise: root mean square length of the Gaussian noise; tokens have length 1 without it.
+        generator: generator of all random numbers.
+        interleaved: whether tokens are in random order, or subspace after subspace.
 
     Returns:
         Tokens (N, d), orthonormal bases (K, p, d) as rows, and each token's subspace (N,); float64.
@@ -43,7 +43,14 @@ def draw_union_of_subspaces(
 
 
 def operator_of_bases(bases: torch.Tensor, representatives_size: int) -> ContractAndBroadcastSelfAttention:
-    """CBSA, one head per basis of (K, p, d): it projects by the basis and back by the same; all steps are 1."""
+    """
+    The CBSA operator with one head for each basis, which is the projection and, transposed, the output layer. All step
+    sizes are 1.
+
+    Args:
+        bases: (K, p, d), orthonormal rows.
+        representatives_size: side of the grid of representatives.
+    """
     num_heads, head_dim, ambient_dim = bases.shape
     pool = PooledRepresentatives(representatives_size, first_token=0)
     operator = ContractAndBroadcastSelfAttention(ambient_dim, num_heads, head_dim, pool).to(bases.dtype)
@@ -62,10 +69,18 @@ def iterate_operator(
     length: float | None = None,
 ) -> torch.Tensor:
     """
-    The tokens (N, d) before and after each of `num_steps` residual steps `z + operator(z)`, (1 + num_steps, N, d).
+    Iterate residual steps `z + operator(z)`. Before each step all tokens are scaled to the same length, as the
+    LayerNorm of a layer does.
 
-    Before each step every token is brought to the same length, as the LayerNorm of a layer does: sqrt(d) when not
-    given. The longer, the sharper the softmaxes.
+    Args:
+        operator: the operator.
+        tokens: (N, d).
+        grid: (height, width) of the grid of patches, N together.
+        num_steps: number of steps.
+        length: length of the tokens, sqrt(d) by default. Longer tokens make the softmaxes sharper.
+
+    Returns:
+        (1 + num_steps, N, d), the scaled tokens before the first step and after each step.
     """
     length = tokens.shape[1] ** 0.5 if length is None else length
     states = [length * F.normalize(tokens, dim=1)]
@@ -77,8 +92,8 @@ def iterate_operator(
 
 def distance_to_subspaces(tokens: torch.Tensor, bases: torch.Tensor) -> torch.Tensor:
     """
-    Sine of the angle between each token and each subspace: 0 inside, 1 orthogonal to it. Tokens (..., N, d) and bases
-    (K, p, d) -> (..., N, K).
+    Sine of the angle between each token and each subspace: 0 for tokens inside it, 1 for tokens orthogonal to it.
+    Tokens (..., N, d) and orthonormal bases (K, p, d) -> (..., N, K).
     """
     coordinates = torch.einsum("...nd,kpd->...nkp", tokens, bases)
     inside = coordinates.square().sum(-1) / tokens.square().sum(-1, keepdim=True)

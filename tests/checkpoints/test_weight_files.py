@@ -233,7 +233,7 @@ def test_code_is_neither_run_nor_asked_about(folder, photo, tmp_path, kind):
         rewrite(path, auto_map={"AutoImageProcessor": "own.Own"}, image_processor_type="Own")
     command = ["segment", "cat.png", "-o", "out.png", "--checkpoint", "checkpoint"]
     program = "import sys; from cbsa_hf.cli import main; sys.exit(main(sys.argv[1:]))"
-    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1]), "HF_HOME": str(tmp_path / "cache")}
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2]), "HF_HOME": str(tmp_path / "cache")}
     process = subprocess.run(
         [sys.executable, "-c", program, *command],
         cwd=tmp_path,

@@ -12,7 +12,7 @@ from cbsa_hf import CBSAConfig, CBSAForImageClassification
 from cbsa_hf.modeling_cbsa import CBSAISTA
 
 
-MEMORY = Path(__file__).resolve().parents[1] / "training" / "engine" / "memory.py"
+MEMORY = Path(__file__).resolve().parents[2] / "training" / "engine" / "memory.py"
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

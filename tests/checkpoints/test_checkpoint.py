@@ -1,4 +1,4 @@
-"""The checkpoint in the package gives what it gave when it was recorded (`python tests/record_golden.py`)."""
+"""The shipped checkpoint computes what was recorded from it (`python tests/checkpoints/record_golden.py`)."""
 
 import json
 from pathlib import Path

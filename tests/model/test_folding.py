@@ -83,7 +83,7 @@ def test_backbone_and_types_by_layer():
 def test_maps():
     model = build(CBSAModel)
     for expected, actual in zip(*(exact_maps(m, PIXELS.double()) for m in (model, fold(model))), strict=True):
-        assert_same(actual.factor, expected.factor)
+        assert_same(actual.representative_attentions, expected.representative_attentions)
         assert_same(actual.writes, expected.writes)
 
 

@@ -9,6 +9,8 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 from torch.nn.parallel import replicate
 from transformers import (
+    DepthAnythingConfig,
+    DepthAnythingForDepthEstimation,
     Dinov2Config,
     DPTConfig,
     DPTForDepthEstimation,
@@ -16,7 +18,9 @@ from transformers import (
     SegformerConfig,
     SegformerForSemanticSegmentation,
     ViTImageProcessorPil,
+    VitPoseConfig,
 )
+from transformers.models.vitpose.modeling_vitpose import VitPoseClassicDecoder, VitPoseSimpleDecoder
 
 from cbsa_hf import (
     CBSABackbone,
@@ -244,7 +248,7 @@ def test_measuring_while_another_thread_trains(tiny_model):
 
 
 def test_tokens_of_a_backbone():
-    """`reshape_hidden_states=False` gives the tokens, CLS first, whose patches are the maps; DPT takes them."""
+    """`reshape_hidden_states=False` gives the tokens, CLS first, whose patches are the maps."""
     torch.manual_seed(0)
     values = {"num_hidden_layers": 4, "out_indices": [1, 2, 3, 4], "image_size": 32}
     values = {"hidden_size": 24, "num_attention_heads": 2, "patch_size": 8, "representatives_size": 2, **values}
@@ -256,11 +260,58 @@ def test_tokens_of_a_backbone():
     assert [f.shape for f in found] == [(2, 1 + 5 * 6, 24)] * 4
     for feature_map, hidden_states in zip(maps(pixel_values).feature_maps, found, strict=True):
         torch.testing.assert_close(hidden_states[:, 1:].mT.unflatten(2, (5, 6)), feature_map)
-    config = DPTConfig(
-        backbone_config=tokens.config,
-        neck_hidden_sizes=[8, 8, 8, 8],
-        fusion_hidden_size=8,
-        reassemble_factors=[4, 2, 1, 0.5],
-    )
-    depth = DPTForDepthEstimation(config)(torch.randn(1, 3, 32, 32)).predicted_depth
-    assert depth.isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("size", "patch_embedding"), [((32, 32), "conv_stem"), ((48, 32), "conv_stem"), ((33, 47), "linear")]
+)
+def test_heads_on_tokens(size, patch_embedding):
+    """
+    What DPT and DepthAnything make of the tokens has the size that they make of those of Dinov2. They count the whole
+    patches of an image, as embeddings do that leave out the rest.
+    """
+    torch.manual_seed(0)
+    values = {"num_hidden_layers": 4, "out_indices": [1, 2, 3, 4], "image_size": 32, "reshape_hidden_states": False}
+    values = {"hidden_size": 24, "num_attention_heads": 2, "patch_size": 8, **values}
+    neck = {"neck_hidden_sizes": [8] * 4, "fusion_hidden_size": 8, "reassemble_factors": [4, 2, 1, 0.5]}
+    depth_anything = {"reassemble_hidden_size": 24, "head_hidden_size": 8, "patch_size": 8}
+    pixel_values = torch.randn(2, 3, *size)
+    shapes, depths = [], []
+    for backbone in (
+        Dinov2Config(**values),
+        CBSAConfig(**values, patch_embedding_type=patch_embedding, representatives_size=2),
+    ):
+        dpt = DPTForDepthEstimation(DPTConfig(backbone_config=backbone, **neck)).eval()
+        config = DepthAnythingConfig(backbone_config=backbone, **neck, **depth_anything)
+        # DPT's neck takes the tokens of a square when nothing else is said, so it runs on squares alone.
+        models = [DepthAnythingForDepthEstimation(config).eval(), *([dpt] if size[0] == size[1] else [])]
+        depths = [model(pixel_values).predicted_depth for model in models]
+        assert all(depth.isfinite().all() for depth in depths)
+        shapes.append([depth.shape for depth in depths])
+    assert shapes[0] == shapes[1]
+
+
+@pytest.mark.parametrize("use_simple_decoder", [True, False])
+def test_pose_heads_on_maps(use_simple_decoder):
+    """
+    The heads of VitPose take maps. The whole of `VitPoseForPoseEstimation` takes tokens without CLS and a `patch_size`
+    that is a pair, so it runs on its own backbone alone, not on Dinov2 either.
+    """
+    sizes = {"hidden_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2, "patch_size": 8}
+    backbone = CBSABackbone(CBSAConfig(**sizes, image_size=(32, 24), representatives_size=2)).eval()
+    config = VitPoseConfig(backbone_config=backbone.config, num_labels=4, use_simple_decoder=use_simple_decoder)
+    head = (VitPoseSimpleDecoder if use_simple_decoder else VitPoseClassicDecoder)(config).eval()
+    for height, width in [(32, 24), (33, 47)]:
+        heatmaps = head(backbone(torch.randn(2, 3, height, width)).feature_maps[-1])
+        assert heatmaps.shape == (2, 4, 4 * -(-height // 8), 4 * -(-width // 8))
+
+
+def test_features_of_a_segmenter(tiny_segmenter, saved_segmenter):
+    """A backbone from the folder of a segmenter gives the encoder's features, at every size."""
+    backbone = CBSABackbone.from_pretrained(saved_segmenter).eval()
+    for height, width in [(32, 48), (33, 47), (64, 24)]:
+        pixel_values = torch.randn(2, 3, height, width)
+        tokens = tiny_segmenter.cbsa(pixel_values, interpolate_pos_encoding=True).last_hidden_state
+        (feature_map,) = backbone(pixel_values).feature_maps
+        assert feature_map.shape == (2, 24, -(-height // 8), -(-width // 8))
+        torch.testing.assert_close(feature_map.flatten(2).mT, tokens[:, 1:])

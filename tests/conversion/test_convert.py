@@ -29,7 +29,7 @@ from cbsa_hf import load_checkpoint
 from cbsa_hf.cli import main
 
 
-REFERENCE = Path(__file__).parents[2] / "shared" / "reference"
+REFERENCE = Path(__file__).parents[3] / "shared" / "reference"
 needs_reference = pytest.mark.skipif(not REFERENCE.is_dir(), reason=f"no recorded tensors at {REFERENCE.name}")
 
 SIZES = {

@@ -180,11 +180,11 @@ def test_contraction(tiny_model):
     encoding = encode(tiny_model, pixel_values, output_attentions=True, steps_of=[2])
     similarity = encoding.steps(2).similarity[0, 0].double()
     step = tiny_model.cbsa.layers[2].attention.step_x[0].double()
-    expected = step * similarity.T @ exact.factor[0, 0].double()
+    expected = step * similarity.T @ exact.representative_attentions[0, 0].double()
     torch.testing.assert_close(exact.writes[0, 0].double(), expected, rtol=1e-4, atol=1e-6)
     affinity, reads = representative_affinity(encoding, Options(layer=2, head=0))
     torch.testing.assert_close(affinity, (similarity + similarity.T) / 2)
-    factor = exact.factor[0, 0, :, 1:].double()
+    factor = exact.representative_attentions[0, 0, :, 1:].double()
     torch.testing.assert_close(reads, factor / factor.sum(1, keepdim=True))
 
 

@@ -1,0 +1,110 @@
+"""What each part of the page says to what a visitor chose: raw values are checked, then a view is drawn of a look."""
+
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from cbsa_hf.overlays import class_colours
+
+from . import story, views
+from .drawing import draw_labels, to_npz, to_uri
+from .looks import MAX_SEGMENTS, METHODS, Explorer, Look, Segmented
+from .parameters import MEAN, flag, one_of, whole
+
+
+FIRST = {"source": "coffee", "layer": 3, "head": MEAN, "representative": 27}
+QUERIES = {"the chosen patch": True, "CLS": False}
+MAPS = {"as published": False, "exact": True}
+NO_OTHER = "none"
+
+
+class Answers:
+    """One method a part of the page; values come as the browser sent them. Each raises PhotoError or ValueError."""
+
+    def __init__(self, explorer: Explorer):
+        self.explorer = explorer
+
+    def heads(self, look: Look) -> list[str]:
+        return [MEAN, *map(str, range(look.model.config.num_attention_heads))]
+
+    def layer_of(self, look: Look, layer: object) -> int:
+        return whole(layer, "layer", 0, look.model.config.num_hidden_layers - 1)
+
+    def head_of(self, look: Look, values: np.ndarray, head: object) -> np.ndarray:
+        """What the head has of (heads, ...), or the mean of all."""
+        head = one_of(head, "head", self.heads(look))
+        return values.mean(0) if head == MEAN else values[int(head)]
+
+    def patch_of(self, look: Look, row: object, column: object) -> tuple[int, int]:
+        rows, columns = look.grid
+        return whole(row, "row", 0, rows - 1), whole(column, "column", 0, columns - 1)
+
+    def segmented(self, look: Look, method: object, num_segments: object, sharp: object) -> Segmented:
+        return look.segment(
+            one_of(method, "method", METHODS),
+            whole(num_segments, "number of segments", 2, MAX_SEGMENTS),
+            flag(sharp, "edges follow the photo"),
+        )
+
+    def photo(self, source, model) -> str:
+        return views.photo(self.explorer.look(source, model))
+
+    def segments(self, source, model, method, num_segments, sharp) -> tuple[str, str, str]:
+        look = self.explorer.look(source, model)
+        found = self.segmented(look, method, num_segments, sharp)
+        done = views.status(f"{look.photo.title}: {views.describe_segments(found)}.")
+        return views.segments(found), views.legend(found), done
+
+    def steps(self, source, model, layer, head, row, column, representative) -> str:
+        look = self.explorer.look(source, model)
+        layer, patch = self.layer_of(look, layer), self.patch_of(look, row, column)
+        trace = look.trace(layer)
+        if trace is None:
+            return story.without_representatives(look, layer)
+        parts = {name: self.head_of(look, value.numpy(), head) for name, value in vars(trace).items()}
+        chosen = whole(representative, "representative", 0, len(parts["reads"]) - 1)
+        return story.steps(look, parts, patch, chosen)
+
+    def glance(self, source, model, row, column, query, kind, shared) -> str:
+        look = self.explorer.look(source, model)
+        patch = self.patch_of(look, row, column)
+        if not QUERIES[one_of(query, "query", QUERIES)]:
+            patch = None
+        return story.glance(look, patch, MAPS[one_of(kind, "map", MAPS)], flag(shared, "one scale"))
+
+    def inside(self, source, model) -> str:
+        return story.inside(self.explorer.look(source, model))
+
+    def compare(self, source, model, other, method, num_segments, sharp, layer, head, row, column) -> str:
+        if other == NO_OTHER:
+            return views.sentence("Choose a second model.")
+        looks = [self.explorer.look(source, name) for name in (model, other)]
+        found = [self.segmented(look, method, num_segments, sharp) for look in looks]
+        maps = [
+            self.head_of(
+                look, look.maps(self.patch_of(look, row, column), exact=False)[self.layer_of(look, layer)], head
+            )
+            for look in looks
+        ]
+        what = f"Layer {layer}, head {head}: what patch ({row}, {column}) is tied to"
+        return views.compare(looks, [model, other], found, maps, what)
+
+    def street(self, source, model, flip, sharp) -> str:
+        look = self.explorer.look(source, model)
+        segmenter = self.explorer.segmenter()
+        labels = look.street(segmenter, flag(flip, "mirrored too"), flag(sharp, "edges follow the photo"))
+        return views.street(labels, segmenter[0].config.id2label)
+
+    def download(self, kind: str, source, model, method, num_segments, sharp, row, column) -> dict:
+        look = self.explorer.look(source, model)
+        found = self.segmented(look, method, num_segments, sharp)
+        name = Path(look.photo.source).stem
+        if kind == "mask":
+            return {"name": f"{name}-mask.png", "uri": to_uri(Image.fromarray(found.mask))}
+        if kind == "segments":
+            return {
+                "name": f"{name}-segments.png",
+                "uri": draw_labels(found.labels, class_colours(len(found.segments))),
+            }
+        return {"name": f"{name}-maps.npz", "uri": to_npz(look.arrays(self.patch_of(look, row, column)))}

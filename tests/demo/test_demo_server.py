@@ -1,0 +1,325 @@
+"""The page's server: what strangers may send, what programs and agents are told, and what is kept."""
+
+import base64
+import io
+import json
+import os
+import struct
+import threading
+import time
+import zlib
+
+import httpx
+import numpy as np
+import pytest
+import skimage.data
+from cbsa_demo import looks, photos
+from cbsa_demo.page import SERVER, build_page
+from cbsa_demo.parameters import flag, one_of, whole
+from gradio_client import Client, handle_file
+from gradio_client.exceptions import AppError
+from PIL import Image
+
+from cbsa_hf import ZeroShotSegmenter, attention_maps, load_checkpoint
+from cbsa_hf.segmentation.images import to_pixel_values
+
+
+META = {"_type": "gradio.FileData"}
+REST = ("ncut", 4, False, "")  # what `segment` takes beside the photo
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    """The address of a running page, and the folder of its uploads."""
+    folder = tmp_path_factory.mktemp("uploads").resolve()
+    os.environ["GRADIO_TEMP_DIR"] = str(folder)
+    page = build_page(looks.Explorer({"shipped": None}))
+    _, url, _ = page.launch(prevent_thread_lock=True, quiet=True, **SERVER)
+    yield url, folder
+    page.close()
+    del os.environ["GRADIO_TEMP_DIR"]
+
+
+@pytest.fixture(scope="module")
+def client(server):
+    return Client(server[0], verbose=False)
+
+
+def call(url: str, endpoint: str, *data) -> tuple[str, str]:
+    """The kind of the last event that an endpoint answers with, and what it says."""
+    answer = httpx.post(f"{url}gradio_api/call/{endpoint}", json={"data": data}, timeout=60)
+    if answer.status_code != 200:
+        return "refused", answer.text
+    identity = answer.json()["event_id"]
+    text = httpx.get(f"{url}gradio_api/call/{endpoint}/{identity}", timeout=60).text
+    kind, _, content = text.strip().rpartition("event: ")[2].partition("\n")
+    return kind, content.removeprefix("data: ")
+
+
+def upload(url: str, name: str, data: bytes) -> str:
+    answer = httpx.post(f"{url}gradio_api/upload", files={"files": (name, data)}, timeout=60)
+    answer.raise_for_status()
+    return answer.json()[0]
+
+
+def to_bytes(image: Image.Image, format: str = "PNG", **options) -> bytes:
+    file = io.BytesIO()
+    image.save(file, format, **options)
+    return file.getvalue()
+
+
+def png_of(width: int, height: int) -> bytes:
+    """A PNG of black pixels, however many."""
+
+    def chunk(kind: bytes, content: bytes) -> bytes:
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+    header = struct.pack(">IIBBBBB", width, height, 1, 0, 0, 0, 0)
+    rows = zlib.compress(bytes((width + 7) // 8 + 1) * height, 9)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", rows) + chunk(b"IEND", b"")
+
+
+FORBIDDEN = [
+    "absolute",
+    "relative",
+    "absent",
+    "folder",
+    "uploads",
+    "pipe",
+    "link",
+    "climbing",
+    "served",
+    "fetched",
+    "empty",
+]
+
+
+@pytest.fixture(scope="module")
+def forbidden(server, tmp_path_factory) -> dict[str, str]:
+    """Paths that no visitor may name, all but one of something that exists."""
+    folder = server[1]
+    outside = tmp_path_factory.mktemp("server") / "secret.png"
+    Image.new("RGB", (64, 64), "red").save(outside)
+    inner = folder / ("ab" * 32)
+    inner.mkdir()
+    os.mkfifo(inner / "pipe.png")
+    (inner / "link.png").symlink_to(outside)
+    return {
+        "absolute": str(outside),
+        "relative": os.path.relpath(outside),
+        "absent": str(outside.with_name("absent.png")),
+        "folder": str(outside.parent),
+        "uploads": str(folder),
+        "pipe": str(inner / "pipe.png"),
+        "link": str(inner / "link.png"),
+        "climbing": f"{inner}/../../{outside.parent.name}/secret.png",
+        "served": f"/gradio_api/file={outside}",
+        "fetched": "http://127.0.0.1:9/secret.png",
+        "empty": "",
+    }
+
+
+@pytest.mark.parametrize("name", FORBIDDEN)
+@pytest.mark.parametrize("meta", [None, {"_type": "other"}, META], ids=["bare", "false", "true"])
+def test_no_file_of_the_server_is_opened(server, forbidden, name, meta):
+    payload = {"path": forbidden[name]} | ({} if meta is None else {"meta": meta})
+    start = time.monotonic()
+    kind, text = call(server[0], "segment", payload, *REST)
+    assert kind == "error"
+    assert photos.NOT_UPLOADED in text
+    assert forbidden[name] == "" or forbidden[name] not in text
+    assert time.monotonic() - start < 20  # a pipe without a writer would wait for ever
+
+
+def test_a_file_is_found_wherever_it_hides(server, forbidden):
+    nested = {"photo": [{"file": {"path": forbidden["absolute"]}}]}
+    with pytest.raises(photos.PhotoError, match="Upload a photo first"):
+        photos.admit_files([nested])
+    deep = []
+    for _ in range(100):
+        deep = [deep]
+    with pytest.raises(photos.PhotoError, match="nested too deeply"):
+        photos.admit_files(deep)
+    assert photos.admit_files(["a path", {"row": 3}, None]) == ["a path", {"row": 3}, None]
+
+
+BAD_FILES = {
+    "words.png": b"These are words.",
+    "empty.png": b"",
+    "page.html": b"<html><body>A page</body></html>",
+    "drawing.svg": b'<svg xmlns="http://www.w3.org/2000/svg"><rect width="9" height="9"/></svg>',
+    "phone.heic": b"\0\0\0\x18ftypheic\0\0\0\0heicmif1" + bytes(200),
+    "long.png": png_of(60_000, 60),
+    "bomb.png": png_of(30_000, 30_000),
+    "cut.png": to_bytes(Image.effect_noise((300, 300), 60))[:9000],
+}
+
+
+@pytest.mark.parametrize("name", BAD_FILES)
+def test_bad_file_is_one_sentence(server, name):
+    path = upload(server[0], name, BAD_FILES[name])
+    kind, text = call(server[0], "segment", {"path": path, "meta": META}, *REST)
+    message = json.loads(text)
+    message = message["error"] if isinstance(message, dict) else message
+    assert kind == "error"
+    assert message.startswith(name)
+    assert message.count(". ") == 0
+    assert message.endswith(".")
+    assert "component" not in message.lower()
+    assert str(server[1]) not in message
+
+
+def test_too_many_bytes_are_refused_while_they_come(server):
+    answer = httpx.post(
+        f"{server[0]}gradio_api/upload", files={"files": ("huge.png", bytes(photos.MAX_BYTES + 10**6))}, timeout=60
+    )
+    assert answer.status_code == 413
+    assert not list(server[1].rglob("huge.png"))
+
+
+@pytest.mark.parametrize("format", ["GIF", "TIFF", "WEBP"])
+def test_of_several_pictures_the_first_is_taken_and_said(server, format):
+    first, second = Image.new("RGB", (64, 48), "red"), Image.new("RGB", (64, 48), "blue")
+    options = {"lossless": True} if format == "WEBP" else {}
+    name = f"many.{format.lower()}"
+    both = to_bytes(first, format, save_all=True, append_images=[second], **options)
+    photo = photos.open_photo(photos.source_of(upload(server[0], name, both)))
+    assert photo.image.getpixel((9, 9)) == (255, 0, 0)
+    assert photo.remark == f"{name} holds several pictures; this is the first."
+    alone = photos.open_photo(photos.source_of(upload(server[0], name, to_bytes(first, format, **options))))
+    assert alone.remark == ""
+
+
+def test_a_large_photo_is_drawn_small(server):
+    data = to_bytes(Image.effect_noise((4000, 3000), 60), "JPEG")
+    photo = photos.open_photo(photos.source_of(upload(server[0], "large.jpg", data)))
+    assert photo.image.size == (1280, 960)
+
+
+@pytest.mark.parametrize("value", [True, float("nan"), float("inf"), "x", -1, 99, 2.5, None, [], {}, "9" * 10**6])
+def test_bad_layer_is_one_sentence(value):
+    with pytest.raises(photos.PhotoError) as refusal:
+        whole(value, "layer", 0, 11)
+    message = refusal.value.message
+    assert message.startswith("The layer is ")
+    assert message.endswith("give a whole number from 0 to 11.")
+    assert len(message) < 120
+
+
+@pytest.mark.parametrize("value", [None, 7, "other", ["mean"], "9" * 10**6])
+def test_bad_choice_is_one_sentence(value):
+    with pytest.raises(photos.PhotoError, match=r"The head is .*; choose one of mean, 0\."):
+        one_of(value, "head", ["mean", "0"])
+    with pytest.raises(photos.PhotoError, match="give true or false"):
+        flag(value, "sharp")
+
+
+def test_good_parameters_are_taken():
+    assert whole(3.0, "layer", 0, 11) == 3
+    assert one_of("mean", "head", ["mean"]) == "mean"
+    assert flag(False, "sharp") is False
+
+
+@pytest.mark.parametrize("layer", [True, "x", -1, 99])
+def test_endpoint_refuses_a_layer(client, layer):
+    with pytest.raises(AppError, match=r"The layer is .*give a whole number from 0 to 11"):
+        client.predict(layer=layer, api_name="/attention")
+
+
+def test_segments_of_an_upload_are_those_of_the_library(client, tmp_path):
+    photo = Image.fromarray(skimage.data.chelsea())
+    photo.save(tmp_path / "cat.png")
+    answer = client.predict(photo=handle_file(tmp_path / "cat.png"), num_segments=3, api_name="/segment")
+    found = ZeroShotSegmenter(*load_checkpoint(), num_segments=3)(photo)
+    mask = np.asarray(Image.open(io.BytesIO(base64.b64decode(answer["mask_png"]))))
+    labels = np.asarray(Image.open(io.BytesIO(base64.b64decode(answer["labels_png"]))))
+    assert (answer["width"], answer["height"]) == photo.size
+    assert np.array_equal(mask == 255, found.mask)
+    assert np.array_equal(labels, found.labels)
+    assert [segment["score"] for segment in answer["segments"]] == pytest.approx([s.score for s in found.segments])
+    rows, columns = answer["grid"]
+    height, width = found.labels.shape
+    assert answer["labels"][3][5] == found.labels[int(3.5 * height / rows), int(5.5 * width / columns)]
+
+
+@pytest.mark.parametrize("patch", [None, (4, 7)])
+def test_attention_is_that_of_the_library(client, patch):
+    row, column = patch or (-1, -1)
+    answer = client.predict(photo="chelsea", layer=5, head=1, row=row, column=column, api_name="/attention")
+    model, processor = load_checkpoint()
+    pixel_values = to_pixel_values(Image.fromarray(skimage.data.chelsea()), processor, 192, 8)
+    expected = attention_maps(model, pixel_values, patch)[5, 0, 1].numpy()
+    assert answer["values"] == pytest.approx(expected, rel=1e-3)
+
+
+def test_endpoints_are_named_and_described(client):
+    endpoints = client.view_api(print_info=False, return_format="dict")["named_endpoints"]
+    assert set(endpoints) == {"/segment", "/attention", "/inside"}
+    for endpoint in endpoints.values():
+        assert endpoint["description"]
+        for parameter in endpoint["parameters"]:
+            assert parameter["parameter_has_default"]
+
+
+def test_agent_finds_and_uses_the_tools(server):
+    pytest.importorskip("mcp")
+    import anyio
+    from mcp import ClientSession
+    from mcp.client.streamable_http import streamable_http_client
+
+    path = upload(server[0], "cat.png", to_bytes(Image.fromarray(skimage.data.chelsea())))
+
+    async def ask():
+        async with (
+            streamable_http_client(f"{server[0]}gradio_api/mcp/") as (reader, writer, _),
+            ClientSession(reader, writer) as session,
+        ):
+            await session.initialize()
+            tools = {tool.name: tool for tool in (await session.list_tools()).tools}
+            uploaded = f"{server[0]}gradio_api/file={path}"
+            return tools, [
+                await session.call_tool("inside", {"photo": "chelsea"}),
+                await session.call_tool("inside", {"photo": uploaded}),
+                await session.call_tool("inside", {"photo": "/etc/passwd"}),
+            ]
+
+    tools, (example, uploaded, forbidden) = anyio.run(ask)
+    assert set(tools) == {"segment", "attention", "inside"}
+    for tool in tools.values():
+        assert all(field["description"] for field in tool.inputSchema["properties"].values())
+    assert "probability" in example.content[0].text
+    assert uploaded.content[0].text == example.content[0].text
+    assert forbidden.isError
+    assert photos.NOT_UPLOADED in forbidden.content[0].text
+
+
+def test_two_who_ask_for_one_thing_wait_for_one_computation():
+    kept, computed = looks.Kept(2), []
+
+    def compute():
+        time.sleep(0.2)
+        computed.append(None)
+        return len(computed)
+
+    threads = [threading.Thread(target=kept.get, args=("a", compute)) for _ in range(5)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(computed) == 1
+    assert kept.get("a", compute) == 1
+
+
+def test_the_last_used_are_kept():
+    kept = looks.Kept(2)
+    for key in "abac":
+        kept.get(key, lambda key=key: key.upper())
+    assert list(kept.results) == ["a", "c"]
+
+
+def test_what_fails_is_not_kept():
+    kept = looks.Kept(2)
+    with pytest.raises(ZeroDivisionError):
+        kept.get("a", lambda: 1 / 0)
+    assert not kept.results
+    assert kept.get("a", lambda: 5) == 5
