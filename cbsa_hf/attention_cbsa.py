@@ -68,7 +68,7 @@ class PooledRepresentatives(nn.Module):
         """(batch, heads, tokens, p) -> (batch, heads, m, p)."""
         patches = tokens[:, :, self.first_token : self.first_token + grid[0] * grid[1]]
         # (batch, heads * p, height, width), channels last: a view, and the layout that torch pools fastest.
-        patches = patches.transpose(1, 2).flatten(2).transpose(1, 2).unflatten(2, grid)
+        patches = patches.transpose(1, 2).flatten(2).unflatten(1, grid).movedim(3, 1)
         # torch's own pool is faster, but ties a compiled graph to one size; the old ONNX exporter knows few cases.
         if is_torchdynamo_compiling() or torch.jit.is_tracing():
             rows, columns = (adaptive_bins(n, m, patches) for n, m in zip(grid, self.size, strict=True))

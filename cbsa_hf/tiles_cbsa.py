@@ -11,7 +11,7 @@ from torch import nn
 
 MIN_TOKENS = 2**14  # of an image; with fewer, all at once is as fast
 STRIP_TOKENS = 2**11  # of a strip of the image in the convolutional stem
-TILE_VALUES = 2**17  # of a tile of tokens: half a MiB in float32
+TILE_VALUES = 2**18  # of a tile of tokens: 1 MiB in float32
 
 
 def is_watched(layer: nn.Module) -> bool:
