@@ -13,13 +13,7 @@ from torch import nn
 from torch.nn import functional as F
 from transformers.utils import is_torchdynamo_compiling
 
-from .configuration_cbsa import CBSAConfig
-
-
-def to_pair(size: int | Iterable[int]) -> tuple[int, int]:
-    """Returns (height, width) for a pair, or for the one side of a square."""
-    height, width = (size, size) if isinstance(size, int) else size
-    return height, width
+from .configuration_cbsa import CBSAConfig, to_pair
 
 
 def block_norm(config: CBSAConfig, width: int) -> nn.LayerNorm:

@@ -94,7 +94,8 @@ def segment_photo(job: Job, args: argparse.Namespace):
 def segment_photos(jobs: list[Job], args: argparse.Namespace) -> list[Exception]:
     """Segment several photos. Returns an error for each photo that could not be segmented."""
     photos, find, failures = [job.photo for job in jobs], None, []
-    with tqdm(jobs, unit="photo") as progress:
+    # In terminals alone, and gone at the end: an error or "Interrupted." stands on a line of its own.
+    with tqdm(jobs, unit="photo", leave=False, disable=None) as progress:
         for job in progress:
             try:
                 check_job(job, photos, args.force)
@@ -120,7 +121,7 @@ def load_finder(args: argparse.Namespace) -> Finder:
         segmenter = SlidingWindowSegmenter(
             model, processor, long_side=args.long_side, sharp=args.sharp, max_memory=args.max_memory
         )
-        return lambda image: show_classes(image, segmenter(image), label_names(model))
+        return lambda image: show_classes(image, segmenter(image), label_names(model.config.id2label))
     options = {option: getattr(args, name) for name, option in FOREGROUND_OPTIONS.items() if name in args}
     if args.long_side is not None:
         options["long_side"] = args.long_side

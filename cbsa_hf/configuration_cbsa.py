@@ -2,6 +2,7 @@
 
 import inspect
 import sys
+from collections.abc import Iterable
 from dataclasses import fields
 from typing import Any, Literal, get_args, get_origin
 
@@ -33,6 +34,12 @@ AUTO_MAP = {
     "AutoModelForSemanticSegmentation": "modeling_cbsa.CBSAForSemanticSegmentation",
     "AutoBackbone": "modeling_cbsa.CBSABackbone",
 }
+
+
+def to_pair(size: int | Iterable[int]) -> tuple[int, int]:
+    """Returns (height, width) for a pair, or for the one side of a square."""
+    height, width = (size, size) if isinstance(size, int) else size
+    return height, width
 
 
 def check_counts(values: dict):

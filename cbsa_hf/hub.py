@@ -7,7 +7,7 @@ from huggingface_hub import HfApi, ModelCard
 from huggingface_hub.errors import HFValidationError, HTTPError
 
 from .checkpoints import default_checkpoint, load_checkpoint
-from .modeling_cbsa import CBSAPreTrainedModel
+from .checkpoints.model_cards import auto_class_of, loading_example
 
 
 REQUIRED_METADATA = ("library_name", "pipeline_tag", "license")
@@ -28,21 +28,6 @@ def load_card(checkpoint: str) -> ModelCard:
     if missing:
         raise ValueError(f"The model card of {checkpoint} does not give {', '.join(missing)} in its metadata.")
     return card
-
-
-def auto_class_of(model: CBSAPreTrainedModel) -> str:
-    """Name of the Auto class that loads a model of this library, such as `AutoModelForImageClassification`."""
-    return f"AutoModel{type(model).__name__.removeprefix('CBSA').removeprefix('Model')}"
-
-
-def loading_example(name: str, auto_class: str) -> str:
-    """Markdown: a block of Python that loads the model and the image processor with that id from the Hub."""
-    return f"""```python
-from transformers import AutoImageProcessor, {auto_class}
-
-processor = AutoImageProcessor.from_pretrained("{name}")
-model = {auto_class}.from_pretrained("{name}", trust_remote_code=True)
-```"""
 
 
 def load_by_id(text: str, folder: str, name: str, auto_class: str) -> str:

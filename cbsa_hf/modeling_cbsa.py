@@ -31,9 +31,8 @@ from .attention_cbsa import (
     SelfAttention,
     TokenStatisticsSelfAttention,
     block_norm,
-    to_pair,
 )
-from .configuration_cbsa import CBSAConfig
+from .configuration_cbsa import CBSAConfig, to_pair
 from .mask_decoder_cbsa import DECODERS, ClassTokenMaskDecoder
 from .tiles_cbsa import MIN_TOKENS, STRIP_TOKENS, is_watched, layer_in_tiles
 

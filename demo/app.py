@@ -10,8 +10,13 @@ import sys
 from cbsa_demo.looks import Explorer
 from cbsa_demo.page import SERVER, build_page
 
+from cbsa_hf import default_checkpoint
 
-SHIPPED = {"classifier (ships)": None}
+
+SHIPPED = {
+    "classifier (ships)": default_checkpoint(),
+    "street segmenter (ships)": default_checkpoint("semantic-segmentation"),
+}
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -1,6 +1,7 @@
 """`cbsa push` and `--push_to_hub` of the training scripts, up to the upload."""
 
 import json
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -82,7 +83,7 @@ def test_push_of_an_encoder(hub, tiny_model, shipped, tmp_path):
     assert hub["card"].text.strip() == example.format("somebody/encoder")
 
 
-def test_push_at_the_end_of_a_run(hub, training, tmp_path):
+def test_push_at_the_end_of_a_run(hub, training, tmp_path, monkeypatch):
     import pretrain
 
     from arguments import PretrainingArguments
@@ -98,6 +99,9 @@ def test_push_at_the_end_of_a_run(hub, training, tmp_path):
     run = tmp_path / "run"
     settings = {"batch_size": 2, "num_epochs": 1, "num_workers": 0, "report_to": "none"}
     names = {"dataset_name": str(tmp_path), "config_name": str(tmp_path / "config.json"), "output_dir": str(run)}
+    monkeypatch.setattr(
+        sys, "argv", [str(tmp_path / "pretrain.py"), f"--dataset_name={tmp_path}", "--output_dir", "."]
+    )
     pretrain.main(PretrainingArguments(**names, **settings, push_to_hub="somebody/trained"))
 
     assert hub["repo"][0] == "somebody/trained"
@@ -108,6 +112,8 @@ def test_push_at_the_end_of_a_run(hub, training, tmp_path):
         torch.testing.assert_close(hub["model"](**inputs).logits, trained(**inputs).logits)
     metadata = hub["card"].data
     assert (metadata.library_name, metadata.pipeline_tag) == ("transformers", "image-classification")
+    assert str(tmp_path.parent) not in str(hub["card"])
+    assert f"`pretrain.py --dataset_name={tmp_path.name} --output_dir" in str(hub["card"])
     accuracy = json.loads((run / "results.json").read_text())["metrics"]["accuracy"]
     assert metadata.eval_results[0].metric_value == accuracy
 

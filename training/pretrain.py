@@ -19,7 +19,7 @@ from transformers.utils.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT
 from arguments import PretrainingArguments, parse_arguments
 from cbsa_hf import PRESETS, preset_path
 from cbsa_hf.checkpoints.weight_files import CheckpointError, one_sentence
-from cbsa_hf.modeling_cbsa import to_pair
+from cbsa_hf.configuration_cbsa import to_pair
 from data.loading import class_names, find_columns
 from engine.interruption import exit_with_a_sentence
 from engine.loop import TrainingRun
@@ -67,10 +67,13 @@ def build_model(args: PretrainingArguments, names: list[str]) -> tuple[PreTraine
     config = build_config(args, names)
     model = AutoModelForImageClassification.from_config(config, trust_remote_code=False)
     height, width = to_pair(config.image_size)
+    mean, std = IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+    if config.num_channels != 3:
+        mean = std = [0.5] * config.num_channels
     processor = ViTImageProcessorPil(
         size={"height": height, "width": width},
-        image_mean=IMAGENET_DEFAULT_MEAN,
-        image_std=IMAGENET_DEFAULT_STD,
+        image_mean=mean,
+        image_std=std,
         do_convert_rgb=True,
     )
     return model, processor

@@ -113,7 +113,8 @@ def score_segmenter(
     if (Path(args.dataset_name) / "id2label.json").exists():
         names = read_names(None, args.dataset_name)
         check_classes([names[i] for i in range(len(names))], model.config.id2label)
-    images = SegmentationDataset(dataset, args.max_corrupt, model.config.num_labels, args.reduce_labels)
+    config = model.config
+    images = SegmentationDataset(dataset, args.max_corrupt, config.num_labels, args.reduce_labels, config.num_channels)
     segmenter = SlidingWindowSegmenter(
         model.to(accelerator.device),
         processor,
@@ -141,6 +142,10 @@ def score_zero_shot(
 ) -> dict[str, float]:
     """Every method of zero-shot segmentation, and segmentations that need no model."""
     options = {"sharp": args.sharp} | ({} if args.image_size is None else {"long_side": args.image_size})
+    if model.config.num_channels != 3:
+        raise ValueError(
+            f"`--task {args.task}` compares methods for photos; the model takes {model.config.num_channels} channels."
+        )
     images = SegmentationDataset(dataset, args.max_corrupt, num_labels=256, reduce_labels=False)
     segmenters = build_segmenters(model.to(accelerator.device), processor, **options)
     results = evaluate_zero_shot(

@@ -2,14 +2,14 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal, overload
 
 import numpy as np
 import torch
 from transformers import AutoImageProcessor, BaseImageProcessor
 from transformers.image_utils import PILImageResampling
 
-from ..attention_cbsa import to_pair
-from ..configuration_cbsa import CBSAConfig
+from ..configuration_cbsa import CBSAConfig, to_pair
 from ..modeling_cbsa import CBSAForImageClassification, CBSAForSemanticSegmentation, CBSAModel, CBSAPreTrainedModel
 from .weight_files import (
     CheckpointError,
@@ -168,8 +168,52 @@ def check_weights(name: str, config: CBSAConfig, model_class: type[CBSAPreTraine
         check_fit(model, header, f"{model_class.base_model_prefix}.")
 
 
+@overload
 def load_checkpoint(
-    name: str | None = None, task: str | None = None
+    name: None = None,
+    task: None = None,
+    *,
+    dtype: str | torch.dtype | None = None,
+    device_map: str | dict | torch.device | None = None,
+) -> tuple[CBSAForImageClassification, BaseImageProcessor]: ...
+
+
+@overload
+def load_checkpoint(
+    name: str | None = None,
+    *,
+    task: Literal["image-classification"],
+    dtype: str | torch.dtype | None = None,
+    device_map: str | dict | torch.device | None = None,
+) -> tuple[CBSAForImageClassification, BaseImageProcessor]: ...
+
+
+@overload
+def load_checkpoint(
+    name: str | None = None,
+    *,
+    task: Literal["semantic-segmentation"],
+    dtype: str | torch.dtype | None = None,
+    device_map: str | dict | torch.device | None = None,
+) -> tuple[CBSAForSemanticSegmentation, BaseImageProcessor]: ...
+
+
+@overload
+def load_checkpoint(
+    name: str | None = None,
+    task: str | None = None,
+    *,
+    dtype: str | torch.dtype | None = None,
+    device_map: str | dict | torch.device | None = None,
+) -> tuple[CBSAPreTrainedModel, BaseImageProcessor]: ...
+
+
+def load_checkpoint(
+    name: str | None = None,
+    task: str | None = None,
+    *,
+    dtype: str | torch.dtype | None = None,
+    device_map: str | dict | torch.device | None = None,
 ) -> tuple[CBSAPreTrainedModel, BaseImageProcessor]:
     """
     Load a model and its image processor from a folder or the Hub. Code from there is never run, and pickles are not
@@ -179,6 +223,8 @@ def load_checkpoint(
         name: the folder or hub id; by default the [`default_checkpoint`] of the task.
         task: the task that the model has to be for, `"image-classification"` or `"semantic-segmentation"`. None
             accepts what was saved: a classifier, a segmenter, or an encoder without a head.
+        dtype, device_map: of the weights, as `from_pretrained` of Transformers takes them; by default what the
+            configuration says, on the CPU.
 
     Returns:
         The model in evaluation mode, and the image processor.
@@ -194,9 +240,11 @@ def load_checkpoint(
     model_class, title = saved_as(config) if task is None else (find_task(task).model_class, find_task(task).title)
     processor = load_processor(folder, config)
     check_weights(folder, config, model_class)
+    options = {"dtype": dtype, "device_map": device_map}
+    options = {option: value for option, value in options.items() if value is not None}
     with one_sentence(f"The weights of {name} cannot be read"):
         model, report = model_class.from_pretrained(
-            folder, config=config, use_safetensors=True, trust_remote_code=False, output_loading_info=True
+            folder, config=config, use_safetensors=True, trust_remote_code=False, output_loading_info=True, **options
         )
     if report["missing_keys"]:
         raise CheckpointError(f"{name} is no {title}: {len(report['missing_keys'])} of its weights are missing.")

@@ -17,9 +17,9 @@ from transformers import BaseImageProcessor, SegformerImageProcessorPil, ViTImag
 from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, PILImageResampling
 
 from ..checkpoints import check_processor
+from ..checkpoints.model_cards import auto_class_of, loading_example
 from ..checkpoints.weight_files import check_finite, one_sentence
 from ..configuration_cbsa import CBSAConfig
-from ..hub import auto_class_of, loading_example
 from ..modeling_cbsa import CBSAForImageClassification, CBSAForSemanticSegmentation, CBSAModel, CBSAPreTrainedModel
 from .checkpoint_files import find_weights, load_source_config, load_weights, read_preprocessing
 from .derive_config import derive_config

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from transformers import BaseImageProcessor, PreTrainedModel
 
-from ..attention_cbsa import to_pair
+from ..configuration_cbsa import to_pair
 from ..overlays import overlay_signed
 from ..segmentation.images import fit_to_patches, to_pixel_values
 from ..segmentation.inference import Encoding, classify, encode, token_index, unwrap

@@ -9,7 +9,7 @@ import stat
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from io import BytesIO
-from typing import BinaryIO, TypeVar
+from typing import BinaryIO, Literal, TypeVar, overload
 
 import numpy as np
 import torch
@@ -27,6 +27,7 @@ T = TypeVar("T")
 MAX_PIXELS = 27_000_000  # largest number of pixels of a file: 6000 x 4500
 MAX_RATIO = 200  # largest ratio of the longer side of a file's image to the shorter side
 ROUNDING = 1e-3  # how far floats may lie below 0 or above 1
+HUNGRY_FORMATS = ("WEBP", "JPEG2000")  # half as many pixels: their decoders take up to 19 bytes for one, others 10
 PIXELS_AT_A_TIME = 2**18  # pixels of a band of rows that is processed at once; results do not depend on it
 BYTES_PER_PIXEL = 8  # largest number of bytes that a file may have for each pixel: 16-bit RGBA, not compressed
 
@@ -118,23 +119,29 @@ def check_size(size: tuple[int, int], name: str, max_pixels: int, max_ratio: flo
         )
 
 
+def name_of(source: "ImageSource", otherwise: str = "An image") -> str:
+    """Name of the file that it is or comes from; `otherwise` if there is none, as for an array."""
+    if isinstance(source, dict):
+        source = source.get("path")
+    if isinstance(source, (str, os.PathLike)):
+        return str(source)
+    return str(getattr(source, "filename", None) or getattr(source, "name", None) or otherwise)
+
+
 def decode(source: "ImageSource", name: str | None, max_pixels: int, max_ratio: float) -> tuple[Image.Image, str]:
     """
     The image in a file as its decoder returns it, turned upright, and its name for messages. Arguments and errors are
     those of [`open_image`].
     """
+    name = name or name_of(source)
     if isinstance(source, dict):
-        source, path = source.get("bytes"), source.get("path")
-        name = name or path
-        source = path if source is None else source
-    is_path = isinstance(source, (str, os.PathLike))
-    name = name or str(source if is_path else getattr(source, "name", "An image"))
-    if not is_path and not isinstance(source, (bytes, bytearray, memoryview)) and not hasattr(source, "read"):
+        source = source.get("path") if source.get("bytes") is None else source["bytes"]
+    if not isinstance(source, (str, os.PathLike, bytes, bytearray, memoryview)) and not hasattr(source, "read"):
         raise ImageError(f"{name} is a {type(source).__name__}; give a path, bytes or a file that is open.")
     data = read_bytes(source, name, BYTES_PER_PIXEL * max_pixels)
     try:
         image = open_bytes(data)
-        check_size(image.size, name, max_pixels, max_ratio)
+        check_size(image.size, name, max_pixels // 2 if image.format in HUNGRY_FORMATS else max_pixels, max_ratio)
         image = turn_upright(image)
     except ImageError:
         raise
@@ -159,7 +166,7 @@ def open_image(
         source: a path, bytes, a binary file, or an image that `datasets` has not decoded, `{"bytes": ..., "path":
             ...}`.
         name: name of the image in messages; by default its path.
-        max_pixels: largest number of pixels.
+        max_pixels: largest number of pixels; half as many in [`HUNGRY_FORMATS`].
         max_ratio: largest ratio of the longer side to the shorter.
 
     Raises:
@@ -308,7 +315,15 @@ def scale_values(values: np.ndarray) -> np.ndarray:
     return (values // 257).astype(np.uint8)
 
 
-def to_image(source: "ImageSource", *, name: str | None = None, num_channels: int = 3) -> Image.Image | np.ndarray:
+@overload
+def to_image(source: ImageSource, *, name: str | None = None, num_channels: Literal[3] = 3) -> Image.Image: ...
+
+
+@overload
+def to_image(source: ImageSource, *, name: str | None = None, num_channels: int) -> Image.Image | np.ndarray: ...
+
+
+def to_image(source: ImageSource, *, name: str | None = None, num_channels: int = 3) -> Image.Image | np.ndarray:
     """
     Convert any source of one image to the form that models take.
 
@@ -331,17 +346,19 @@ def to_image(source: "ImageSource", *, name: str | None = None, num_channels: in
     Raises:
         ImageError: `source` is none of these, or cannot be read.
     """
+    name = name or name_of(source)
     if isinstance(source, (np.ndarray, torch.Tensor)):
-        return array_to_image(source, name or "An image", num_channels)
+        return array_to_image(source, name, num_channels)
     if num_channels in (1, 3):
-        image = (
-            to_rgb(source, name or "An image") if isinstance(source, Image.Image) else open_image(source, name=name)
-        )
+        image = to_rgb(source, name) if isinstance(source, Image.Image) else open_image(source, name=name)
         return image if num_channels == 3 else np.asarray(image.convert("L"))[..., None]
     if isinstance(source, Image.Image):
-        image, name = turn_upright(source), name or "An image"
+        try:
+            image = turn_upright(source)
+        except Exception as error:
+            raise failure(name, error) from error
     else:
-        image, name = decode(source, name, MAX_PIXELS, MAX_RATIO)
+        image, _ = decode(source, name, MAX_PIXELS, MAX_RATIO)
     if len(image.getbands()) != num_channels:
         raise ImageError(
             f"{name} has the channels {', '.join(image.getbands())}, and the model takes {num_channels}; give an "
@@ -371,12 +388,13 @@ def for_each_image(
 
     Returns:
         The results in order. A source that cannot be read or used has its [`ImageError`] there instead, and a warning
-        says so.
+        says so. A source without a file is named by its index, from 0.
     """
     results = []
     for index, source in enumerate(sources):
         try:
-            results.append(use(to_image(source, num_channels=num_channels)))
+            name = name_of(source, f"Image {index}")
+            results.append(use(to_image(source, name=name, num_channels=num_channels)))
         except ImageError as error:
             warnings.warn(f"Image {index} of {len(sources)} is left out: {error}", stacklevel=3)
             results.append(error)

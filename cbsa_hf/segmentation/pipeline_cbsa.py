@@ -1,5 +1,7 @@
 """Zero-shot segmentation as a pipeline of Transformers: `pipeline("cbsa-zero-shot-segmentation")`."""
 
+import base64
+
 import httpx
 from PIL import Image
 from transformers import AutoModelForImageClassification, Pipeline
@@ -32,9 +34,23 @@ def fetch(url: str) -> bytes:
     return bytes(data)
 
 
+def decode_url(url: str) -> bytes:
+    """
+    The bytes in a URL such as `data:image/png;base64,...`.
+
+    Raises:
+        ImageError: they are not in base64.
+    """
+    try:
+        return base64.b64decode(url.partition(",")[2], validate=True)
+    except ValueError as error:
+        raise ImageError("The image in a `data:` URL is damaged: it is not base64.") from error
+
+
 class ZeroShotSegmentationPipeline(Pipeline):
     """
-    [`ZeroShotSegmenter`] as a pipeline. Images are PIL images, arrays, paths or URLs, one or a list. Keywords are
+    [`ZeroShotSegmenter`] as a pipeline. Images are PIL images, arrays, paths or URLs (`http:`,
+    `https:` and `data:`), one or a list. Keywords are
     those of the segmenter, given to `pipeline` for all calls or to one call.
 
     The result for an image is a dictionary. `mask` is the foreground, a PIL image of 0 and 255. `segments` are
@@ -60,10 +76,12 @@ class ZeroShotSegmentationPipeline(Pipeline):
 
     def preprocess(self, image) -> dict[str, Image.Image]:
         """Read an image, from a URL if it is one."""
-        num_channels = self.model.config.num_channels
+        name = None
         if isinstance(image, str) and image.startswith(("http://", "https://")):
-            return {"image": to_image(fetch(image), name=image, num_channels=num_channels)}
-        return {"image": to_image(image, num_channels=num_channels)}
+            name, image = image, fetch(image)
+        elif isinstance(image, str) and image.startswith("data:"):
+            image = decode_url(image)
+        return {"image": to_image(image, name=name, num_channels=self.model.config.num_channels)}
 
     def _forward(self, inputs: dict[str, Image.Image], **options) -> dict[str, ZeroShotSegmentation]:
         return {"found": ZeroShotSegmenter(self.model, self.image_processor, **options)(inputs["image"])}

@@ -1,6 +1,7 @@
 """Semantic segmentation of images that are larger than the crops of the training, window by window."""
 
 from collections.abc import Callable, Iterable, Sequence
+from typing import Any, overload
 
 import numpy as np
 import torch
@@ -8,7 +9,7 @@ from PIL import Image
 from torch.nn import functional as F
 from transformers import BaseImageProcessor, PreTrainedModel
 
-from ..attention_cbsa import to_pair
+from ..configuration_cbsa import to_pair
 from .images import (
     ImageError,
     ImageSource,
@@ -96,12 +97,11 @@ class LogitRows:
         return resize_rows(self.take, self.size[0], rows, size)
 
 
-def label_names(model: torch.nn.Module) -> dict[int, str]:
+def label_names(id2label: dict[int, str]) -> dict[int, str]:
     """
     Names of the labels that [`SlidingWindowSegmenter`] returns: the classes, or the only class and the background.
     """
-    names = unwrap(model).config.id2label
-    return names if len(names) > 1 else {0: "background", 1: names[0]}
+    return id2label if len(id2label) > 1 else {0: "background", 1: id2label[0]}
 
 
 class SlidingWindowSegmenter:
@@ -252,7 +252,13 @@ class SlidingWindowSegmenter:
             labels[rows] = (logits.argmax(0) if num_labels > 1 else logits[0] > 0).cpu()
         return labels
 
-    def __call__(self, images: ImageSource | Sequence[ImageSource]) -> np.ndarray | list[np.ndarray | ImageError]:
+    @overload
+    def __call__(self, images: list[Any] | tuple[Any, ...]) -> list[np.ndarray | ImageError]: ...
+
+    @overload
+    def __call__(self, images: ImageSource) -> np.ndarray: ...
+
+    def __call__(self, images: Any) -> Any:
         """
         Segment one image or several, of any size and mode.
 

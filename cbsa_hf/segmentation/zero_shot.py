@@ -1,8 +1,9 @@
 """Segment photos with the tokens and the attention of a classifier that was never trained with masks."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property, partial
+from typing import Any, overload
 
 import numpy as np
 import torch
@@ -259,9 +260,13 @@ class ZeroShotSegmenter:
         segments = [Segment(labels, index, float(scores[i]), *names[i]) for index, i in enumerate(order)]
         return ZeroShotSegmentation(mask, labels, segments, partial(self.draw, grouping.saliency.float(), image))
 
-    def __call__(
-        self, images: ImageSource | Sequence[ImageSource]
-    ) -> ZeroShotSegmentation | list[ZeroShotSegmentation | ImageError]:
+    @overload
+    def __call__(self, images: list[Any] | tuple[Any, ...]) -> list[ZeroShotSegmentation | ImageError]: ...
+
+    @overload
+    def __call__(self, images: ImageSource) -> ZeroShotSegmentation: ...
+
+    def __call__(self, images: Any) -> Any:
         """
         Segment one image or several, of any size and mode.
 

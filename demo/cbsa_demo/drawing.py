@@ -82,12 +82,16 @@ def outline(mask: np.ndarray) -> np.ndarray:
     return dilate(edges, max(1, max(mask.shape) // LINE_WIDTH))
 
 
-def draw_labels(labels: np.ndarray, colours: np.ndarray, mask: np.ndarray | None = None) -> str:
-    """(height, width) of indices in their colours, 254 of them at most, and a mask's outline in white."""
-    if mask is not None:
-        labels = np.where(outline(mask), 255, labels)
+def draw_outline(mask: np.ndarray) -> str:
+    """A mask's outline in white, with nothing else."""
+    image = Image.fromarray(outline(mask).astype(np.uint8)).convert("P")
+    image.putpalette([0, 0, 0, 255, 255, 255])
+    return to_uri(image, transparency=0)
+
+
+def draw_labels(labels: np.ndarray, colours: np.ndarray) -> str:
+    """(height, width) of indices in their colours."""
     image = Image.fromarray(labels.astype(np.uint8)).convert("P")
-    colours = np.pad(colours, ((0, 256 - len(colours)), (0, 0)), constant_values=255)
     image.putpalette(colours.tobytes())
     return to_uri(image)
 

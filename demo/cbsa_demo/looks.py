@@ -12,7 +12,7 @@ from PIL import Image
 from transformers import BaseImageProcessor
 
 from cbsa_hf import CBSAPreTrainedModel, SlidingWindowSegmenter, ZeroShotSegmenter, load_checkpoint
-from cbsa_hf.attention_cbsa import to_pair
+from cbsa_hf.configuration_cbsa import to_pair
 from cbsa_hf.interpretability.attention_maps import exact_map, map_formula
 from cbsa_hf.interpretability.measures import collect, measure
 from cbsa_hf.interpretability.report import predictions
@@ -203,11 +203,10 @@ class Explorer:
     The models of the page, and what they found in the photos of late.
 
     Args:
-        checkpoints: folders or hub ids by the names that visitors see; None is the one that ships with the package.
-            Visitors choose among these only.
+        checkpoints: folders or hub ids by the names that visitors see. Visitors choose among these only.
     """
 
-    def __init__(self, checkpoints: dict[str, str | None]):
+    def __init__(self, checkpoints: dict[str, str]):
         self.checkpoints = checkpoints
         self.models = Kept(len(checkpoints) + 1)
         self.looks = Kept(MAX_LOOKS)

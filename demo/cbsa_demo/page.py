@@ -91,7 +91,7 @@ def add_choice(parts: SimpleNamespace, explorer: Explorer):
             parts.model = gr.Dropdown(
                 list(explorer.checkpoints), value=explorer.default, label="Model", elem_id="model"
             )
-    parts.status = own_html("", elem_id="status")
+    parts.status = own_html("", ["status.js"], elem_id="status")
 
 
 def add_pictures(parts: SimpleNamespace):
@@ -114,7 +114,7 @@ def add_pictures(parts: SimpleNamespace):
             with gr.Row():
                 parts.save = {
                     kind: gr.Button(label, size="sm", min_width=60, elem_id=f"save-{kind}")
-                    for kind, label in {"mask": "Save mask", "segments": "Save segments", "maps": "Save maps"}.items()
+                    for kind, label in {"mask": "Save mask", "segments": "Save labels", "maps": "Save maps"}.items()
                 }
             parts.saved = own_html(None, ["downloads.js"], elem_id="saved")
 
@@ -124,18 +124,14 @@ def add_story(parts: SimpleNamespace, look: Look, heads: list[str]):
     own_html("<h2>How it got there</h2>")
     last = look.model.config.num_hidden_layers - 1
     with gr.Row(elem_id="layers"):
-        parts.layer = gr.Slider(0, last, FIRST["layer"], step=1, label="Layer", buttons=[], elem_id="layer", scale=3)
-        parts.head = gr.Radio(heads, value=FIRST["head"], label="Head", elem_id="head", scale=3)
+        parts.layer = gr.Slider(0, last, FIRST["layer"], step=1, label="Layer", buttons=[], elem_id="layer")
+        parts.head = gr.Radio(heads, value=FIRST["head"], label="Head", elem_id="head")
+    parts.steps = own_html("", ["picks.js"], elem_id="steps", classes=["result"])
+    with gr.Row():
         parts.representative = gr.Number(
-            FIRST["representative"],
-            label="Representative",
-            precision=0,
-            minimum=0,
-            elem_id="representative",
-            min_width=90,
+            FIRST["representative"], label="Representative", precision=0, minimum=0, elem_id="representative"
         )
         parts.behind = gr.Checkbox(False, label="The photo behind the maps", elem_id="behind")
-    parts.steps = own_html("", ["picks.js"], elem_id="steps", classes=["result"])
     own_html("<h2>Layers at a glance <small>click a map to choose its layer and head</small></h2>")
     with gr.Row():
         parts.query = gr.Radio(list(QUERIES), value=next(iter(QUERIES)), label="What is tied to", elem_id="query")

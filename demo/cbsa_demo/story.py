@@ -96,7 +96,7 @@ def steps(look: Look, parts: dict[str, np.ndarray], patch: tuple[int, int], chos
     update = Scale.of(parts["update"])
     result = panel(
         "The update",
-        "of every patch, from all representatives",
+        "what every patch is given",
         map_stage(parts["update"], update),
         colour_bar(update, "length"),
         f"That of patch {patch} has length {number(float(parts['update'][patch]))}; {strongest(parts['update'])}.",

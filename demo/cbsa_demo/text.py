@@ -39,7 +39,8 @@ far its foreground overlaps with the true one, on 117 photos of COCO:
 | a centred ellipse, whatever the photo | 0.343 |
 | everything is foreground | 0.339 |
 
-- So a mask is wrong as often as it is right: it takes a part of the object, much around it, or another thing.
+- On 44 % of these photos the overlap is 0.5 or more; on 34 % it is below 0.25: the mask takes a part of the object,
+  much around it, or another thing.
 - Whatever it sees gets one of ten names. Where none is likely, the legend says so.
 - Single patches draw much of the attention in many layers, as in other vision transformers without register tokens.
 - The model for street scenes saw 367 images of one town. Its mean IoU is 0.503 on the test images; it misses poles and

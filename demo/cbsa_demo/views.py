@@ -7,7 +7,7 @@ import numpy as np
 
 from cbsa_hf.overlays import class_colours, class_legend
 
-from .drawing import Scale, draw_labels, draw_map, draw_photo
+from .drawing import Scale, draw_labels, draw_map, draw_outline, draw_photo
 from .looks import Look, Segmented
 from .maps import colour_bar, strongest
 from .photos import EXAMPLES, LIMITS, open_example
@@ -95,7 +95,7 @@ def legend(found: Segmented) -> str:
     colours = class_colours(len(found.segments))
     rows = []
     for colour, segment in zip(colours, found.segments, strict=True):
-        name = f"{escape(segment['name'])}, {segment['probability']:.0%}" if segment["name"] else "none of its classes"
+        name = f"{escape(segment['name'])}, {segment['probability']:.0%}" if segment["name"] else "unknown"
         role = "foreground" if segment["foreground"] else "background"
         rows.append(
             f"<tr><td>{swatch(colour)}</td><td>{role}</td>"
@@ -116,12 +116,12 @@ def describe_segments(found: Segmented) -> str:
 
 def segments(found: Segmented) -> str:
     """The segments over the photo."""
-    picture = draw_labels(found.labels, class_colours(len(found.segments)), found.mask)
+    picture = draw_labels(found.labels, class_colours(len(found.segments)))
     return (
         "<figure><figcaption>Segments <small>the white line is around the foreground</small>"
         "</figcaption>"
         f'<div class="stage over"><img class="labels" src="{picture}" alt="{describe_segments(found)}">'
-        '<span class="mark"></span></div></figure>'
+        f'<img src="{draw_outline(found.mask)}" alt=""><span class="mark"></span></div></figure>'
     )
 
 
@@ -144,7 +144,7 @@ def compare(
     what: str,
 ) -> str:
     """Segments and one map of a photo by two models, each with a line to move between them."""
-    pictures = [draw_labels(each.labels, class_colours(len(each.segments)), each.mask) for each in found]
+    pictures = [draw_labels(each.labels, class_colours(len(each.segments))) for each in found]
     described = [f"{name}: {describe_segments(each)}" for name, each in zip(names, found, strict=True)]
     scales = [Scale.of(each) for each in maps]
     drawn = [draw_map(each, scale) for each, scale in zip(maps, scales, strict=True)]

@@ -79,3 +79,15 @@ def test_street_scene():
     names = np.vectorize(model.config.id2label.get)(labels)
     assert (names[:100] == "sky").mean() > 0.8
     assert (names[200:] == "road").mean() > 0.5
+
+
+def test_dtype_and_device(shipped, photo):
+    """As `from_pretrained` takes them; the outputs are those of the weights, rounded."""
+    model, processor = load_checkpoint(dtype=torch.bfloat16, device_map="cpu")
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+    assert {parameter.device.type for parameter in model.parameters()} == {"cpu"}
+    pixel_values = processor(photo, return_tensors="pt")["pixel_values"]
+    with torch.no_grad():
+        found, expected = (each(pixel_values).logits.float().softmax(-1) for each in (model, shipped[0]))
+    torch.testing.assert_close(found, expected, atol=0.05, rtol=0)
+    assert load_checkpoint(dtype="float16")[0].dtype == torch.float16

@@ -1,26 +1,33 @@
 """The page's server: what strangers may send, what programs and agents are told, and what is kept."""
 
 import base64
+import importlib.util
 import io
 import json
 import os
+import re
 import struct
+import sys
 import threading
 import time
 import zlib
+from types import SimpleNamespace
 
 import httpx
 import numpy as np
 import pytest
 import skimage.data
-from cbsa_demo import looks, photos
+from cbsa_demo import looks, photos, text
+from cbsa_demo.answers import Answers
 from cbsa_demo.page import SERVER, build_page
 from cbsa_demo.parameters import flag, one_of, whole
+from conftest import ROOT
 from gradio_client import Client, handle_file
 from gradio_client.exceptions import AppError
 from PIL import Image
+from transformers import ViTImageProcessorPil
 
-from cbsa_hf import ZeroShotSegmenter, attention_maps, load_checkpoint
+from cbsa_hf import CBSAForImageClassification, ZeroShotSegmenter, attention_maps, default_checkpoint, load_checkpoint
 from cbsa_hf.segmentation.images import to_pixel_values
 
 
@@ -33,7 +40,7 @@ def server(tmp_path_factory):
     """The address of a running page, and the folder of its uploads."""
     folder = tmp_path_factory.mktemp("uploads").resolve()
     os.environ["GRADIO_TEMP_DIR"] = str(folder)
-    page = build_page(looks.Explorer({"shipped": None}))
+    page = build_page(looks.Explorer({"shipped": default_checkpoint()}))
     _, url, _ = page.launch(prevent_thread_lock=True, quiet=True, **SERVER)
     yield url, folder
     page.close()
@@ -323,3 +330,52 @@ def test_what_fails_is_not_kept():
         kept.get("a", lambda: 1 / 0)
     assert not kept.results
     assert kept.get("a", lambda: 5) == 5
+
+
+def test_code_of_the_page_and_of_its_guide_runs(server, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Image.fromarray(skimage.data.coffee()).save("photo.jpg")
+    guide = (ROOT / "docs" / "guides" / "demo.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"^```py\n(.*?)^```", guide, re.DOTALL | re.MULTILINE)
+    assert len(blocks) == 1
+    for code in (text.CODE, text.CLIENT, *blocks):
+        exec(compile(code.replace("http://127.0.0.1:7860", server[0]), "page", "exec"), {})
+    assert capsys.readouterr().out.count("'score'") == 2 * 4
+    assert json.loads(text.AGENT)["mcpServers"]["cbsa"]["url"].endswith("/gradio_api/mcp/")
+
+
+def test_street_scenes_run_on_a_zerogpu_where_there_is_one(monkeypatch):
+    decorated = []
+
+    def decorate(function):
+        decorated.append(function.__name__)
+        return function
+
+    monkeypatch.setitem(sys.modules, "spaces", SimpleNamespace(GPU=decorate))
+    spec = importlib.util.spec_from_file_location("cbsa_demo.looks_on_a_space", looks.__file__)
+    spec.loader.exec_module(importlib.util.module_from_spec(spec))
+    assert decorated == ["segment_street"]
+
+
+def test_members_without_representatives_say_so(tiny_config, tmp_path, monkeypatch):
+    tiny_config.attention_type = ["cbsa", "mssa", "linear"]
+    CBSAForImageClassification(tiny_config).save_pretrained(tmp_path)
+    ViTImageProcessorPil(size={"height": 32, "width": 48}, do_convert_rgb=True).save_pretrained(tmp_path)
+    answer = Answers(looks.Explorer({"mixed": str(tmp_path)}))
+    assert "<img" in answer.steps("coffee", "mixed", 0, "mean", 5, 13, 4)
+    said = answer.steps("coffee", "mixed", 1, "mean", 5, 13, 4)
+    assert "The attention type of layer 1 is mssa. It has no representatives" in said
+    exact = answer.glance("coffee", "mixed", 5, 13, "CLS", "exact", False)
+    assert exact.count("<td>none</td>") == 2 * 3  # two layers, the mean and two heads
+    assert "none" in answer.inside("coffee", "mixed")
+
+
+@pytest.mark.parametrize("source", ["../secret.png", "/etc/passwd", "ab/..", "rockets", None, 7, "x" * 10**6])
+def test_no_other_source_is_opened(source):
+    with pytest.raises(photos.PhotoError, match="Upload a photo first"):
+        photos.open_photo(source)
+
+
+def test_unknown_model_is_one_sentence():
+    with pytest.raises(photos.PhotoError, match="There is no such model; choose one of shipped"):
+        looks.Explorer({"shipped": "nowhere"}).look("coffee", "hub/model")

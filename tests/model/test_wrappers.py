@@ -3,6 +3,7 @@
 import sys
 from concurrent.futures import ThreadPoolExecutor
 
+import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
@@ -207,6 +208,29 @@ def test_looking_inside_of_wrapped_models(tiny_model, photo, name):
     assert all(module.training for module in unwrap(model).modules())
     after = model.state_dict()
     assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+@pytest.mark.parametrize("name", ["peft", "compiled", "data_parallel", "all"])
+def test_sliding_window_of_wrapped_models(tiny_segmenter, photo, name):
+    """The classes are those of what the wrapped model computes on the whole image, in training mode too."""
+    processor = ViTImageProcessorPil(size={"height": 64, "width": 96})
+    model = tiny_segmenter
+    if name in ("peft", "all"):
+        targets = {"target_modules": ["proj", "out_proj"], "modules_to_save": ["decoder"]}
+        model = get_peft_model(model, LoraConfig(r=2, init_lora_weights=False, **targets))
+    if name in ("compiled", "all"):
+        model = torch.compile(model, backend="eager")
+    if name in ("data_parallel", "all"):
+        model = nn.DataParallel(model)
+    photo = photo.resize((96, 64))
+    pixel_values = processor(photo, return_tensors="pt")["pixel_values"]
+    with torch.no_grad():
+        logits = model.eval()(pixel_values).logits[0]
+    labels = SlidingWindowSegmenter(model.train(), processor)(photo)
+    chosen = logits.gather(0, torch.from_numpy(labels).long()[None])[0]
+    assert (logits.amax(0) - chosen).max() < 1e-4
+    assert len(np.unique(labels)) > 1
+    assert unwrap(model).training
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

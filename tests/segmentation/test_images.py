@@ -21,6 +21,7 @@ from cbsa_hf.segmentation.images import (
     ImageError,
     bands,
     fit_to_patches,
+    for_each_image,
     open_image,
     open_mask,
     to_image,
@@ -257,6 +258,14 @@ def test_limits(recwarn):
         open_image(io.BytesIO(large), max_pixels=10)
 
 
+@pytest.mark.parametrize(("format", "limit"), [("WEBP", 7000), ("JPEG2000", 7000), ("PNG", 3500), ("JPEG", 3500)])
+def test_decoders_that_take_more_memory_get_fewer_pixels(noise, format, limit):
+    data = encoded(noise, format)  # 3,500 pixels
+    assert open_image(data, max_pixels=limit).size == noise.size
+    with pytest.raises(ImageError, match="70 x 50 = 3,500 pixels, and the limit is 3,49"):
+        open_image(data, max_pixels=limit - 2)
+
+
 def test_scans_are_counted(noise):
     data = encoded(noise, "JPEG", progressive=True)
     start = data.rindex(b"\xff\xda")
@@ -477,3 +486,20 @@ def test_estimate_of_memory_counts_every_pair_of_patches(shipped):
     with torch.device("meta"):
         model = CBSAForImageClassification(config)
     assert encoder_memory(model, (1024, 1024)) > 12 * 3 * 4 * (128 * 128) ** 2
+
+
+def test_names_in_a_list(tmp_path):
+    """Of what has a file the file's, of anything else its place in the list."""
+    dark = np.full((4, 4), 1e-9, dtype=np.float32)
+    path = tmp_path / "dark.tif"
+    Image.fromarray(dark).save(path)
+    opened = Image.open(path)
+    sources = [dark, torch.from_numpy(dark), Image.fromarray(dark), path.read_bytes(), {"bytes": None, "path": None}]
+    named = [path, str(path), opened, path.open("rb"), {"bytes": path.read_bytes(), "path": str(path)}]
+    with named[3], pytest.warns(UserWarning) as warned:
+        errors = for_each_image(lambda image: image, [*sources, *named])
+    assert all(isinstance(error, ImageError) for error in errors)
+    for index, error in enumerate(errors):
+        name = f"Image {index}" if index < len(sources) else str(path)
+        assert str(error).startswith(f"{name} ")
+        assert str(warned[index].message) == f"Image {index} of 10 is left out: {error}"

@@ -1,5 +1,7 @@
 """Segments without labels: of every method, attention and kind of image; on planted objects better than chance."""
 
+import base64
+import io
 import os
 import subprocess
 import sys
@@ -328,6 +330,17 @@ def test_arguments_are_checked(shipped, values, message):
 def test_what_is_no_image(shipped, source):
     with pytest.raises(ValueError, match=r"An image (is an? (int|array)|has values of type int64)"):
         ZeroShotSegmenter(*shipped)(source)
+
+
+def test_pipeline_reads_data_urls(shipped, photo):
+    segment = pipeline("cbsa-zero-shot-segmentation", model=shipped[0], image_processor=shipped[1], long_side=64)
+    buffer = io.BytesIO()
+    photo.save(buffer, format="PNG")
+    url = f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"
+    assert np.array_equal(np.asarray(segment(url)["mask"]), np.asarray(segment(photo)["mask"]))
+    for broken, message in [("data:image/png;base64,?", "it is not base64"), (url[:-400], "is damaged")]:
+        with pytest.raises(ImageError, match=message):
+            segment(broken)
 
 
 def test_pipeline(shipped, photo):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -130,7 +131,7 @@ def test_segmentation_learns_and_scores_each_image_once(classifier, masks, tmp_p
     torch.manual_seed(0)
     untrained = AutoModelForSemanticSegmentation.from_pretrained(classifier, num_labels=3).eval()
     losses = [loss_in_training(each, processor, masks) for each in (untrained, model)]
-    assert losses[1] < losses[0] / 2
+    assert losses[1] < 0.7 * losses[0]  # of ten seeds none ended above 0.46
     segmenter = SlidingWindowSegmenter(model, processor)  # the processor knows the size and the windows
     for name, value in measure(segmenter, masks).items():
         # To a few pixels, whose classes are so close that rounding decides.
@@ -171,6 +172,31 @@ def test_segmentation_learns_and_scores_each_image_once(classifier, masks, tmp_p
         assert ((mistakes == 0).all(-1) == wrong).mean() > 0.998
         assert ((mistakes == 160).all(-1) == (labels == 255)).all()
         left += width + 4
+
+
+def test_one_class(classifier, masks, training, tmp_path, capsys):
+    """Binary: 0 is the background, and both are scored."""
+    import score
+    from finetune import finetune_segmenter
+
+    from arguments import ScoringArguments, SegmentationArguments, parse_arguments
+
+    data, output = tmp_path / "data", tmp_path / "output"
+    shutil.copytree(masks, data)
+    (data / "id2label.json").write_text(json.dumps({"0": "red"}))
+    arguments = [*SEGMENTATION, f"--dataset_name={data}", f"--model_name_or_path={classifier}", "--num_epochs=1"]
+    arguments += [f"--output_dir={output}", "--dice=true", "--class_balanced=true", "--no_photometric_distortion"]
+    finetune_segmenter(parse_arguments(SegmentationArguments, arguments))
+    metrics = json.loads((output / "results.json").read_text())["metrics"]
+    model = AutoModelForSemanticSegmentation.from_pretrained(output).eval()
+    assert model.config.id2label == {0: "red"}
+    expected = measure(SlidingWindowSegmenter(model, AutoImageProcessor.from_pretrained(output)), data)
+    expected["iou/background"] = expected.pop("iou/noise")
+    assert metrics == pytest.approx({**expected, "mean_iou": mean_iou(expected)}, abs=2e-3)
+    capsys.readouterr()
+    score.main(ScoringArguments(task="semantic-segmentation", dataset_name=str(data), checkpoint=str(output)))
+    printed = dict(line.split() for line in capsys.readouterr().out.splitlines() if len(line.split()) == 2)
+    assert {name: float(printed[name]) for name in metrics} == pytest.approx(metrics, abs=2e-3)
 
 
 @pytest.mark.parametrize(

@@ -181,15 +181,15 @@ def checkpoints_whole(folder: Path) -> bool:
     return bool(found) and all((path / part).stat().st_size for path in found for part in parts)
 
 
-@pytest.mark.parametrize("num_workers", [0, 2])
-def test_terminated_run_writes_a_checkpoint(data, trained, tmp_path, num_workers):
+@pytest.mark.parametrize(("num_workers", "number"), [(0, signal.SIGINT), (2, signal.SIGTERM)])
+def test_stopped_run_writes_a_checkpoint(data, trained, tmp_path, num_workers, number):
     """Also where all of its processes are asked to stop, as a cluster does."""
     arguments = [f"--num_workers={num_workers}", "--checkpointing_steps=1"]
     process = start(command(data, tmp_path, *arguments), start_new_session=True)
     wait_for(tmp_path, "checkpoint-00000001")
-    os.killpg(process.pid, signal.SIGTERM)
+    os.killpg(process.pid, number)
     printed, _ = process.communicate(timeout=60)
-    assert process.returncode == 143
+    assert process.returncode == 128 + number
     step = checkpoints(tmp_path)[-1]
     assert f"Stopped at step {step};" in printed
     assert 0 < step < NUM_STEPS
@@ -210,7 +210,56 @@ def test_no_orphan_when_the_launcher_is_terminated(data, tmp_path):
     wait_for(tmp_path, "events.out.*")
     launcher.send_signal(signal.SIGTERM)
     launcher.communicate(timeout=60)  # returns when the last process that holds its pipes has ended
+    assert launcher.returncode == -signal.SIGTERM  # a shell says 143
     assert checkpoints(tmp_path)
+
+
+LAUNCHED = """
+import os, pathlib, sys, time
+
+launcher = os.getppid()
+pathlib.Path(sys.argv[1]).touch()
+while sys.argv[2] != "0" and os.getppid() == launcher:
+    time.sleep(0.01)
+sys.exit(143)
+"""
+LAUNCHES = """
+import os, signal, sys, time
+from pathlib import Path
+
+from accelerate.commands import launch
+
+script = Path(sys.argv[1])
+signal.signal(signal.SIGINT, signal.default_int_handler)  # which may be ignored here
+for processes in (1, 2):
+    for number in (0, signal.SIGINT, signal.SIGTERM):
+        started = script.with_name(f"{processes}-{number:d}")
+        options = ["--num_machines=1", "--mixed_precision=no", "--dynamo_backend=no"]
+        options += ["--multi_gpu", "--main_process_port=0"] if processes > 1 else []
+        sys.argv = ["accelerate", f"--num_processes={processes}", *options, str(script), str(started), f"{number:d}"]
+        if not (pid := os.fork()):
+            launch.main()
+            sys.exit()
+        while number and not started.exists():
+            time.sleep(0.01)
+        if number:
+            os.kill(pid, number)
+        print(processes, f"{number:d}", os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
+"""
+
+
+def test_status_of_the_launcher(tmp_path):
+    """Its own: 1 when its script ends with another than 0; and when it is signalled itself, as the guide says."""
+    script = tmp_path / "script.py"
+    script.write_text(LAUNCHED)
+    process = start([sys.executable, "-c", LAUNCHES, str(script)])
+    printed, errors = process.communicate(timeout=300)
+    assert process.returncode == 0, errors
+    statuses = {tuple(map(int, line.split()[:2])): int(line.split()[2]) for line in printed.splitlines()}
+    expected = {(1, 0): 1, (2, 0): 1}
+    for number in (signal.SIGINT, signal.SIGTERM):
+        expected |= {(1, number): -number, (2, number): 1}  # for the first a shell says 128 + number
+    assert statuses == expected
 
 
 @pytest.mark.parametrize("reading", [[], STREAMING], ids=["memory", "stream"])
@@ -316,7 +365,7 @@ def test_corrupt_images_are_skipped(data, tmp_path):
         (["--learning_rate", "1e30"], "at step 3; lower `--learning_rate`"),
         (["--train_split", "training"], "has no split 'training'; it has train, validation"),
         (["--image_column", "photo"], "has no column 'photo'; it has picture, kind"),
-        (["--label_column", "picture"], "needs an `Image` and a `ClassLabel` column"),
+        (["--label_column", "picture"], "needs an `Image` or `Array3D` and a `ClassLabel` column"),
         (["--batch_size", "32"], "24 training images are less than one batch of 32"),
         (["--num_epochs", "0"], "`--num_epochs` is 0, and has to be at least 1"),
         (["--gradient_accumulation_steps", "3"], "`--batch_size 8` is not a multiple of 3"),

@@ -1,8 +1,10 @@
 """What a training run leaves behind and what it goes on from, and scores: in this process, on a few pictures."""
 
 import json
+import multiprocessing
 import shutil
 import signal
+import subprocess
 from contextlib import nullcontext
 from types import SimpleNamespace
 from unittest.mock import Mock
@@ -12,16 +14,18 @@ import pytest
 import score
 import torch
 from accelerate.utils import DistributedType
-from datasets import Dataset
+from datasets import Array3D, ClassLabel, Dataset, Features
 from finetune import finetune_classifier
+from PIL import Image
 from safetensors.torch import load_file
 from torch.nn import functional as F
+from torch.utils.data import DataLoader
 from transformers import AutoModelForImageClassification, AutoModelForSemanticSegmentation
 from transformers.utils.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 from arguments import FinetuningArguments, PretrainingArguments, ScoringArguments, parse_arguments
 from engine import interruption, setup
-from engine.interruption import StopRequest
+from engine.interruption import StopRequest, outlive_interruption
 from engine.setup import build_accelerator
 from evaluation.scores import evaluate_classifier, evaluate_segmenter
 from tasks import classification
@@ -210,6 +214,19 @@ def test_signals_ask_for_a_stop(number, status):
     assert {each: signal.getsignal(each) for each in before} == before
 
 
+@pytest.mark.skipif(not hasattr(signal, "sigwaitinfo"), reason="the sender of a signal is not told here")
+def test_a_worker_ends_for_its_parent_alone():
+    others = multiprocessing.active_children()
+    batches = iter(DataLoader(range(100), num_workers=1, worker_init_fn=outlive_interruption))
+    assert next(batches).item() == 0
+    (worker,) = [child for child in multiprocessing.active_children() if child not in others]
+    subprocess.run(["kill", str(worker.pid)], check=True)
+    assert [next(batches).item() for _ in range(20)] == list(range(1, 21))
+    worker.terminate()
+    worker.join(60)
+    assert worker.exitcode == 0
+
+
 class TestHeads:
     """Of a classifier and a segmenter of five classes, each with weights of its own."""
 
@@ -317,3 +334,26 @@ class TestScores:
         assert scores == pytest.approx(
             {"mean_iou": 0.5, "pixel_accuracy": 2 / 3, "iou/sky": 1.0, "iou/tree": 0.5, "iou/car": 0.0}
         )
+
+
+def test_thirteen_channels(start, tmp_path):
+    """Arrays of 16 bits from the data set to the scores, which are those of every channel resized by itself."""
+    arrays = np.random.default_rng(0).integers(0, 65536, (8, 40, 48, 13), dtype=np.uint16)
+    features = Features({"image": Array3D((40, 48, 13), "uint16"), "label": ClassLabel(names=["a", "b"])})
+    for split in ("train", "validation"):
+        rows = Dataset.from_dict({"image": list(arrays), "label": [0, 1] * 4}, features=features)
+        rows.to_parquet(tmp_path / "data" / f"{split}-00000-of-00001.parquet")
+    config = json.loads((tmp_path / "data" / "config.json").read_text())
+    (tmp_path / "data" / "config.json").write_text(json.dumps({**config, "num_channels": 13}))
+    start(tmp_path / "run")
+    model = AutoModelForImageClassification.from_pretrained(tmp_path / "run").eval()
+    logits = []
+    for array in (arrays // 257).astype(np.uint8):
+        channels = [Image.fromarray(channel).resize((32, 32), Image.BILINEAR) for channel in array.transpose(2, 0, 1)]
+        pixels = np.stack([np.asarray(channel) for channel in channels]) / 255
+        with torch.no_grad():
+            logits.append(model(torch.from_numpy(pixels[None] * 2 - 1).float()).logits)
+    logits, labels = torch.cat(logits), torch.tensor([0, 1] * 4)
+    metrics = json.loads((tmp_path / "run" / "results.json").read_text())["metrics"]
+    assert metrics["loss"] == pytest.approx(F.cross_entropy(logits, labels).item(), abs=1e-3)
+    assert metrics["accuracy"] == pytest.approx((logits.argmax(-1) == labels).double().mean().item())

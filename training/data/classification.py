@@ -9,6 +9,7 @@ from PIL import Image as PILImage
 from torch.nn import functional as F
 from transformers import BaseImageProcessor
 
+from cbsa_hf.segmentation.images import height_and_width, normalise, resize
 from data.labelled_images import LabelledImages, to_tensor
 
 
@@ -19,14 +20,14 @@ class Crop:
 
     Args:
         index: of the image in the data set.
-        image: the whole image, in RGB.
+        image: the whole image, in RGB, or (height, width, channels).
         label: its class.
         box: left, upper, right and lower side of the crop, as shares of the image's width and height.
         flipped: whether the crop is mirrored.
     """
 
     index: int
-    image: PILImage.Image
+    image: PILImage.Image | np.ndarray
     label: int
     box: tuple[float, float, float, float]
     flipped: bool
@@ -67,7 +68,7 @@ class TrainingImages(LabelledImages):
         mixup_alpha: float = 0.0,
         cutmix_alpha: float = 0.0,
     ):
-        super().__init__(dataset, max_corrupt)
+        super().__init__(dataset, max_corrupt, len(processor.image_mean))
         self.processor = processor
         self.crop_sizes = crop_sizes
         self.random_crop_sizes = random_crop_sizes
@@ -91,18 +92,18 @@ class TrainingImages(LabelledImages):
     def random_crop(self, index: int, random: np.random.Generator) -> Crop:
         """A crop of the image of that index, or of the next one that can be read."""
         index, image, label = self.read_next(index)
-        left, upper, right, lower = self.random_box(*image.size, random)
-        box = left / image.width, upper / image.height, right / image.width, lower / image.height
+        height, width = height_and_width(image)
+        left, upper, right, lower = self.random_box(width, height, random)
+        box = left / width, upper / height, right / width, lower / height
         return Crop(index, image, label, box, flipped=random.random() < 0.5)
 
     def tensors(self, crop: Crop, size: int) -> dict[str, torch.Tensor]:
-        """The tensors that mixtures mix: here `pixel_values`, (3, size, size)."""
-        width, height = crop.image.size
+        """The tensors that mixtures mix: here `pixel_values`, (channels, size, size)."""
+        height, width = height_and_width(crop.image)
         box = crop.box[0] * width, crop.box[1] * height, crop.box[2] * width, crop.box[3] * height
-        image = crop.image.resize((size, size), PILImage.Resampling.BILINEAR, box=box)
-        if crop.flipped:
-            image = image.transpose(PILImage.Transpose.FLIP_LEFT_RIGHT)
-        return {"pixel_values": to_tensor(image, self.processor)}
+        image = resize(crop.image, (size, size), PILImage.Resampling.BILINEAR, box)
+        pixel_values = to_tensor(image, self.processor)
+        return {"pixel_values": pixel_values.flip(2) if crop.flipped else pixel_values}
 
     def crop_size(self, first_index: int) -> int:
         """The side of the crops in the batch whose first image has that index."""
@@ -129,7 +130,7 @@ class TrainingImages(LabelledImages):
         return weights
 
     def item(self, index: int, size: int) -> dict[str, torch.Tensor]:
-        """`pixel_values` (3, size, size) and `labels`, an index or (num_labels,); maybe a mixture of two images."""
+        """`pixel_values` (channels, size, size) and `labels`, an index or (num_labels,); maybe of two mixed images."""
         random = np.random.default_rng((self.seed, int(self.epoch), index))
         crop = self.random_crop(index, random)
         tensors = self.tensors(crop, size)
@@ -167,11 +168,15 @@ class ValidationImages(LabelledImages):
     """
 
     def __init__(self, dataset: Dataset, max_corrupt: int, processor: BaseImageProcessor):
-        super().__init__(dataset, max_corrupt)
+        super().__init__(dataset, max_corrupt, len(processor.image_mean))
         self.processor = processor
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
         found = self.read(index)
-        image, label = (PILImage.new("RGB", (1, 1)), -100) if found is None else found
-        pixels = self.processor(image, return_tensors="pt")["pixel_values"][0]
+        image, label = (np.zeros((1, 1, self.num_channels), np.uint8), -100) if found is None else found
+        if isinstance(image, np.ndarray):  # the processor would resize 1, 3 or 4 channels alone
+            size = self.processor.size["width"], self.processor.size["height"]
+            pixels = normalise([resize(image, size, self.processor.resample)], self.processor)[0]
+        else:
+            pixels = self.processor(image, return_tensors="pt")["pixel_values"][0]
         return {"pixel_values": pixels, "labels": torch.tensor(label)}

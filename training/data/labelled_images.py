@@ -3,16 +3,17 @@
 import logging
 import zlib
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import fsspec
 import numpy as np
 import torch
-from datasets import Dataset, Image
+from datasets import Array3D, Dataset, Image
 from PIL import Image as PILImage
 from transformers import BaseImageProcessor
 
-from cbsa_hf.segmentation.images import ImageError, open_image
+from cbsa_hf.segmentation.images import ImageError, to_image
 from data.loading import class_names
 from data.streaming import StreamedRows
 
@@ -22,15 +23,17 @@ SAMPLE_SIZE = 16
 logger = logging.getLogger(__name__)
 
 
-def to_tensor(image: PILImage.Image, processor: BaseImageProcessor) -> torch.Tensor:
-    """The pixels of an RGB image, (3, height, width), float32, scaled and normalised as the processor says."""
+def to_tensor(image: PILImage.Image | np.ndarray, processor: BaseImageProcessor) -> torch.Tensor:
+    """The pixels of an image, (channels, height, width), float32, scaled and normalised as the processor says."""
     pixels = np.asarray(image, dtype=np.float32) * processor.rescale_factor
     pixels = (pixels - np.float32(processor.image_mean)) / np.float32(processor.image_std)
     return torch.from_numpy(pixels).permute(2, 0, 1)
 
 
-def checksum_image(encoded: dict | None) -> int:
-    """CRC-32 of an encoded image, or of its file name if the data set holds no bytes."""
+def checksum_image(encoded: dict | list | np.ndarray | None) -> int:
+    """CRC-32 of an encoded image, or of its file name if the data set holds no bytes; or of an array."""
+    if isinstance(encoded, (list, np.ndarray)):
+        return zlib.crc32(np.ascontiguousarray(encoded))
     encoded = encoded or {}
     return zlib.crc32(encoded.get("bytes") or Path(encoded.get("path") or "").name.encode())
 
@@ -41,7 +44,7 @@ def read_encoded(read: Callable, encoded: dict | None, name: str) -> PILImage.Im
     `zip://...::...`, as streams do.
 
     Args:
-        read: `open_image` or `open_mask`.
+        read: `to_image` or `open_mask`.
         encoded: the data set's value, not decoded.
         name: of the image, for messages.
 
@@ -107,16 +110,31 @@ class LabelledImages(torch.utils.data.Dataset):
     Args:
         dataset: of two columns: an image, and a label or mask.
         max_corrupt: how many images may be broken; of a stream, in one epoch.
+        num_channels: of the model. With another number than 3, images are arrays, see [`to_image`].
+
+    Raises:
+        ValueError: if the arrays of the data set have another number of channels.
     """
 
-    def __init__(self, dataset: Dataset | StreamedRows, max_corrupt: int):
+    def __init__(self, dataset: Dataset | StreamedRows, max_corrupt: int, num_channels: int = 3):
         self.image_column, self.label_column = dataset.features
+        self.num_channels = num_channels
+        self.array_type = dataset.features[self.image_column]
+        if not isinstance(self.array_type, Array3D):
+            self.array_type = None
+        elif num_channels not in (self.array_type.shape[0], self.array_type.shape[2]):
+            raise ValueError(
+                f"The column {self.image_column!r} has arrays of shape {tuple(self.array_type.shape)}, and the model "
+                f"takes {num_channels} channels."
+            )
         self.num_labels = getattr(dataset.features[self.label_column], "num_classes", None)
         self.fingerprint = getattr(dataset, "_fingerprint", None)
         if not isinstance(dataset, StreamedRows):  # which leaves images encoded already
             for column, feature in dataset.features.items():
                 if isinstance(feature, Image):
                     dataset = dataset.cast_column(column, Image(decode=False))
+            if self.array_type is not None:  # by default, rows have lists
+                dataset = dataset.with_format("numpy", columns=[self.image_column], output_all_columns=True)
         self.dataset = dataset
         self.max_corrupt = max_corrupt
         self.corrupt = torch.zeros(len(dataset), dtype=torch.bool).share_memory_()  # written by the workers
@@ -152,13 +170,13 @@ class LabelledImages(torch.utils.data.Dataset):
 
     def name(self, index: int, row: dict) -> str:
         """An image's name in messages: its row, and its file if the data set names one."""
-        path = (row[self.image_column] or {}).get("path")
+        path = None if self.array_type is not None else (row[self.image_column] or {}).get("path")
         place = f"{index} of this epoch" if isinstance(self.dataset, StreamedRows) else str(index)
         return f"Image {place}" + (f" ({path})" if path else "")
 
-    def read(self, index: int) -> tuple[PILImage.Image, int | np.ndarray] | None:
+    def read(self, index: int) -> tuple[PILImage.Image | np.ndarray, int | np.ndarray] | None:
         """
-        The image in RGB and its label or mask; None if one of them cannot be read.
+        The image, as [`to_image`] returns it, and its label or mask; None if one of them cannot be read.
 
         Raises:
             ValueError: if the label is not the number of a class, or the mask does not fit.
@@ -173,9 +191,16 @@ class LabelledImages(torch.utils.data.Dataset):
             self.corrupt[index] = True
             return None
 
-    def read_row(self, row: dict, name: str) -> tuple[PILImage.Image, int | np.ndarray]:
+    def read_image(self, row: dict, name: str) -> PILImage.Image | np.ndarray:
+        """The image of a row; raises ImageError if it cannot be read."""
+        value, read = row[self.image_column], partial(to_image, num_channels=self.num_channels)
+        if self.array_type is None:
+            return read_encoded(read, value, name)
+        return read(None if value is None else np.asarray(value, dtype=self.array_type.dtype), name=name)
+
+    def read_row(self, row: dict, name: str) -> tuple[PILImage.Image | np.ndarray, int | np.ndarray]:
         """See [`read`]; raises ImageError if the image or the mask cannot be read."""
-        image = read_encoded(open_image, row[self.image_column], name)
+        image = self.read_image(row, name)
         check_label(row[self.label_column], self.num_labels, name)
         return image, row[self.label_column]
 

@@ -1,9 +1,10 @@
 """Load data sets from the Hub or from local files, and find their columns of images, labels and masks."""
 
-from datasets import ClassLabel, Dataset, DatasetDict, Image, IterableDatasetDict, load_dataset
+from datasets import Array3D, ClassLabel, Dataset, DatasetDict, Image, IterableDatasetDict, load_dataset
 from datasets.exceptions import DatasetGenerationError
 
 
+IMAGE_TYPES = (Image, Array3D)  # arrays for models of another number of channels than 3
 MASK_NAMES = ("label", "mask", "annotation", "segmentation_mask")
 
 
@@ -48,9 +49,9 @@ def find_split(splits: DatasetDict, name: str) -> Dataset:
     return splits[name]
 
 
-def columns_of_type(dataset: Dataset, kind: type, name: str | None) -> list[str]:
+def columns_of_type(dataset: Dataset, kind: type | tuple[type, ...], name: str | None) -> list[str]:
     """
-    Names of all columns of a type; with a name given, of that column, if it has the type.
+    Names of all columns of a type, or of several; with a name given, of that column, if it has the type.
 
     Raises:
         ValueError: if there is no column of that name.
@@ -64,16 +65,17 @@ def columns_of_type(dataset: Dataset, kind: type, name: str | None) -> list[str]
 
 def find_columns(dataset: Dataset, image_column: str | None = None, label_column: str | None = None) -> list[str]:
     """
-    Names of the image column and of the label column: those given, or the first ones of type `Image` and `ClassLabel`.
+    Names of the image column and of the label column: those given, or the first ones of type `Image` or `Array3D`, and
+    `ClassLabel`.
 
     Raises:
         ValueError: if there is no image column, or no label column.
     """
-    images = columns_of_type(dataset, Image, image_column)
+    images = columns_of_type(dataset, IMAGE_TYPES, image_column)
     labels = columns_of_type(dataset, ClassLabel, label_column)
     if not images or not labels:
         raise ValueError(
-            f"The data set needs an `Image` and a `ClassLabel` column; it has {dict(dataset.features)}. "
+            f"The data set needs an `Image` or `Array3D` and a `ClassLabel` column; it has {dict(dataset.features)}. "
             "Cast it with `datasets`, for example `dataset.cast_column('label', ClassLabel(names=[...]))`."
         )
     return [images[0], labels[0]]
@@ -93,7 +95,8 @@ def find_mask_columns(dataset: Dataset, image_column: str | None = None, label_c
     Raises:
         ValueError: if there is not exactly one of each.
     """
-    images, masks = (columns_of_type(dataset, Image, name) for name in (image_column, label_column))
+    images = columns_of_type(dataset, IMAGE_TYPES, image_column)
+    masks = columns_of_type(dataset, Image, label_column)
     if label_column is None:
         masks = [name for name in masks if name in MASK_NAMES and name != image_column]
     images = [name for name in images if name not in masks]

@@ -9,7 +9,8 @@ from kornia import augmentation
 from PIL import Image
 from transformers import BaseImageProcessor
 
-from cbsa_hf.segmentation.images import open_image, open_mask
+from cbsa_hf.segmentation.images import height_and_width, open_mask, resize
+from cbsa_hf.segmentation.sliding_window import label_names
 from data.labelled_images import LabelledImages, read_encoded, warn_of_missing
 from data.streaming import StreamedRows
 
@@ -62,7 +63,7 @@ def read_mask(mask: Image.Image, num_labels: int, reduce_labels: bool, name: str
 
     Args:
         mask: grey, of whole numbers.
-        num_labels: number of classes.
+        num_labels: number of labels.
         reduce_labels: ignore label 0, and subtract 1 from all others.
         name: of the mask, for messages.
 
@@ -83,7 +84,8 @@ def read_mask(mask: Image.Image, num_labels: int, reduce_labels: bool, name: str
     if smallest < 0 or largest >= num_labels:
         raise ValueError(
             f"{name} has the label {smallest if smallest < 0 else largest}; masks are grey, with labels below "
-            f"{num_labels} (the classes named) and {IGNORED} for pixels that do not count."
+            f"{num_labels} (the classes named, or one class and 0 for its background) and {IGNORED} for pixels "
+            "that do not count."
         )
     return labels
 
@@ -94,20 +96,23 @@ class SegmentationDataset(LabelledImages):
 
     Args:
         dataset, max_corrupt: see [`LabelledImages`].
-        num_labels, reduce_labels: see [`read_mask`].
+        num_labels: number of classes; the labels of a single class are 1, and 0 for what does not belong to it.
+        reduce_labels: see [`read_mask`].
+        num_channels: see [`LabelledImages`].
     """
 
-    def __init__(self, dataset, max_corrupt: int, num_labels: int, reduce_labels: bool):
-        super().__init__(dataset, max_corrupt)
-        self.num_labels = num_labels
+    def __init__(self, dataset, max_corrupt: int, num_labels: int, reduce_labels: bool, num_channels: int = 3):
+        super().__init__(dataset, max_corrupt, num_channels)
+        self.num_labels = max(2, num_labels)
         self.reduce_labels = reduce_labels
 
-    def read_row(self, row: dict, name: str) -> tuple[Image.Image, np.ndarray]:
-        """The image in RGB, and class indices (height, width). Raises ValueError if their sizes differ."""
-        image = read_encoded(open_image, row[self.image_column], name)
+    def read_row(self, row: dict, name: str) -> tuple[Image.Image | np.ndarray, np.ndarray]:
+        """The image, and class indices (height, width). Raises ValueError if their sizes differ."""
+        image = self.read_image(row, name)
         mask = read_encoded(open_mask, row[self.label_column], f"The mask of {name}")
-        if image.size != mask.size:
-            raise ValueError(f"{name} has {image.size} pixels across and down, its mask {mask.size}.")
+        height, width = height_and_width(image)
+        if (width, height) != mask.size:
+            raise ValueError(f"{name} has {(width, height)} pixels across and down, its mask {mask.size}.")
         return image, read_mask(mask, self.num_labels, self.reduce_labels, f"The mask of {name}")
 
 
@@ -143,6 +148,7 @@ def check_masks(images: SegmentationDataset, split: str, names: dict[int, str], 
             f" {share:.0%} of the pixels have the label {IGNORED}, which does not count: if it is meant as a class, "
             "write that class's number instead."
         )
+    names = label_names(names)
     missing = [names[i] for i in np.flatnonzero(counts == 0)]
     warn_of_missing(missing, f"No pixel of the {num_masks} masks looked at in the split {split!r}", reason)
 
@@ -160,6 +166,9 @@ class TrainingMasks(SegmentationDataset):
         resize_ratios: smallest and largest random factor on that size.
         photometric_distortion: vary brightness, contrast, saturation and hue.
         seed: seed of the run.
+
+    Raises:
+        ValueError: if colours of another number of channels than 3 are to be distorted.
     """
 
     def __init__(
@@ -175,7 +184,11 @@ class TrainingMasks(SegmentationDataset):
         photometric_distortion: bool,
         seed: int,
     ):
-        super().__init__(dataset, max_corrupt, num_labels, reduce_labels)
+        super().__init__(dataset, max_corrupt, num_labels, reduce_labels, len(processor.image_mean))
+        if photometric_distortion and self.num_channels != 3:
+            raise ValueError(
+                f"The colours of {self.num_channels} channels cannot be distorted: give `--no_photometric_distortion`."
+            )
         self.image_size = image_size
         self.resize_ratios = resize_ratios
         self.seed = seed
@@ -195,9 +208,10 @@ class TrainingMasks(SegmentationDataset):
         seeds = np.random.SeedSequence((self.seed, int(self.epoch), index))
         _, image, labels = self.read_next(index)
         ratio = np.random.default_rng(seeds).uniform(*self.resize_ratios)
-        ratio *= 1 if self.image_size is None else self.image_size / max(image.size)
-        size = [max(1, round(side * ratio)) for side in image.size]
-        pixels = torch.from_numpy(np.array(image.resize(size, Image.Resampling.BILINEAR))).permute(2, 0, 1) / 255
+        height, width = height_and_width(image)
+        ratio *= 1 if self.image_size is None else self.image_size / max(height, width)
+        size = max(1, round(width * ratio)), max(1, round(height * ratio))
+        pixels = torch.from_numpy(np.array(resize(image, size, Image.Resampling.BILINEAR))).permute(2, 0, 1) / 255
         # The labels plus 1: padding then adds zeros, which are the ignored label.
         mask = np.where(labels == IGNORED, 0, labels + 1).astype(np.float32)
         mask = torch.from_numpy(np.array(Image.fromarray(mask).resize(size, Image.Resampling.NEAREST)))

@@ -46,6 +46,18 @@ def describe_hardware(processes: int) -> str:
     return device if processes == 1 else f"{processes} processes, each on: {device}"
 
 
+def public_name(value: str) -> str:
+    """A hub id as it is; of a path on this machine, which says nothing to others, the last part alone."""
+    is_path = os.path.isabs(value) or os.path.exists(value)
+    return (Path(value).name or value) if is_path else value
+
+
+def public_command(arguments: list[str]) -> str:
+    """A command line for a shell, without the folders of this machine."""
+    parts = [argument.rpartition("=") for argument in arguments]
+    return shlex.join(f"{option}{equals}{public_name(value)}" for option, equals, value in parts)
+
+
 def write_card(folder: Path, name: str, model: PreTrainedModel, results: dict, metric: str):
     """
     Write README.md: data, command, seed, hardware, time and metrics. The limits of the model and the licence of the
@@ -59,11 +71,12 @@ def write_card(folder: Path, name: str, model: PreTrainedModel, results: dict, m
         metric: name of the metric that the model card shows first.
     """
     arguments, metrics = results["arguments"], results["metrics"]
-    task = TASK_NAMES[metric]
+    task, dataset_name = TASK_NAMES[metric], public_name(arguments["dataset_name"])
+    origin = arguments.get("model_name_or_path")
     score = EvalResult(
         task_type=task,
-        dataset_type=arguments["dataset_name"],
-        dataset_name=Path(arguments["dataset_name"]).name,
+        dataset_type=dataset_name,
+        dataset_name=Path(dataset_name).name,
         dataset_split=arguments["validation_split"],
         metric_type=metric,
         metric_value=round(metrics[metric], 4),
@@ -72,6 +85,7 @@ def write_card(folder: Path, name: str, model: PreTrainedModel, results: dict, m
         library_name="transformers",
         pipeline_tag=task,
         license="other",
+        base_model=None if origin is None or public_name(origin) != origin else origin,
         tags=list(dict.fromkeys(["cbsa", *model.config.layer_attention_types])),
         model_name=name,
         eval_results=[score],
@@ -82,9 +96,9 @@ def write_card(folder: Path, name: str, model: PreTrainedModel, results: dict, m
         name=name,
         model_class=type(model).__name__,
         parameters=f"{sum(parameter.numel() for parameter in model.parameters()):,}",
-        dataset_name=arguments["dataset_name"],
+        dataset_name=dataset_name,
         seed=arguments["seed"],
-        command=shlex.join(sys.argv),
+        command=public_command(sys.argv),
         hardware=describe_hardware(results["processes"]),
         torch_version=torch.__version__,
         minutes=f"{results['seconds'] / 60:.1f}",

@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from cbsa_hf import SlidingWindowSegmenter
+from cbsa_hf.segmentation.sliding_window import label_names
 from engine.interruption import read_batches
 from evaluation.metrics import Accuracy, MeanIoU, count_pixels
 
@@ -58,8 +59,8 @@ def evaluate_segmenter(
     accelerator: Accelerator,
 ) -> dict[str, float]:
     """
-    Mean IoU, pixel accuracy, and the IoU of each class that occurs. Each image counts once, at its own size, for any
-    number of processes.
+    Mean IoU, pixel accuracy, and the IoU of each class that occurs; of a single class and its background. Each image
+    counts once, at its own size, for any number of processes.
 
     Args:
         segmenter: of a model for semantic segmentation.
@@ -71,15 +72,16 @@ def evaluate_segmenter(
         ValueError: if there is no labelled pixel, or no image can be read.
     """
     config = segmenter.model.config
+    names = label_names(config.id2label)
     metric, total = MeanIoU(keep_in_memory=True), 0
     indices = accelerator.prepare(DataLoader(range(num_images), batch_size=accelerator.num_processes))
     for index in tqdm(indices, desc="validation", leave=False, disable=not accelerator.is_main_process):
-        counts = np.zeros((3, config.num_labels), dtype=np.int64)
+        counts = np.zeros((3, len(names)), dtype=np.int64)
         if (found := read(index.item())) is not None:
             image, labels = found
             with accelerator.autocast():
                 predicted = segmenter(image)
-            counts = count_pixels(predicted, labels, config.num_labels, config.semantic_loss_ignore_index)
+            counts = count_pixels(predicted, labels, len(names), config.semantic_loss_ignore_index)
         counts = accelerator.gather_for_metrics(torch.from_numpy(counts).unsqueeze(0).to(accelerator.device))
         intersection, predicted, labelled = counts.cpu().unbind(1)
         metric.add_batch(intersection=intersection, predicted=predicted, labelled=labelled)
@@ -87,5 +89,5 @@ def evaluate_segmenter(
     if not total:
         raise ValueError("No pixel of the images to score on counts, or none can be read; the log names those.")
     scores = metric.compute()
-    by_class = {f"iou/{config.id2label[i]}": iou for i, iou in enumerate(scores.pop("iou")) if not np.isnan(iou)}
+    by_class = {f"iou/{names[i]}": iou for i, iou in enumerate(scores.pop("iou")) if not np.isnan(iou)}
     return {**scores, **by_class}

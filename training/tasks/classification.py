@@ -4,6 +4,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from datasets import Dataset
+from PIL import Image
 from torch import nn
 from torch.nn import functional as F
 from transformers import BaseImageProcessor, PreTrainedModel
@@ -133,6 +134,8 @@ class ClassificationTask(Task):
         self.args, self.accelerator, self.processor = args, accelerator, processor
         self.teacher = None
         if args.teacher is not None:
+            if model.config.num_channels != 3:
+                raise ValueError(f"`--teacher` sees photos; the model takes {model.config.num_channels} channels.")
             teacher = Teacher(args.teacher, processor.image_mean, processor.image_std, model.config.patch_size)
             self.teacher = prepare_teacher(teacher, accelerator)
         self.train_data = self.build_train_data(splits[0])
@@ -188,6 +191,9 @@ class ClassificationTask(Task):
         for index in range(min(count, len(self.validation_images))):
             if (found := self.validation_images.read(index)) is not None:
                 pixel_values = self.validation_images[index]["pixel_values"].unsqueeze(0)
-                grid = attention_grid(found[0], attention_maps(model, pixel_values)[:, 0], "what CLS is tied to")
+                picture = found[0]
+                if isinstance(picture, np.ndarray):  # of another number of channels: their mean, in grey
+                    picture = Image.fromarray(picture.mean(2).astype(np.uint8)).convert("RGB")
+                grid = attention_grid(picture, attention_maps(model, pixel_values)[:, 0], "what CLS is tied to")
                 pictures[f"validation/attention_{index}"] = np.asarray(grid)[None]
         return pictures

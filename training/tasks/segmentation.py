@@ -17,9 +17,10 @@ from transformers import (
 
 from arguments import SegmentationArguments
 from cbsa_hf import SlidingWindowSegmenter
-from cbsa_hf.attention_cbsa import to_pair
 from cbsa_hf.checkpoints import load_config, load_processor
+from cbsa_hf.configuration_cbsa import to_pair
 from cbsa_hf.overlays import class_strip
+from cbsa_hf.segmentation.sliding_window import label_names
 from data.segmentation import IGNORED, SegmentationDataset, TrainingMasks, check_masks, class_weights, read_size
 from data.streaming import StreamedRows
 from engine.loop import Task
@@ -29,11 +30,11 @@ from tasks.heads import load_for_classes
 
 class SegmentationLoss(nn.Module):
     """
-    Mean cross-entropy over the pixels that are not ignored.
+    Mean cross-entropy over the pixels that are not ignored; of a single class the binary cross-entropy.
 
     Args:
         model: for semantic segmentation.
-        class_weights: (num_labels,) weights of the classes; by default, all are 1.
+        class_weights: (num_labels,) weights of the classes, or of background and class; by default, all are 1.
         dice: add one minus soft Dice (V-Net, arXiv 1606.04797), computed for each class over all pixels of the batch
             together, and averaged over the classes in the batch. Like the mean IoU, it weighs all classes the same.
     """
@@ -53,6 +54,8 @@ class SegmentationLoss(nn.Module):
             labels: (batch, height, width) class indices, or [`IGNORED`].
         """
         logits = self.model(pixel_values).logits.float()
+        if logits.shape[1] == 1:  # the sigmoid of a logit is the softmax of 0 and the logit
+            logits = torch.cat([torch.zeros_like(logits), logits], dim=1)
         weights = logits.new_ones(logits.shape[1]) if self.class_weights is None else self.class_weights
         counts = labels != IGNORED
         total = (weights[labels * counts] * counts).sum()
@@ -69,7 +72,8 @@ def draw_predictions(segmenter: SlidingWindowSegmenter, images: SegmentationData
     picked = np.linspace(0, len(images) - 1, count).round().astype(int).tolist()
     found = [row for index in picked if (row := images.read(index)) is not None]
     predicted = [segmenter(image) for image, _ in found]
-    return class_strip(predicted, [labels for _, labels in found], segmenter.model.config.id2label, IGNORED)
+    names = label_names(segmenter.model.config.id2label)
+    return class_strip(predicted, [labels for _, labels in found], names, IGNORED)
 
 
 def load_segmenter(
@@ -147,7 +151,7 @@ class SegmentationTask(Task):
             photometric_distortion=args.photometric_distortion,
             seed=args.seed,
         )
-        self.validation_images = SegmentationDataset(splits[1], **masks)
+        self.validation_images = SegmentationDataset(splits[1], **masks, num_channels=len(processor.image_mean))
         check_masks(self.train_data, args.train_split, names, accelerator.is_main_process)
         check_masks(self.validation_images, args.validation_split, names, accelerator.is_main_process)
         self.build_segmenter(model)  # a wrong size is refused here, not at the first validation

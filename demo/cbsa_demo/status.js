@@ -1,0 +1,2 @@
+// What happened is read out.
+element.setAttribute("role", "status");
