@@ -34,7 +34,7 @@ from .attention_cbsa import (
 )
 from .configuration_cbsa import CBSAConfig, to_pair
 from .mask_decoder_cbsa import DECODERS, ClassTokenMaskDecoder
-from .tiles_cbsa import MIN_TOKENS, STRIP_TOKENS, is_watched, layer_in_tiles
+from .tiles_cbsa import MIN_TOKENS, is_watched, layer_in_tiles
 
 
 logger = logging.get_logger(__name__)
@@ -145,7 +145,7 @@ class CBSAConvStem(nn.Module):
 
         # The first map has many times as many values as the last, so only a strip of it is made at a time. The row of
         # patches above a strip is computed too and left out, since the convolutions of the strip reach into that row.
-        num_rows, strips = max(STRIP_TOKENS // width, 1), []
+        num_rows, strips = max(height // 16, 1), []
         for top in range(0, height, num_rows):
             above = min(top, 1)
             rows = slice((top - above) * self.patch_size, (top + num_rows) * self.patch_size)

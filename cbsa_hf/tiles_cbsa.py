@@ -10,7 +10,6 @@ from torch import nn
 
 
 MIN_TOKENS = 2**14  # of an image; with fewer, all at once is as fast
-STRIP_TOKENS = 2**11  # of a strip of the image in the convolutional stem
 TILE_VALUES = 2**18  # of a tile of tokens: 1 MiB in float32
 
 

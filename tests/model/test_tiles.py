@@ -12,7 +12,6 @@ from cbsa_hf import CBSAConfig, CBSAForSemanticSegmentation, CBSAModel, fold, mo
 def tiles(monkeypatch):
     """Tiles of 16 tokens of width 24, for images of 30 tokens and more."""
     monkeypatch.setattr(modeling_cbsa, "MIN_TOKENS", 30)
-    monkeypatch.setattr(modeling_cbsa, "STRIP_TOKENS", 20)
     monkeypatch.setattr(tiles_cbsa, "TILE_VALUES", 2 * 16 * 24)
     used = []
     compute = tiles_cbsa.layer_in_tiles
