@@ -112,11 +112,9 @@ class SelfAttention(nn.Module):
 
     Attributes:
         uses_representatives: whether the operator needs `representatives`.
-        has_representative_attentions: whether `forward` can return the representative attentions A. The update is made
-            with A, so that what is computed from the update has a gradient with respect to A.
+        has_representative_attentions: whether `forward` can return the representative attentions A.
         map_is_gram: whether the token-to-token map is `A^T A`.
-        map_is_exact: whether the update, before the output layer, is the map times the values. Otherwise the update is
-            made without the map, and has no gradient with respect to it.
+        map_is_exact: whether the update, before the output layer, is the map times the values.
         map_formula: formula of the map, for titles.
     """
 
@@ -143,7 +141,7 @@ class SelfAttention(nn.Module):
         self.scaling = head_dim**-0.5
         self.base_num_patches = base_num_patches
         self.num_other_tokens = num_other_tokens
-        self.representatives = representatives
+        self.representatives = representatives if self.uses_representatives else None
         self.out_proj = nn.Linear(num_heads * head_dim, hidden_size)
         self.add_weights(hidden_size, num_heads * head_dim)
 
@@ -175,6 +173,10 @@ class SelfAttention(nn.Module):
         output_representative_attentions: bool = False,
     ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
         """
+        Where the map is exact and not `A^T A`, the update is computed from the map whenever the map is asked for, so
+        that the model's outputs have a gradient with respect to the map. Where it is `A^T A`, they have one with
+        respect to A.
+
         Args:
             hidden_states: (batch, N, d), already normalised.
             grid: (height, width) of the patches among the tokens.
@@ -395,8 +397,79 @@ class AgentSelfAttention(SoftmaxSelfAttention):
             return self.merge_heads(update), None, None
         attention = self.attend(representatives, k)  # A: (batch, h, m, N)
         broadcast = self.attend(q, representatives)  # B: (batch, h, N, m)
-        update = broadcast @ (attention @ v)
-        return self.merge_heads(update), broadcast @ attention if output_attentions else None, attention
+        token_map = broadcast @ attention if output_attentions else None
+        update = token_map @ v if output_attentions else broadcast @ (attention @ v)
+        return self.merge_heads(update), token_map, attention
+
+
+def pick(blocks: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    """
+    Entry (b, h, n) of the result is `blocks[b, h, index[b, h, n]]`.
+
+    (batch, h, M, ...), (batch, h, n) -> (batch, h, n, ...).
+    """
+    batch_size, num_heads, num_blocks = blocks.shape[:3]
+    first = num_blocks * torch.arange(batch_size * num_heads, device=index.device).view(batch_size, num_heads, 1)
+    return blocks.flatten(0, 2).index_select(0, (index + first).flatten()).unflatten(0, index.shape)
+
+
+class MixtureOfTopKSelfAttention(SoftmaxSelfAttention):
+    """
+    Mixture-of-top-k attention (MiTA, arXiv 2602.01219) with the weights of a pretrained ViT. Linear in N.
+
+    M landmarks are pooled from the queries. Each landmark attends to all tokens (A), which gives its value `A V`, and
+    selects the 25 tokens with the largest logits. A query attends, in one softmax, to all landmarks and to the tokens
+    that the landmark most similar to it has selected. As in the reference implementation the logits of the landmarks
+    are divided by p, and those of the tokens by sqrt(p).
+
+    In training, memory grows with 2 * 25 * p numbers for each query and head: the copies of keys and values.
+
+    The map is `B A + C`, B the weights of the landmarks and C those of the selected tokens; its rows sum to 1.
+    """
+
+    uses_representatives = True
+    has_representative_attentions = True
+    map_formula = "$B A + C$"
+    num_keys = 25
+    tile = 512  # queries whose keys and values are copied at a time
+
+    def attend_jointly(
+        self, queries: torch.Tensor, similarity: torch.Tensor, keys: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """
+        Weights of the landmarks and of the selected tokens, which together sum to 1.
+
+        (batch, h, n, p), (batch, h, n, M), (batch, h, n, k, p) -> (batch, h, n, M), (batch, h, n, k).
+        """
+        to_keys = (keys @ queries.unsqueeze(-1)).squeeze(-1)
+        weights = torch.softmax(torch.cat([self.scaling**2 * similarity, self.scaling * to_keys], dim=-1), dim=-1)
+        num_landmarks = similarity.shape[-1]
+        return weights[..., :num_landmarks], weights[..., num_landmarks:]
+
+    def forward(self, hidden_states, grid, output_attentions=False, output_representative_attentions=False):
+        q, k, v = self.project(hidden_states)
+        landmarks = self.representatives(q, grid)
+        logits = landmarks @ k.transpose(2, 3) * self.scaling
+        attention = torch.softmax(logits, dim=-1)  # A: (batch, h, M, N)
+        selected = logits.topk(min(self.num_keys, logits.shape[-1]), dim=-1).indices  # (batch, h, M, k)
+        keys, values = (pick(x, selected.flatten(2)).unflatten(2, selected.shape[2:]) for x in (k, v))
+        similarity = q @ landmarks.transpose(2, 3)  # (batch, h, N, M)
+        nearest = similarity.argmax(-1)
+
+        if output_attentions:
+            to_landmarks, to_keys = self.attend_jointly(q, similarity, pick(keys, nearest))
+            token_map = (to_landmarks @ attention).scatter_add(-1, pick(selected, nearest), to_keys)
+            return self.merge_heads(token_map @ v), token_map, attention
+
+        tiles = [(q, similarity, nearest)]
+        if not is_torchdynamo_compiling():  # a graph would be tied to one number of tiles
+            tiles = zip(*(x.split(self.tile, dim=2) for x in tiles[0]), strict=True)
+        gathered = attention @ v
+        updates = []
+        for queries, similar, index in tiles:
+            to_landmarks, to_keys = self.attend_jointly(queries, similar, pick(keys, index))
+            updates.append(to_landmarks @ gathered + (to_keys.unsqueeze(-2) @ pick(values, index)).squeeze(-2))
+        return self.merge_heads(torch.cat(updates, dim=2)), None, attention
 
 
 ATTENTIONS = {
@@ -406,6 +479,7 @@ ATTENTIONS = {
     "linear": LinearSelfAttention,
     "softmax": SoftmaxSelfAttention,
     "agent": AgentSelfAttention,
+    "mita": MixtureOfTopKSelfAttention,
 }
 
 __all__ = [
@@ -415,6 +489,7 @@ __all__ = [
     "ContractionSteps",
     "LearnedRepresentatives",
     "LinearSelfAttention",
+    "MixtureOfTopKSelfAttention",
     "MultiHeadSubspaceSelfAttention",
     "PooledRepresentatives",
     "SelfAttention",

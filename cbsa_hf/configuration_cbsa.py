@@ -14,9 +14,9 @@ from transformers.backbone_utils import BackboneConfigMixin
 
 
 # The names that a configuration may use. Each table of classes, such as `ATTENTIONS`, has the names of one type.
-RepresentativeAttentionType = Literal["cbsa", "agent"]
+RepresentativeAttentionType = Literal["cbsa", "agent", "mita"]
 AttentionType = Literal[RepresentativeAttentionType, "mssa", "tssa", "linear", "softmax"]
-FeedForwardType = Literal["ista", "mlp"]
+FeedForwardType = Literal["ista", "odl", "mlp", "none"]
 PatchEmbeddingType = Literal["conv_stem", "patchify", "linear"]
 RepresentativesType = Literal["pool", "learned"]
 PooledTokens = Literal["patches", "all_but_last"]
@@ -44,8 +44,9 @@ def to_pair(size: int | Iterable[int]) -> tuple[int, int]:
 
 def check_counts(values: dict):
     """
-    A ValueError for a number of layers or labels, in the values of a configuration or of one inside it, that takes
-    long even to list: configurations name each layer and each label.
+    Raises ValueError if a configuration, or one nested in it, has more than 10,000 layers or a million labels. A
+    configuration lists the names of its layers and labels, so larger numbers would take very long before any other
+    check.
     """
     for name, value in values.items():
         if isinstance(value, dict):
@@ -92,9 +93,9 @@ def names_in_errors(cls: type) -> type:
 @strict
 class CBSAConfig(BackboneConfigMixin, PreTrainedConfig):
     r"""
-    Describes a Contract-and-Broadcast Transformer (CBT), or a member of the family around it: a patch embedding, then
-    layers of an attention and a feed-forward block; and the decoder that makes a segmenter of it. The defaults are the
-    published tiny CBT (arXiv 2509.16875).
+    Configuration of a Contract-and-Broadcast Transformer (CBT) or a related model: a patch embedding, layers of an
+    attention and a feed-forward block each, and, for segmentation, a mask decoder. The defaults are those of the tiny
+    CBT of the paper (arXiv 2509.16875).
 
     Args:
         hidden_size (`int`, defaults to 192): Width of the tokens.
@@ -102,58 +103,68 @@ class CBSAConfig(BackboneConfigMixin, PreTrainedConfig):
         num_attention_heads (`int`, defaults to 3): Number of heads.
         head_dim (`int`, *optional*): Dimension p of one head; `hidden_size // num_attention_heads` when not given.
         attention_type (`str` or `list[str]`, defaults to `"cbsa"`):
-            `"cbsa"`; `"mssa"` (CRATE), `"tssa"` (ToST), `"linear"`, `"softmax"` (ViT), or `"agent"` (a ViT's attention
-            made to work through representatives); a list names one for each layer. `attention_cbsa.py` defines each.
-        feed_forward_type (`str`, defaults to `"ista"`): `"ista"`, or `"mlp"` with GELU and a skip connection (ViT).
-        intermediate_size (`int`, *optional*): Width of the MLP; `4 * hidden_size` when not given.
+            `"cbsa"`; `"mssa"` (CRATE), `"tssa"` (ToST), `"linear"`, `"softmax"` (ViT), `"agent"` (a ViT's attention
+            through representatives), or `"mita"` (through landmarks and the tokens that they select); a list names one
+            for each layer. `attention_cbsa.py` defines each.
+        feed_forward_type (`str`, defaults to `"ista"`):
+            `"ista"`, without a skip connection; `"odl"`, two steps in an overcomplete dictionary (CRATE-alpha), and
+            `"mlp"` with GELU (ViT), both with a skip connection; or `"none"`, attention only.
+        intermediate_size (`int`, *optional*):
+            Width of the MLP and of the dictionary of `"odl"`; `4 * hidden_size` when not given.
         patch_embedding_type (`str`, defaults to `"conv_stem"`):
             `"conv_stem"`; `"patchify"` (CRATE's: norm, linear, norm on flattened patches), or `"linear"` (ViT's).
         representatives_type (`str`, defaults to `"pool"`):
-            Whether initial representatives are a `"pool"` of the tokens or `"learned"`; for `"cbsa"` and `"agent"`.
+            Whether initial representatives are a `"pool"` of the tokens or `"learned"`; for `"cbsa"`, `"agent"` and
+            `"mita"`.
         representatives_size (`int` or `(int, int)`, defaults to 8):
             Height and width of the grid of representatives; 8 means 8 x 8, so m = 64.
+        landmarks_size (`int` or `(int, int)`, defaults to 5):
+            The same for `"mita"`, whose representatives are called landmarks.
         pooled_tokens (`str`, defaults to `"patches"`):
-            Which tokens the initial representatives are pooled from: the `"patches"`, or, as the published classifiers
-            do, `"all_but_last"` of all tokens, which reads CLS as the first patch and misses the last one.
+            Which tokens the initial representatives are pooled from: the `"patches"`, or `"all_but_last"`, which takes
+            CLS for the first patch and leaves out the last one, as the published classifiers do.
         size_factor (`bool`, defaults to `True`):
-            Whether the update of `"cbsa"` is multiplied by N / N0, the number of patches over that of the size that
-            the weights are made for. Without it the update shrinks as 1 / N when images grow, as in the reference
-            implementation. The mask decoder counts its class tokens in both.
+            Whether the update of `"cbsa"` is multiplied by N / N0: the number of patches over the number in training.
+            Without it the update shrinks as 1 / N when images grow, as in the reference implementation. The mask
+            decoder counts its class tokens in both numbers.
         base_num_patches (`int`, *optional*): N0 of the encoder; the patches at `image_size` when not given.
         num_register_tokens (`int`, defaults to 0):
-            Learned tokens between CLS and the patches (arXiv 2309.16588), which nothing is read from in the end.
-        ista_step_size (`float`, defaults to 0.1): Step of the ISTA feed-forward.
-        ista_threshold (`float`, defaults to 0.1): Weight lambda of its sparsity penalty.
+            Number of learned tokens between CLS and the patches (arXiv 2309.16588). No head reads them.
+        ista_step_size (`float`, defaults to 0.1): Step size of the feed-forwards `"ista"` and `"odl"`.
+        ista_threshold (`float`, defaults to 0.1): Weight lambda of their sparsity penalty.
         folded (`bool`, defaults to `False`):
-            Whether the weights are those that `cbsa_hf.fold` makes: affine parts of norms, batch norm, steps and both
-            products of ISTA folded into the layers around them. For inference only.
+            Whether the weights are those of a model that [`fold`] made, which merges norms, steps and the products of
+            ISTA into the layers around them. For inference only.
         drop_path_rate (`float`, defaults to 0.0):
-            Share of the images in a batch that skip the last layer's updates in training (stochastic depth); it rises
-            from 0 at the first layer. ISTA, which has no skip connection, is never skipped.
-        image_size (`int` or `(int, int)`, defaults to 224): Height and width in pixels that positions are made for.
-        patch_size (`int`, defaults to 16): Side of a patch in pixels; for the stem a power of two.
+            Stochastic depth (arXiv 1603.09382): the probability that an image skips the updates of the last layer in
+            training. It rises linearly from 0 at the first layer. ISTA has no skip connection and is never skipped.
+        image_size (`int` or `(int, int)`, defaults to 224): Height and width in pixels that there are positions for.
+        patch_size (`int`, defaults to 16): Side of a patch in pixels; a power of two for `"conv_stem"`.
         position_interpolation (`str`, defaults to `"bicubic"`):
-            How positions are made for other sizes: `"bicubic"`, as the published classifiers do, or `"bilinear"`, as
-            the published segmenters do.
+            How positions are interpolated for other sizes: `"bicubic"`, as in the published classifiers, or
+            `"bilinear"`, as in the published segmenters.
         num_channels (`int`, defaults to 3): Channels of the image.
         layer_norm_eps (`float`, defaults to 1e-5): Epsilon of every LayerNorm.
+        final_layer_norm_eps (`float`, *optional*):
+            Epsilon of the LayerNorm after the last layer; `layer_norm_eps` when not given.
         initializer_range (`float`, defaults to 0.02):
-            Standard deviation of the initial CLS token, positions, class tokens and convolutions. Linear layers start
-            as in torch (`kaiming_uniform_`), whose spread depends on their width.
+            Standard deviation of the initial CLS token, positions, class tokens and convolutions. Linear layers are
+            initialised as in torch, with `kaiming_uniform_`.
         decoder_type (`str`, defaults to `"cbsa"`):
-            What makes masks of the tokens: `"cbsa"`, `"mssa"`, `"softmax"` (Segmenter) or `"linear"`.
+            Mask decoder of the segmenter: `"cbsa"`, `"mssa"`, `"softmax"` (Segmenter) or `"linear"`.
             `mask_decoder_cbsa.py` defines each.
         decoder_num_layers (`int`, defaults to 3): Number of its layers.
         decoder_num_heads (`int`, defaults to 3): Number of their heads.
-        decoder_head_dim (`int`, *optional*): Dimension of one of these; when not given 100 for `"cbsa"` and `"mssa"`,
-            and the width of the tokens divided by the number of heads for `"softmax"`.
+        decoder_head_dim (`int`, *optional*): Dimension of one of its heads; when not given 100 for `"cbsa"` and
+            `"mssa"`, and the width of the tokens divided by the number of heads for `"softmax"`.
         decoder_representatives_size (`int` or `(int, int)`, defaults to 10): Its grid of representatives, for
             `"cbsa"`.
         decoder_base_num_patches (`int`, *optional*):
-            N0 of the mask decoder; the encoder's when not given, and with another backbone no factor.
-        semantic_loss_ignore_index (`int`, defaults to 255): Label of the pixels that do not count.
-        backbone_config (`PreTrainedConfig` or `dict`, *optional*): Another backbone of Transformers for the segmenter,
-            such as a `Dinov2Config`, in place of the encoder; all that describes the encoder has no effect then.
+            N0 of the mask decoder; the encoder's when not given. With another backbone there is then no size factor.
+        semantic_loss_ignore_index (`int`, defaults to 255): Label of the pixels that the loss ignores.
+        backbone_config (`PreTrainedConfig` or `dict`, *optional*): Configuration of a backbone of Transformers that
+            replaces the encoder of the segmenter, such as a `Dinov2Config`. The fields of the encoder then have no
+            effect.
         out_features (`list[str]`, *optional*): Stages whose feature maps a backbone returns: `"stem"` for the
             embeddings, `"stage1"`, `"stage2"`, ... for the layers; the last layer alone when not given.
         out_indices (`list[int]`, *optional*): The same by number, 0 for `"stem"`.
@@ -162,7 +173,7 @@ class CBSAConfig(BackboneConfigMixin, PreTrainedConfig):
             DepthAnything take them, tokens (batch, tokens, hidden_size), CLS first.
 
     Raises:
-        ValueError or `huggingface_hub.errors.StrictDataclassError`: a value that no model can be built from.
+        ValueError or `huggingface_hub.errors.StrictDataclassError`: if no model can be built from a value.
 
     Example:
 
@@ -188,6 +199,7 @@ class CBSAConfig(BackboneConfigMixin, PreTrainedConfig):
     patch_embedding_type: PatchEmbeddingType = "conv_stem"
     representatives_type: RepresentativesType = "pool"
     representatives_size: int | list[int] | tuple[int, int] = 8
+    landmarks_size: int | list[int] | tuple[int, int] = 5
     pooled_tokens: PooledTokens = "patches"
     size_factor: bool = True
     base_num_patches: int | None = None
@@ -201,6 +213,7 @@ class CBSAConfig(BackboneConfigMixin, PreTrainedConfig):
     position_interpolation: PositionInterpolation = "bicubic"
     num_channels: int = 3
     layer_norm_eps: float = 1e-5
+    final_layer_norm_eps: float | None = None
     initializer_range: float = 0.02
     decoder_type: DecoderType = "cbsa"
     decoder_num_layers: int = 3
@@ -234,7 +247,10 @@ class CBSAConfig(BackboneConfigMixin, PreTrainedConfig):
             raise ValueError(f"The configuration has a value of the wrong type: {error}") from error
 
     def check_values(self, others: dict):
-        """A ValueError for what Transformers would trip over, among the fields and the `others` that are none."""
+        """
+        Raises ValueError if Transformers would fail on a value without saying on which one. `others` are the keyword
+        arguments that are no fields.
+        """
         check_counts({**vars(self), **others})
         for dtype in (self.dtype, others.get("torch_dtype")):
             if dtype is not None and not isinstance(dtype, torch.dtype) and dtype not in DTYPES:
@@ -268,7 +284,10 @@ class CBSAConfig(BackboneConfigMixin, PreTrainedConfig):
 
     @staticmethod
     def read_backbone(values: dict) -> PreTrainedConfig:
-        """The configuration with those values; a ValueError when Transformers does not have it."""
+        """
+        The configuration of a backbone from the values in a dictionary. Raises ValueError if Transformers does not
+        know its `model_type`, or refuses a value.
+        """
         model_type = values.get("model_type")
         if not isinstance(model_type, str) or model_type not in CONFIG_MAPPING:
             raise ValueError(
@@ -290,19 +309,22 @@ class CBSAConfig(BackboneConfigMixin, PreTrainedConfig):
 
     def patch_grid(self, height: int, width: int) -> tuple[int, int]:
         """
-        (height, width) of the grid of patches that the encoder makes of an image of that many pixels: the stem's
-        convolutions round up, other embeddings leave out the pixels that fill no patch.
+        (height, width) of the grid of patches of an image of `height` x `width` pixels. The stem rounds up; other
+        embeddings ignore pixels that do not fill a patch.
         """
         rest = self.patch_size - 1 if self.patch_embedding_type == "conv_stem" else 0
         return (height + rest) // self.patch_size, (width + rest) // self.patch_size
 
     def save_pretrained(self, save_directory, **kwargs):
-        # A model that is saved enters itself alone; with the others, `AutoModel` opens a saved classifier too.
+        """
+        Writes `config.json`, with every model class of this library in `auto_map`. Transformers enters only the class
+        that is saved; with all of them, `AutoModel` opens a saved classifier too.
+        """
         self.auto_map = AUTO_MAP | (getattr(self, "auto_map", None) or {})
         super().save_pretrained(save_directory, **kwargs)
 
     def validate_sizes(self):
-        """Every count is at least 1 and every pair is a pair."""
+        """Counts are at least 1, and sizes are one side or a pair."""
         for name in (
             "hidden_size",
             "num_hidden_layers",
@@ -316,12 +338,12 @@ class CBSAConfig(BackboneConfigMixin, PreTrainedConfig):
             value = getattr(self, name)
             if value is None or value < 1:
                 raise ValueError(f"`{name}` is {value}, and has to be at least 1.")
-        for name in ("image_size", "representatives_size", "decoder_representatives_size"):
+        for name in ("image_size", "representatives_size", "landmarks_size", "decoder_representatives_size"):
             value = getattr(self, name)
             sides = [value, value] if isinstance(value, int) else value
             if len(sides) != 2 or min(sides) < 1:
                 raise ValueError(f"`{name}` is {value}; give one side or (height, width), each at least 1.")
-            if "representatives" in name and sides[0] * sides[1] > MAX_REPRESENTATIVES:
+            if name != "image_size" and sides[0] * sides[1] > MAX_REPRESENTATIVES:
                 raise ValueError(
                     f"`{name}` is {value}, which makes {sides[0] * sides[1]} representatives; their cost grows with "
                     f"the square of their number, which has to be at most {MAX_REPRESENTATIVES}."
@@ -342,7 +364,7 @@ class CBSAConfig(BackboneConfigMixin, PreTrainedConfig):
             )
 
     def validate_representatives(self):
-        """What says how representatives are made has no meaning where there are none."""
+        """Options for representatives fit together, and need an attention type that has representatives."""
         names = get_args(RepresentativeAttentionType)
         if not set(self.layer_attention_types) & set(names):
             for name, default in (("representatives_type", "pool"), ("pooled_tokens", "patches")):
@@ -364,7 +386,7 @@ class CBSAConfig(BackboneConfigMixin, PreTrainedConfig):
             )
 
     def validate_patch_size(self):
-        """The stem halves the image once per convolution and doubles its width each time."""
+        """Each convolution of the stem halves the image, and each but the first doubles the width."""
         patch_size = self.patch_size
         if patch_size < 1:
             raise ValueError(f"`patch_size` is {patch_size}, and has to be at least 1.")
@@ -382,23 +404,29 @@ class CBSAConfig(BackboneConfigMixin, PreTrainedConfig):
             )
 
     def validate_drop_path_rate(self):
+        """The rate is a probability below 1."""
         if not 0 <= self.drop_path_rate < 1:
             raise ValueError(f"`drop_path_rate` is {self.drop_path_rate}, and has to be from 0 to below 1.")
 
     def validate_numbers(self):
-        for name in ("ista_step_size", "ista_threshold", "layer_norm_eps", "initializer_range"):
+        """Step sizes, thresholds, epsilons and deviations are finite and not negative."""
+        names = ("ista_step_size", "ista_threshold", "layer_norm_eps", "final_layer_norm_eps", "initializer_range")
+        for name in names:
             value = getattr(self, name)
+            if value is None:
+                continue
             if not value >= 0:
                 raise ValueError(f"`{name}` is {value}, and must not be negative.")
             if value > sys.float_info.max:
                 raise ValueError(f"`{name}` is {value}, and has to be finite.")
 
     def validate_labels(self):
-        """The labels are numbered 0, 1, 2, ... without a hole, as the outputs are."""
+        """Labels are numbered 0, 1, 2, ... as the outputs are."""
         if sorted(self.id2label) != list(range(len(self.id2label))):
             raise ValueError(f"`id2label` has to number its {len(self.id2label)} labels from 0 without a hole.")
 
     def validate_decoder(self):
+        """The dimension of a head is at least 1, and `backbone_config` is no `CBSAConfig`."""
         if self.decoder_head_dim is not None and self.decoder_head_dim < 1:
             raise ValueError(f"`decoder_head_dim` is {self.decoder_head_dim}, and has to be at least 1.")
         if isinstance(self.backbone_config, CBSAConfig):

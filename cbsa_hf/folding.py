@@ -8,7 +8,7 @@ from torch import nn
 
 from .attention_cbsa import ContractAndBroadcastSelfAttention, SelfAttention, SoftmaxSelfAttention
 from .mask_decoder_cbsa import MaskDecoderLayer
-from .modeling_cbsa import CBSAISTA, CBSAConvStem, CBSALayer, CBSAPatchify, CBSAPreTrainedModel, ista_product
+from .modeling_cbsa import CBSAISTA, CBSAODL, CBSAConvStem, CBSALayer, CBSAPatchify, CBSAPreTrainedModel, ista_product
 
 
 Weights = dict[str, torch.Tensor]  # of one module, by the names that they have in it
@@ -65,7 +65,13 @@ def _(module: CBSALayer, weights: Weights):
             dictionary, ista.step_size, ista.threshold
         )
         fold_norm(weights, "layernorm_after", "feed_forward")
-    else:
+    elif isinstance(module.feed_forward, CBSAODL):
+        dictionary = weights["feed_forward.dictionary"]
+        step, threshold = module.feed_forward.step_size, module.feed_forward.threshold
+        weights["feed_forward.in_proj.weight"] = step * dictionary.T
+        weights["feed_forward.in_proj.bias"] = dictionary.new_full((dictionary.shape[1],), -step * threshold)
+        fold_norm(weights, "layernorm_after", "feed_forward.in_proj")
+    elif module.feed_forward.has_norm:
         fold_norm(weights, "layernorm_after", "feed_forward.fc1")
 
 

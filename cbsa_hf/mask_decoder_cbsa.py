@@ -1,7 +1,8 @@
 """
-Decoders for semantic segmentation: the encoder's patch tokens and their grid in, a mask of logits for each class out.
+Mask decoders for semantic segmentation: patch tokens in, logits of a mask for each class out.
 
-One class a decoder, one table by name at the end; to add one, write a class and enter it there.
+Each decoder is a class; the table at the end has them by name. To add a decoder, write its class and enter it in the
+table and in `DecoderType` of `configuration_cbsa.py`.
 """
 
 from collections import OrderedDict
@@ -17,15 +18,15 @@ from .configuration_cbsa import CBSAConfig
 
 class MaskDecoder(nn.Module):
     """
-    What all decoders share. Below, d is the width of the tokens, K the number of classes.
+    Base class of the decoders. In this file d is the width of the tokens and K the number of classes.
 
     Args:
-        config: of which the fields `decoder_*`, `num_labels` and `layer_norm_eps` count.
+        config: its fields `decoder_*`, `num_labels`, `layer_norm_eps` and `folded` are used.
         hidden_size: d.
-        base_num_patches: N0 of [`ContractAndBroadcastSelfAttention`]; None leaves its factor out.
+        base_num_patches: N0 of the size factor of [`ContractAndBroadcastSelfAttention`]; None for no size factor.
 
     Attributes:
-        has_class_tokens: whether class tokens attend to the patches, so that there are maps to return.
+        has_class_tokens: whether there are class tokens, whose attention to the patches can be returned.
     """
 
     has_class_tokens = False
@@ -39,19 +40,19 @@ class MaskDecoder(nn.Module):
     ) -> tuple[torch.Tensor, tuple[tuple[torch.Tensor, torch.Tensor], ...] | None]:
         """
         Args:
-            hidden_states: (batch, patches, d), row by row.
+            hidden_states: (batch, patches, d), the patch tokens row by row.
             grid: (height, width) of the patches.
-            output_attentions: whether the class tokens' maps are wanted.
+            output_attentions: whether to return the attention of the class tokens.
 
         Returns:
-            The mask logits (batch, K, *grid); and, per layer, what [`MaskDecoderLayer`] says of maps, or None when
-            they were not asked for or there are no class tokens.
+            The logits of the masks (batch, K, *grid); and per layer the attention of the class tokens, see
+            [`MaskDecoderLayer`], or None.
         """
         raise NotImplementedError(f"{type(self).__name__} does not say how it makes masks.")
 
 
 class LinearMaskDecoder(MaskDecoder):
-    """One linear layer on every patch token: what decoders are compared with."""
+    """A linear layer on each patch token: the baseline for the other decoders."""
 
     def __init__(self, config: CBSAConfig, hidden_size: int, base_num_patches: int | None = None):
         super().__init__(config, hidden_size, base_num_patches)
@@ -63,13 +64,13 @@ class LinearMaskDecoder(MaskDecoder):
 
 class MaskDecoderLayer(GradientCheckpointingLayer):
     """
-    `x = x + attention(LN(x))` on patch and class tokens, and, where the decoder has one, `x = x + mlp(LN(x))`.
+    A layer on patch and class tokens: `x = x + attention(LN(x))`, then `x = x + mlp(LN(x))` if there is an MLP.
 
     Args:
-        attention_type: name of the operator.
+        config, hidden_size, base_num_patches: see [`MaskDecoder`].
+        attention_type: name of the operator in `ATTENTIONS`.
         head_dim: dimension of one of its heads.
-        has_mlp: whether a feed-forward block follows it.
-        base_num_patches: see [`MaskDecoder`].
+        has_mlp: whether there is an MLP.
     """
 
     def __init__(
@@ -82,16 +83,16 @@ class MaskDecoderLayer(GradientCheckpointingLayer):
         base_num_patches: int | None = None,
     ):
         super().__init__()
-        attention = ATTENTIONS[attention_type]
-        options = {
-            "base_num_patches": base_num_patches,
-            "num_other_tokens": config.num_labels,
-            "folded": config.folded,
-        }
-        if attention.uses_representatives:
-            options["representatives"] = PooledRepresentatives(config.decoder_representatives_size, first_token=0)
         self.layernorm_before = block_norm(config, hidden_size)
-        self.attention = attention(hidden_size, config.decoder_num_heads, head_dim, **options)
+        self.attention = ATTENTIONS[attention_type](
+            hidden_size,
+            config.decoder_num_heads,
+            head_dim,
+            PooledRepresentatives(config.decoder_representatives_size, first_token=0),
+            base_num_patches=base_num_patches,
+            num_other_tokens=config.num_labels,
+            folded=config.folded,
+        )
         if has_mlp:
             self.layernorm_after = block_norm(config, hidden_size)
             self.feed_forward = nn.Sequential(
@@ -102,7 +103,7 @@ class MaskDecoderLayer(GradientCheckpointingLayer):
                 )
             )
         self.has_mlp = has_mlp
-        self.map_is_gram = attention.map_is_gram
+        self.map_is_gram = self.attention.map_is_gram
 
     def forward(
         self, hidden_states: torch.Tensor, grid: tuple[int, int], output_attentions: bool = False
@@ -111,15 +112,18 @@ class MaskDecoderLayer(GradientCheckpointingLayer):
         Args:
             hidden_states: (batch, patches + K, d), the class tokens last.
             grid: (height, width) of the patches.
-            output_attentions: whether the class tokens' maps are wanted.
+            output_attentions: whether to return the attention of the class tokens.
 
         Returns:
-            The tokens after this layer; and what each class token reads from the patches and what it writes to them,
-            its row and its column of the token-to-token map, each (batch, heads, K, *grid), or None.
+            The tokens after this layer, of the same shape; and a pair or None: how much each class token reads from
+            the patches, and how much it writes to them. These are its row and its column of the token-to-token map,
+            each (batch, heads, K, *grid).
         """
-        from_factor = output_attentions and self.map_is_gram
-        update, token_map, factor = self.attention(
-            self.layernorm_before(hidden_states), grid, output_attentions and not from_factor, from_factor
+        update, token_map, attention = self.attention(
+            self.layernorm_before(hidden_states),
+            grid,
+            output_attentions=output_attentions and not self.map_is_gram,
+            output_representative_attentions=output_attentions and self.map_is_gram,
         )
         hidden_states = hidden_states + update
         if self.has_mlp:
@@ -127,8 +131,8 @@ class MaskDecoderLayer(GradientCheckpointingLayer):
         if not output_attentions:
             return hidden_states, None
         num_patches = grid[0] * grid[1]
-        if from_factor:  # A^T A is symmetric, and these rows of it are linear in the number of patches
-            reads = writes = factor[..., num_patches:].transpose(2, 3) @ factor[..., :num_patches]
+        if self.map_is_gram:  # A^T A is symmetric, and the rows of the classes take time linear in the patches
+            reads = writes = attention[..., num_patches:].transpose(2, 3) @ attention[..., :num_patches]
         else:
             reads = token_map[:, :, num_patches:, :num_patches]
             writes = token_map[:, :, :num_patches, num_patches:].transpose(2, 3)
@@ -136,21 +140,27 @@ class MaskDecoderLayer(GradientCheckpointingLayer):
 
 
 class OneClassNorm(nn.LayerNorm):
-    """What is left of LayerNorm over the classes for a single one, which it would bring to 0: scale and shift."""
+    """Replaces the LayerNorm over the classes if there is one class, whose logit would be 0: scale and shift only."""
 
     def forward(self, masks: torch.Tensor) -> torch.Tensor:
+        """(..., 1) -> (..., 1)."""
         return masks * self.weight + self.bias
 
 
 class ClassTokenMaskDecoder(MaskDecoder):
     """
-    Class tokens, one learned embedding a class, attend together with the patches; the mask of a class is how similar
-    the patches are to its token in the end.
+    Base class of the decoders in which class tokens, one learned embedding per class, attend together with the
+    patches. The mask of a class is the similarity of the patches to its token after the last layer.
+
+    Attributes:
+        attention_type: name of the operator in `ATTENTIONS`.
+        head_dim: dimension of a head if the configuration gives none; None for d / number of heads.
+        has_mlp: whether the layers have an MLP.
     """
 
     has_class_tokens = True
     attention_type: str
-    head_dim: int | None = 100  # as published; None divides the width by the number of heads
+    head_dim: int | None = 100  # as published
     has_mlp = False
 
     def __init__(self, config: CBSAConfig, hidden_size: int, base_num_patches: int | None = None):
@@ -168,7 +178,7 @@ class ClassTokenMaskDecoder(MaskDecoder):
         self.mask_norm = norm(config.num_labels, eps=config.layer_norm_eps)
 
     def compare(self, patches: torch.Tensor, classes: torch.Tensor) -> torch.Tensor:
-        """Patches (batch, patches, d) and class tokens (batch, K, d) -> their cosines (batch, patches, K)."""
+        """Cosine similarities: (batch, patches, d), (batch, K, d) -> (batch, patches, K)."""
         return F.normalize(patches, dim=-1) @ F.normalize(classes, dim=-1).transpose(1, 2)
 
     def forward(self, hidden_states, grid, output_attentions=False):
@@ -185,8 +195,8 @@ class ClassTokenMaskDecoder(MaskDecoder):
 
 class ContractAndBroadcastMaskDecoder(ClassTokenMaskDecoder):
     """
-    The decoder of CBT (arXiv 2509.16875): CBSA, whose representatives are pooled from the patches alone; the class
-    tokens are read and written like any other. No feed-forward. Linear in the number of patches.
+    The decoder of CBT (arXiv 2509.16875): layers of CBSA without a feed-forward. The representatives are pooled from
+    the patches, and attend to patches and class tokens. Linear in the number of patches.
     """
 
     attention_type = "cbsa"
@@ -200,8 +210,8 @@ class MultiHeadSubspaceMaskDecoder(ClassTokenMaskDecoder):
 
 class SegmenterMaskDecoder(ClassTokenMaskDecoder):
     """
-    The mask transformer of Segmenter (arXiv 2105.05633): a projection, blocks of ViT, and a projection each for the
-    patches and the classes before they are compared. Quadratic in the number of patches.
+    The mask transformer of Segmenter (arXiv 2105.05633): a linear layer, layers of ViT, and a linear layer each for
+    the patches and the class tokens before they are compared. Quadratic in the number of patches.
     """
 
     attention_type = "softmax"

@@ -62,8 +62,9 @@ class CBSAModelOutput(BaseModelOutputWithPooling):
             final LayerNorm; with `output_hidden_states=True`.
         attentions: per layer the token-to-token map, (batch, heads, tokens, tokens), for `"cbsa"` `A^T A`; with
             `output_attentions=True`.
-        representative_attentions: per layer the factor A, (batch, heads, m, tokens), whose rows sum to 1, or None
-            where the layer's attention has no factor; with `output_representative_attentions=True`.
+        representative_attentions: per layer A, (batch, heads, m, tokens): for `"cbsa"` the attention of each
+            representative over the tokens, whose rows sum to 1. None where the attention type has no such A. With
+            `output_representative_attentions=True`.
     """
 
     representative_attentions: tuple[torch.FloatTensor, ...] | None = None
@@ -72,8 +73,12 @@ class CBSAModelOutput(BaseModelOutputWithPooling):
 @dataclass
 class CBSAImageClassifierOutput(ImageClassifierOutput):
     """
-    Output of [`CBSAForImageClassification`]: `loss` (when labels were given), `logits` (batch, num_labels), and what
-    [`CBSAModelOutput`] says of `hidden_states`, `attentions` and `representative_attentions`.
+    Output of [`CBSAForImageClassification`].
+
+    Args:
+        loss: scalar; with `labels`.
+        logits: (batch, num_labels), before the softmax.
+        hidden_states, attentions, representative_attentions: see [`CBSAModelOutput`].
     """
 
     representative_attentions: tuple[torch.FloatTensor, ...] | None = None
@@ -85,13 +90,13 @@ class CBSASemanticSegmenterOutput(SemanticSegmenterOutput):
     Output of [`CBSAForSemanticSegmentation`].
 
     Args:
-        loss: the mean cross-entropy of the pixels that count, when labels were given.
+        loss: scalar, the mean cross-entropy of the pixels that are not ignored; with `labels`.
         logits: (batch, num_labels, height, width), at the size of `pixel_values`.
-        hidden_states, attentions, representative_attentions: the encoder's, see [`CBSAModelOutput`]; of another
-            backbone what that returns.
-        decoder_attentions: per layer of the decoder the pair `reads, writes`, each (batch, heads, num_labels, grid
-            height, grid width): how much each class token reads from each patch, and writes to it. For `"cbsa"` they
-            are equal, since `A^T A` is symmetric. With `output_decoder_attentions=True`.
+        hidden_states, attentions, representative_attentions: those of the encoder, see [`CBSAModelOutput`]; with
+            another backbone what it returns.
+        decoder_attentions: per layer of the decoder a pair `reads, writes`, each (batch, heads, num_labels, grid
+            height, grid width): how much each class token reads from each patch, and how much it writes to it. For
+            `"cbsa"` they are equal, since `A^T A` is symmetric. With `output_decoder_attentions=True`.
     """
 
     representative_attentions: tuple[torch.FloatTensor, ...] | None = None
@@ -100,11 +105,12 @@ class CBSASemanticSegmenterOutput(SemanticSegmenterOutput):
 
 class CBSABatchNorm2d(nn.BatchNorm2d):
     """
-    Batch norm whose running statistics stand still, and normalise in training too, while its `weight` is frozen
-    (`requires_grad` is False): a frozen layer computes the same function before, during and after a training.
+    Batch norm that stays in evaluation mode while its `weight` is frozen (`requires_grad` is False), so that a frozen
+    layer computes the same function before, during and after training.
     """
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """(batch, channels, height, width) -> the same shape."""
         if self.weight.requires_grad or not self.training:
             return super().forward(hidden_states)
         return F.batch_norm(
@@ -114,10 +120,8 @@ class CBSABatchNorm2d(nn.BatchNorm2d):
 
 class CBSAConvStem(nn.Module):
     """
-    Stride-2 convolutions, each halving the image and doubling the width, with batch norm, and GELU between them.
-
-    Pixels (batch, channels, height, width) -> feature map (batch, hidden_size, height / patch, width / patch), rounded
-    up.
+    Patch embedding by 3 x 3 convolutions of stride 2 with batch norm, and GELU between them. Each halves the image,
+    and each but the first doubles the width. Heights and widths are rounded up.
     """
 
     def __init__(self, config: CBSAConfig):
@@ -139,6 +143,7 @@ class CBSAConvStem(nn.Module):
         return self.layers(pixel_values.contiguous(memory_format=torch.channels_last))
 
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """(batch, channels, height, width) -> (batch, hidden_size, grid height, grid width)."""
         height, width = (-(-side // self.patch_size) for side in pixel_values.shape[2:])
         if self.training or torch.is_grad_enabled() or is_torchdynamo_compiling() or height * width < MIN_TOKENS:
             return self.embed(pixel_values)
@@ -155,10 +160,8 @@ class CBSAConvStem(nn.Module):
 
 class CBSALinearEmbedding(nn.Module):
     """
-    One linear layer on non-overlapping patches (ViT). Pixels that fill no patch, right and bottom, are left out.
-
-    Pixels (batch, channels, height, width) -> feature map (batch, hidden_size, height / patch, width / patch), rounded
-    down.
+    Patch embedding of ViT: one linear layer on non-overlapping patches. Pixels at the right and at the bottom that do
+    not fill a patch are ignored.
     """
 
     def __init__(self, config: CBSAConfig):
@@ -168,13 +171,14 @@ class CBSALinearEmbedding(nn.Module):
         )
 
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """(batch, channels, height, width) -> (batch, hidden_size, grid height, grid width)."""
         return self.projection(pixel_values)
 
 
 class CBSAPatchify(nn.Module):
     """
-    LayerNorm, linear and LayerNorm on non-overlapping patches, each flattened in the order row, column, channel
-    (CRATE). Sizes as for [`CBSALinearEmbedding`].
+    Patch embedding of CRATE: LayerNorm, linear layer and LayerNorm on non-overlapping patches. The pixels of a patch
+    are flattened in the order row, column, channel. Incomplete patches are ignored, as in [`CBSALinearEmbedding`].
     """
 
     def __init__(self, config: CBSAConfig):
@@ -186,6 +190,7 @@ class CBSAPatchify(nn.Module):
         self.patch_size = config.patch_size
 
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """(batch, channels, height, width) -> (batch, hidden_size, grid height, grid width)."""
         side = self.patch_size
         patches = pixel_values.unfold(2, side, side).unfold(3, side, side)  # (batch, channels, height, width, p, p)
         patches = patches.permute(0, 2, 3, 4, 5, 1).flatten(3)
@@ -198,8 +203,8 @@ PATCH_EMBEDDINGS = {"conv_stem": CBSAConvStem, "patchify": CBSAPatchify, "linear
 
 class CBSAEmbeddings(nn.Module):
     """
-    Image -> CLS, registers if there are any, and patches; and the grid of the patches. CLS and patches have learned
-    positions.
+    Turns images into tokens: CLS, registers if there are any, and patches row by row. CLS and patches have learned
+    position embeddings.
     """
 
     def __init__(self, config: CBSAConfig):
@@ -217,6 +222,7 @@ class CBSAEmbeddings(nn.Module):
         self.position_embeddings = nn.Parameter(torch.zeros(1, 1 + self.grid[0] * self.grid[1], config.hidden_size))
 
     def check_size(self, pixel_values: torch.Tensor, interpolate_pos_encoding: bool | None):
+        """Raises ValueError if the number of channels or the size of the images does not fit the model."""
         _, num_channels, height, width = pixel_values.shape
         if num_channels != self.num_channels:
             raise ValueError(f"`pixel_values` has {num_channels} channels; this model takes {self.num_channels}.")
@@ -232,9 +238,9 @@ class CBSAEmbeddings(nn.Module):
             )
 
     def interpolate_pos_encoding(self, grid: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Positions of CLS (1, 1, hidden_size) and of a grid of any size (1, patches, hidden_size)."""
+        """Position embeddings of CLS (1, 1, hidden_size) and of a grid of any size (1, patches, hidden_size)."""
         cls_position, patch_positions = self.position_embeddings.split([1, self.grid[0] * self.grid[1]], dim=1)
-        # An exported graph is for every size; at the trained one it interpolates by the identity.
+        # An exported graph is for every size. At the size in training the interpolation changes nothing.
         if not is_torchdynamo_exporting() and grid == self.grid:
             return cls_position, patch_positions
         patch_positions = patch_positions.transpose(1, 2).unflatten(2, self.grid)
@@ -276,10 +282,11 @@ def ista_product(dictionary: torch.Tensor, step_size: float, threshold: float) -
 class CBSAISTA(nn.Module):
     """
     One proximal gradient step towards a sparse code in the dictionary D (CRATE, arXiv 2306.01129):
-    `relu(x + step * (D^T x - D^T D x) - step * threshold)`. Maps (..., hidden_size) to itself; no skip connection.
+    `relu(x + step * (D^T x - D^T D x) - step * threshold)`. No skip connection.
     """
 
     has_skip = False
+    has_norm = True
 
     def __init__(self, config: CBSAConfig):
         super().__init__()
@@ -297,6 +304,7 @@ class CBSAISTA(nn.Module):
         return lambda hidden_states: F.relu(F.linear(hidden_states, weight, bias))
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """(..., hidden_size) -> (..., hidden_size)."""
         if self.bias is not None:
             return F.relu(F.linear(hidden_states, self.weight, self.bias))
         weight = self.weight
@@ -307,7 +315,7 @@ class CBSAISTA(nn.Module):
         if in_one_product and not (in_graph or torch.is_autocast_enabled(hidden_states.device.type)):
             return self.prepare()(hidden_states)
         if in_one_product:
-            # One product with D^T - D^T D instead of two; to form that matrix costs as much as d tokens do.
+            # One product with D^T - D^T D instead of two. To form this matrix costs as much as d tokens.
             gradient = F.linear(hidden_states, weight.t() - weight.t() @ weight)
         else:
             residual = hidden_states - F.linear(hidden_states, weight)  # x - D x
@@ -315,10 +323,47 @@ class CBSAISTA(nn.Module):
         return F.relu(torch.add(hidden_states, gradient, alpha=self.step_size) - self.step_size * self.threshold)
 
 
-class CBSAMLP(nn.Module):
-    """The usual two layers with GELU between them (ViT). Maps (..., hidden_size) to itself; with a skip connection."""
+class CBSAODL(nn.Module):
+    """
+    Two proximal gradient steps towards a sparse code in an overcomplete dictionary D, and the code's product with a
+    second dictionary (CRATE-alpha, arXiv 2405.20299). With step size s and threshold t, x a column:
+
+        z1 = relu(s D^T x - s t)
+        z2 = relu(z1 - s D^T (D z1 - x) - s t)
+        output D1 z2
+
+    D and D1 are (hidden_size, intermediate_size). With a skip connection.
+    """
 
     has_skip = True
+    has_norm = True
+
+    def __init__(self, config: CBSAConfig):
+        super().__init__()
+        self.step_size = config.ista_step_size
+        self.threshold = config.ista_threshold
+        self.dictionary = nn.Parameter(torch.empty(config.hidden_size, config.intermediate_size))
+        # In a folded model this is s D^T x - s t, and takes over scale and shift of the norm.
+        self.in_proj = nn.Linear(config.hidden_size, config.intermediate_size) if config.folded else None
+        self.out_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """(..., hidden_size) -> (..., hidden_size)."""
+        if self.in_proj is not None:
+            gradient = self.in_proj(hidden_states)
+        else:
+            gradient = self.step_size * (F.linear(hidden_states, self.dictionary.t()) - self.threshold)
+        code = F.relu(gradient)
+        reconstruction = F.linear(code, self.dictionary)
+        code = F.relu(code + gradient - self.step_size * F.linear(reconstruction, self.dictionary.t()))
+        return self.out_proj(code)
+
+
+class CBSAMLP(nn.Module):
+    """The feed-forward of ViT: two linear layers with GELU between them. With a skip connection."""
+
+    has_skip = True
+    has_norm = True
 
     def __init__(self, config: CBSAConfig):
         super().__init__()
@@ -330,36 +375,61 @@ class CBSAMLP(nn.Module):
         return self
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """(..., hidden_size) -> (..., hidden_size)."""
         return self.fc2(F.gelu(self.fc1(hidden_states)))
 
 
-FEED_FORWARDS = {"ista": CBSAISTA, "mlp": CBSAMLP}
+class CBSANoFeedForward(nn.Identity):
+    """For models with attention only (arXiv 2506.03790): the identity, without a norm before it."""
+
+    has_skip = False
+    has_norm = False
+
+    def __init__(self, config: CBSAConfig):
+        super().__init__()
+
+
+FEED_FORWARDS = {"ista": CBSAISTA, "odl": CBSAODL, "mlp": CBSAMLP, "none": CBSANoFeedForward}
 
 
 def build_attention(config: CBSAConfig, attention_type: str, base_num_patches: int | None = None) -> SelfAttention:
-    """That operator, with its representatives where it has any; `base_num_patches` is N0 where it takes one."""
-    attention = ATTENTIONS[attention_type]
-    options = {"base_num_patches": base_num_patches, "folded": config.folded}
-    if attention.uses_representatives and config.representatives_type == "pool":
-        # The reference's quirk reads all tokens but the last as the grid, so its grid starts at CLS.
+    """
+    The attention operator of a layer of the encoder.
+
+    Args:
+        config: says which representatives the operator has, if it needs any.
+        attention_type: its name in `ATTENTIONS`.
+        base_num_patches: N0 of the size factor; None for no size factor.
+    """
+    height, width = to_pair(config.landmarks_size if attention_type == "mita" else config.representatives_size)
+    if config.representatives_type == "pool":
+        # The reference implementation takes all tokens but the last for the grid, which then starts at CLS.
         first_token = {"patches": 1 + config.num_register_tokens, "all_but_last": 0}[config.pooled_tokens]
-        options["representatives"] = PooledRepresentatives(config.representatives_size, first_token)
-    elif attention.uses_representatives:
-        height, width = to_pair(config.representatives_size)
-        options["representatives"] = LearnedRepresentatives(
-            config.num_attention_heads, height * width, config.head_dim
-        )
-    return attention(config.hidden_size, config.num_attention_heads, config.head_dim, **options)
+        representatives = PooledRepresentatives((height, width), first_token)
+    else:
+        representatives = LearnedRepresentatives(config.num_attention_heads, height * width, config.head_dim)
+    return ATTENTIONS[attention_type](
+        config.hidden_size,
+        config.num_attention_heads,
+        config.head_dim,
+        representatives,
+        base_num_patches=base_num_patches,
+        folded=config.folded,
+    )
 
 
 class CBSADropPath(nn.Module):
-    """In training, zero for a random share of a batch (batch, ...), the rest scaled up (arXiv 1603.09382)."""
+    """
+    Stochastic depth (arXiv 1603.09382): in training, the update of a random share `rate` of the images is set to zero,
+    and that of the others is divided by `1 - rate`.
+    """
 
     def __init__(self, rate: float):
         super().__init__()
         self.rate = rate
 
     def forward(self, update: torch.Tensor) -> torch.Tensor:
+        """(batch, ...) -> the same shape."""
         if not self.training or self.rate == 0:
             return update
         kept = update.new_empty(update.shape[0], *[1] * (update.ndim - 1)).bernoulli_(1 - self.rate)
@@ -367,7 +437,10 @@ class CBSADropPath(nn.Module):
 
 
 class CBSALayer(GradientCheckpointingLayer):
-    """`h = z + attention(LN(z))`, then `z' = ista(LN(h))`, or `z' = h + mlp(LN(h))`."""
+    """
+    A layer of the encoder: `h = z + attention(LN(z))`, then `z' = ista(LN(h))`, or `z' = h + feed_forward(LN(h))` with
+    ODL or an MLP, or `z' = h` without a feed-forward.
+    """
 
     def __init__(
         self,
@@ -380,9 +453,10 @@ class CBSALayer(GradientCheckpointingLayer):
         self.drop_path = CBSADropPath(drop_path_rate)
         self.layernorm_before = block_norm(config, config.hidden_size)
         self.attention = build_attention(config, attention_type, base_num_patches)
-        self.layernorm_after = block_norm(config, config.hidden_size)
-        self.feed_forward = FEED_FORWARDS[config.feed_forward_type](config)
-        # Known here once and for all: adapters may wrap a block, and a wrapper has none of its attributes.
+        feed_forward = FEED_FORWARDS[config.feed_forward_type]
+        self.layernorm_after = block_norm(config, config.hidden_size) if feed_forward.has_norm else nn.Identity()
+        self.feed_forward = feed_forward(config)
+        # Stored here, since adapters may wrap the feed-forward in a module without this attribute.
         self.has_skip = self.feed_forward.has_skip
 
     def takes_tiles(self, hidden_states: torch.Tensor) -> bool:
@@ -413,6 +487,8 @@ class CBSALayer(GradientCheckpointingLayer):
 
 
 class CBSAPreTrainedModel(PreTrainedModel):
+    """Base class of the models: initial weights, outputs on request, and what Transformers needs to know."""
+
     config: CBSAConfig
     base_model_prefix = "cbsa"
     main_input_name = "pixel_values"
@@ -431,8 +507,8 @@ class CBSAPreTrainedModel(PreTrainedModel):
     def _init_weights(self, module: nn.Module):
         super()._init_weights(module)
         if isinstance(module, nn.Linear):
-            # Variance 1 / (3 fan_in), torch's own default: at 0.02, usual for wider transformers, the updates start so
-            # small that a tiny model hardly mixes its tokens and learns slowly.
+            # torch's default, of variance 1 / (3 fan_in). With the usual deviation of 0.02 the updates of a tiny model
+            # are so small that it hardly mixes its tokens, and learns slowly.
             init.kaiming_uniform_(module.weight, a=5**0.5)
         elif isinstance(module, CBSAEmbeddings):
             init.trunc_normal_(module.cls_token, std=self.config.initializer_range)
@@ -446,6 +522,8 @@ class CBSAPreTrainedModel(PreTrainedModel):
             init.ones_(module.temp)
         elif isinstance(module, LearnedRepresentatives):
             init.normal_(module.weight)
+        elif isinstance(module, CBSAODL):
+            init.kaiming_uniform_(module.dictionary)
         elif isinstance(module, CBSAISTA):
             init.kaiming_uniform_(module.weight)
             if module.bias is not None:
@@ -454,32 +532,36 @@ class CBSAPreTrainedModel(PreTrainedModel):
             init.trunc_normal_(module.class_embeddings, std=self.config.initializer_range)
 
     def train(self, mode: bool = True) -> "CBSAPreTrainedModel":
+        """Sets the training or evaluation mode. Raises ValueError if a folded model is to be trained."""
         if mode and self.config.folded:
             raise ValueError("A folded model is for inference; train the model that it was folded from.")
         return super().train(mode)
 
     def _replicate_for_data_parallel(self):
-        # Replicas share the dictionaries of hooks; each would enter its own for the outputs that are asked for.
+        # Replicas share the dictionaries of hooks. Without this each would add hooks of its own for requested outputs.
         maybe_install_capturing_hooks(self)
         return super()._replicate_for_data_parallel()
 
     def is_wanted(self, name: str, kwargs: dict) -> bool:
-        """Whether that output is asked for: by the keyword if it was given, else by the configuration."""
+        """Whether an output is requested: by the keyword argument if it is given, else by the configuration."""
         value = kwargs.get(name)
         return getattr(self.config, name) if value is None else value
 
 
 def dtype_of(module: nn.Module) -> torch.dtype:
     """
-    Of the first weight in a module. `PreTrainedModel.dtype` asks for parameters, of which the replicas that
-    `torch.nn.DataParallel` makes have none: their weights are tensors.
+    The dtype of a module's weights. `PreTrainedModel.dtype` needs parameters, and the replicas of
+    `torch.nn.DataParallel` have none: their weights are plain tensors.
     """
     weights = (getattr(part, "weight", None) for part in module.modules())
     return next(w.dtype for w in weights if isinstance(w, torch.Tensor) and w.is_floating_point())
 
 
 def representative_attentions_per_layer(forward: Callable) -> Callable:
-    """Transformers leaves out what a layer does not return; this puts None there in `representative_attentions`."""
+    """
+    Decorates the encoder's `forward`: `representative_attentions` has one entry per layer, None for a layer without.
+    Transformers leaves such layers out.
+    """
 
     @wraps(forward)
     def wrapper(self, *args, **kwargs):
@@ -497,7 +579,7 @@ def representative_attentions_per_layer(forward: Callable) -> Callable:
 
 
 class CBSAModel(CBSAPreTrainedModel):
-    """The encoder: image in, CLS and patch tokens out."""
+    """The encoder: takes images and returns CLS, registers and patches as tokens."""
 
     def __init__(self, config: CBSAConfig):
         super().__init__(config)
@@ -515,12 +597,13 @@ class CBSAModel(CBSAPreTrainedModel):
                 for attention_type, rate in zip(config.layer_attention_types, rates, strict=True)
             ]
         )
-        self.layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        eps = config.layer_norm_eps if config.final_layer_norm_eps is None else config.final_layer_norm_eps
+        self.layernorm = nn.LayerNorm(config.hidden_size, eps=eps)
         self.post_init()
 
     @property
     def base_num_patches(self) -> int | None:
-        """N0 of the attention's size factor; None where the configuration leaves the factor out."""
+        """N0 of the size factor of the attention, in patches; None if the configuration turns the factor off."""
         if not self.config.size_factor:
             return None
         height, width = self.config.patch_grid(*to_pair(self.config.image_size))
@@ -538,13 +621,13 @@ class CBSAModel(CBSAPreTrainedModel):
         """
         Args:
             pixel_values: (batch, channels, height, width), normalised; cast to the model's dtype.
-            interpolate_pos_encoding: accept any size of at least one patch a side, not only `config.image_size`.
+            interpolate_pos_encoding: accept any size of at least one patch per side, not only `config.image_size`.
             output_hidden_states, output_attentions, output_representative_attentions (`bool`, *optional*):
-                also return what [`CBSAModelOutput`] says; the configuration's value counts when not given.
+                also return these, see [`CBSAModelOutput`]; by default as the configuration says.
 
         Raises:
-            ValueError: the number of channels or the size does not fit; or no layer's attention has a factor to
-                return.
+            ValueError: if the number of channels or the size does not fit, or if no layer has representative
+                attentions to return.
         """
         output_attentions = self.is_wanted("output_attentions", kwargs)
         output_representative_attentions = self.is_wanted("output_representative_attentions", kwargs)
@@ -552,8 +635,8 @@ class CBSAModel(CBSAPreTrainedModel):
             ATTENTIONS[name].has_representative_attentions for name in self.config.layer_attention_types
         ):
             raise ValueError(
-                f"Attention type {self.config.attention_type!r} has no `representative_attentions`, because its map "
-                "has no factor; `output_attentions=True` gives the map itself."
+                f"Attention type {self.config.attention_type!r} has no `representative_attentions`; "
+                "`output_attentions=True` gives its token-to-token map."
             )
 
         hidden_states, grid = self.embeddings(pixel_values, interpolate_pos_encoding)
@@ -564,7 +647,7 @@ class CBSAModel(CBSAPreTrainedModel):
 
 
 class CBSAForImageClassification(CBSAPreTrainedModel):
-    """The encoder with a linear classifier on the CLS token."""
+    """Image classifier: the encoder with a linear layer on the CLS token."""
 
     def __init__(self, config: CBSAConfig):
         super().__init__(config)
@@ -584,7 +667,7 @@ class CBSAForImageClassification(CBSAPreTrainedModel):
         """
         Args:
             pixel_values, interpolate_pos_encoding, output_*: see [`CBSAModel`].
-            labels: (batch,) class indices; with them the output has the cross-entropy as `loss`.
+            labels: (batch,) class indices; with them the output has a `loss`, the cross-entropy.
         """
         outputs = self.cbsa(
             pixel_values, interpolate_pos_encoding=interpolate_pos_encoding, return_dict=True, **kwargs
@@ -602,16 +685,16 @@ class CBSAForImageClassification(CBSAPreTrainedModel):
 
 class CBSAForSemanticSegmentation(CBSAPreTrainedModel):
     """
-    An encoder with a decoder that makes a mask for each class: the CBSA encoder, or the last feature map of the
-    backbone that `config.backbone_config` describes. Takes any size: the image is padded with zeros, right and bottom,
-    to whole patches, and the padding is removed from the logits.
+    Semantic segmenter: an encoder, and a decoder that makes a mask for each class. The encoder is that of CBSA, or the
+    backbone that `config.backbone_config` describes, of which the last feature map is taken. Images may have any size:
+    they are padded with zeros to whole patches, at the right and at the bottom, and the logits are cropped.
 
-    With one label, as in Segformer, a pixel belongs to it where the sigmoid of its logit is above a half: labels are 0
-    and 1 and the loss is the binary cross-entropy. [`SlidingWindowSegmenter`] gives 0 and 1. The argmax that
-    `pipeline("image-segmentation")` and `post_process_semantic_segmentation` take of one label is 0 everywhere.
+    With one label the segmenter is binary, as in Segformer: labels are 0 and 1, the loss is the binary cross-entropy,
+    and a pixel has the label if the sigmoid of its logit is above 0.5. [`SlidingWindowSegmenter`] gives 0 and 1.
+    `pipeline("image-segmentation")` and `post_process_semantic_segmentation` take the argmax, which is 0 everywhere.
     """
 
-    # The loss is a mean over the pixels of one batch; `Trainer` has to average it over accumulated batches itself.
+    # The loss is a mean over the pixels of one batch. So `Trainer` has to average it over accumulated batches itself.
     accepts_loss_kwargs = False
 
     def __init__(self, config: CBSAConfig):
@@ -627,7 +710,7 @@ class CBSAForSemanticSegmentation(CBSAPreTrainedModel):
             self.backbone = AutoBackbone.from_config(config.backbone_config)
             for module in self.backbone.modules():
                 if type(module) is nn.BatchNorm2d:
-                    module.__class__ = CBSABatchNorm2d  # one rule for what is frozen, whosever the backbone is
+                    module.__class__ = CBSABatchNorm2d  # the same rule for frozen layers in every backbone
             hidden_size = self.backbone.channels[-1]
         # Backbones without patches, such as ResNet, take every size as it is.
         self.patch_size = to_pair(getattr(config.backbone_config or config, "patch_size", 1))
@@ -637,7 +720,7 @@ class CBSAForSemanticSegmentation(CBSAPreTrainedModel):
         self.post_init()
 
     def encode(self, pixel_values: torch.Tensor, kwargs: dict) -> tuple[torch.Tensor, tuple[int, int], ModelOutput]:
-        """Patch tokens (batch, patches, width), their grid, and all that the encoder returned."""
+        """Returns the patch tokens (batch, patches, width), their grid, and the output of the encoder."""
         if self.config.backbone_config is None:
             outputs = self.cbsa(pixel_values, interpolate_pos_encoding=True, return_dict=True, **kwargs)
             grid = self.config.patch_grid(*pixel_values.shape[2:])
@@ -663,15 +746,16 @@ class CBSAForSemanticSegmentation(CBSAPreTrainedModel):
         """
         Args:
             pixel_values: (batch, channels, height, width), normalised; any size.
-            labels: (batch, height, width) class indices, `config.semantic_loss_ignore_index` where a pixel does not
-                count; with them the output has the cross-entropy as `loss`.
-            output_*: see [`CBSAModel`] for the encoder's.
-            output_decoder_attentions (`bool`, *optional*): also return what the class tokens read and write; the
-                configuration's value counts when not given.
+            labels: (batch, height, width) class indices; the loss ignores pixels with
+                `config.semantic_loss_ignore_index`. With them the output has a `loss`, the cross-entropy.
+            output_hidden_states, output_attentions, output_representative_attentions: of the encoder, see
+                [`CBSAModel`].
+            output_decoder_attentions (`bool`, *optional*): also return what the class tokens read and write; by
+                default as the configuration says.
 
         Raises:
-            ValueError: the sizes of image and labels differ; or there are no class tokens or representatives whose
-                attention could be returned.
+            ValueError: if images and labels differ in size, or if the encoder or the decoder does not have a requested
+                attention.
         """
         batch_size, _, height, width = pixel_values.shape
         if labels is not None and labels.shape != (batch_size, height, width):
@@ -684,7 +768,7 @@ class CBSAForSemanticSegmentation(CBSAPreTrainedModel):
                 f"Decoder type {self.config.decoder_type!r} has no class tokens, so there are no `decoder_attentions`."
             )
 
-        # By floor division of what is positive: of remainders and negative numbers the compilers have their own ideas.
+        # Floor division of positive numbers, since compilers treat remainders and negative numbers in different ways.
         rows, columns = (
             (side + p - 1) // p * p - side for side, p in zip((height, width), self.patch_size, strict=True)
         )
@@ -705,7 +789,7 @@ class CBSAForSemanticSegmentation(CBSAPreTrainedModel):
                 loss = (losses * counts).sum()
             else:
                 loss = F.cross_entropy(logits.float(), labels, ignore_index=ignore_index, reduction="sum")
-            loss = loss / counts.sum().clamp(min=1)  # 0, not NaN, where no pixel counts
+            loss = loss / counts.sum().clamp(min=1)  # 0, not NaN, if all pixels are ignored
         return CBSASemanticSegmenterOutput(
             loss=loss,
             logits=logits,
@@ -738,7 +822,7 @@ class CBSABackbone(BackboneMixin, CBSAPreTrainedModel):
             pixel_values, output_hidden_states, output_attentions: see [`CBSAModel`].
 
         Raises:
-            ValueError: the factor was asked for, for which the output of a backbone has no place.
+            ValueError: if `output_representative_attentions` is set, which the output of a backbone has no field for.
         """
         if self.is_wanted("output_representative_attentions", kwargs):
             raise ValueError("A backbone does not return `representative_attentions`; `CBSAModel` does.")

@@ -448,7 +448,14 @@ def test_interrupted_process(photo_file, tmp_path, seconds):
     for index in range(200):
         (tmp_path / f"cat{index}.png").hardlink_to(photo_file)
     arguments = [str(ROOT / "cbsa_command.py"), "segment", str(tmp_path), "-o", str(tmp_path / "out")]
-    process = subprocess.Popen([sys.executable, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [sys.executable, *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        # The jobs that a shell starts in the background ignore SIGINT, and so would this one if pytest is such a job.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     time.sleep(seconds)
     process.send_signal(signal.SIGINT)
     _, error = process.communicate(timeout=120)

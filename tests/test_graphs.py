@@ -31,6 +31,7 @@ CASES = [
     (CBSAForImageClassification, {"pooled_tokens": "all_but_last"}),
     (CBSAForImageClassification, {"patch_embedding_type": "patchify", "attention_type": "tssa"}),
     (CBSAForImageClassification, {"patch_embedding_type": "linear", "attention_type": "agent"}),
+    (CBSAForImageClassification, {"attention_type": "mita", "feed_forward_type": "odl"}),
     (CBSABackbone, {"out_features": ["stem", "stage1"]}),
     (CBSABackbone, {"patch_embedding_type": "patchify", "attention_type": "linear", "reshape_hidden_states": False}),
     (CBSABackbone, {"patch_embedding_type": "linear", "representatives_type": "learned", "num_register_tokens": 1}),

@@ -24,7 +24,7 @@ T = TypeVar("T")
 
 OPTIMIZERS = ("adamw", "lion", "muon", "sgd")
 SCHEDULES = ("cosine", "polynomial")
-ADAPTED_TYPES = ("agent", "cbsa")  # of attention, that `adapt.py` can put in place of softmax attention
+ADAPTED_TYPES = ("agent", "mita", "cbsa")  # of attention, that `adapt.py` can put in place of softmax attention
 SCORED_TASKS = ("image-classification", "semantic-segmentation", "zero-shot-segmentation")
 MIN_FOREGROUND = 0.02  # share of an image that is foreground, for zero-shot segmentation to score it
 

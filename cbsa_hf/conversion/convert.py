@@ -94,7 +94,7 @@ def convert_checkpoint(
     Args:
         source: a file of weights, a folder, or a hub id.
         origin: a name in `ORIGINS`; by default the one that the keys match.
-        attention_type: for a ViT `"softmax"`, which is exact, or `"agent"`, which has to be fine-tuned.
+        attention_type: for a ViT `"softmax"`, which is exact, or `"agent"` or `"mita"`, which have to be fine-tuned.
         num_heads: number of heads, if neither the weights nor a `config.json` tell it.
 
     Raises:

@@ -101,6 +101,16 @@ def derive_decoder(weights: Weights, decoder_type: str, num_heads: int) -> dict:
     return values
 
 
+def derive_feed_forward(weights: Weights) -> dict:
+    """The fields of the configuration for the feed-forward block, by the weights of the first layer."""
+    feed_forward = "cbsa.layers.0.feed_forward"
+    if f"{feed_forward}.dictionary" in weights:
+        return {"feed_forward_type": "odl", "intermediate_size": shape_of(weights, f"{feed_forward}.dictionary", 2)[1]}
+    if f"{feed_forward}.weight" in weights:
+        return {"feed_forward_type": "ista"}
+    return {"feed_forward_type": "mlp", "intermediate_size": shape_of(weights, f"{feed_forward}.fc1.weight", 2)[0]}
+
+
 def derive_labels(weights: Weights, source_config: PreTrainedConfig | None) -> dict:
     """The fields of the configuration for the classes of a classifier; none without a classifier."""
     if "classifier.weight" not in weights:
@@ -140,9 +150,7 @@ def derive_config(
         values["image_size"] = source_config.image_size
         num_heads = num_heads or source_config.num_attention_heads
     values["head_dim"] = derive_head_dim(weights, num_heads)
-    if "cbsa.layers.0.feed_forward.weight" not in weights:
-        intermediate_size = shape_of(weights, "cbsa.layers.0.feed_forward.fc1.weight", 2)[0]
-        values |= {"feed_forward_type": "mlp", "intermediate_size": intermediate_size}
+    values |= derive_feed_forward(weights)
     if attention_type == "cbsa":
         values["base_num_patches"] = num_patches  # the size of the training, where the size factor is 1
     if origin == "cbt":
@@ -157,6 +165,7 @@ def derive_config(
             num_attention_heads=num_heads,
             attention_type=attention_type,
             layer_norm_eps=ORIGINS[origin].layer_norm_eps or source_config.layer_norm_eps,
+            final_layer_norm_eps=ORIGINS[origin].final_layer_norm_eps,
             **values,
         )
     except StrictDataclassError as error:

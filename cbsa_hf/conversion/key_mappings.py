@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 
 
-VIT_ATTENTIONS = ("softmax", "agent")
+VIT_ATTENTIONS = ("softmax", "agent", "mita")
 
 TIMM_LAYER = {
     "norm1": "layernorm_before",
@@ -80,6 +80,18 @@ def rename_reference(key: str) -> str | None:
         case ["transformer", "layers", layer, "1", "fn", "weight"]:
             return f"cbsa.layers.{layer}.feed_forward.weight"
     return None
+
+
+def rename_crate_alpha(key: str) -> str | None:
+    """Parameter name of CRATE-alpha -> ours, or None."""
+    match key.split("."):
+        case ["conv1", kind]:
+            return f"cbsa.embeddings.patch_embeddings.projection.{kind}"
+        case ["transformer", "layers", layer, "1", "fn", "D"]:
+            return f"cbsa.layers.{layer}.feed_forward.dictionary"
+        case ["transformer", "layers", layer, "1", "fn", "D1"]:
+            return f"cbsa.layers.{layer}.feed_forward.out_proj.weight"
+    return rename_reference(key)
 
 
 def rename_timm(key: str) -> str | None:
@@ -157,6 +169,7 @@ class Origin:
         rename: returns our name for a parameter, or None if it has no place in a CBSA model.
         attention_types: the attention types that its attention can become; the first one is exact.
         layer_norm_eps: epsilon of its LayerNorms; None if its `config.json` says so.
+        final_layer_norm_eps: epsilon of its last LayerNorm; None if it is the same.
         decoder_type: decoder type of a segmenter; None for other models.
     """
 
@@ -166,11 +179,12 @@ class Origin:
     rename: Callable[[str], str | None]
     attention_types: tuple[str, ...]
     layer_norm_eps: float | None = None
+    final_layer_norm_eps: float | None = None
     decoder_type: str | None = None
 
 
-# Origins are tried in this order: state dicts of Segmenter also have the mark of timm, those of ToST the mark of
-# CRATE, and those of DINOv2 the mark of ViT.
+# Origins are tried in this order: state dicts of Segmenter also have the mark of timm, those of ToST and CRATE-alpha
+# the mark of CRATE, and those of DINOv2 the mark of ViT.
 ORIGINS = {
     "cbt-segmenter": Origin(
         "CBT segmenter",
@@ -195,6 +209,15 @@ ORIGINS = {
     ),
     "tost": Origin(
         "ToST", "2412.17810", "transformer.layers.0.0.fn.temp", rename_reference, ("tssa",), layer_norm_eps=1e-5
+    ),
+    "crate-alpha": Origin(
+        "CRATE-alpha",
+        "2405.20299",
+        "transformer.layers.0.1.fn.D1",
+        rename_crate_alpha,
+        ("mssa",),
+        layer_norm_eps=1e-6,
+        final_layer_norm_eps=1e-5,
     ),
     "crate": Origin(
         "CRATE", "2306.01129", "transformer.layers.0.0.fn.qkv.weight", rename_reference, ("mssa",), layer_norm_eps=1e-5
@@ -261,6 +284,9 @@ def convert_state_dict(weights: dict[str, torch.Tensor], origin: str) -> tuple[d
         if name is None or name in converted:
             raise ValueError(f"`{key}` has no place in a CBSA model; is this a model of origin {origin}?")
         converted[name] = tensor.float() if tensor.is_floating_point() else tensor
+    if origin == "crate-alpha":  # whose output layers have no bias
+        for name in [name for name in converted if name.endswith("attention.out_proj.weight")]:
+            converted.setdefault(name.replace(".weight", ".bias"), converted[name].new_zeros(len(converted[name])))
     return fold_layer_scale(transpose_products(split_qkv(converted))), dropped
 
 

@@ -20,9 +20,8 @@ def class_attention_maps(
     How much the attention to each patch raises the logit of a class, in each layer and head: the positive part of the
     attention times its gradient (arXiv 2103.15679), summed over all that attend to the patch.
 
-    The attention is A, (m, tokens), where the operator has representatives or features in their place (`cbsa`,
-    `agent`, `linear`), and the token-to-token map where it has not (`softmax`, `mssa`). The gradient with respect to A
-    contains all that A does: for `cbsa` how the representatives read the tokens, and what they write to them.
+    The attention is A, (m, tokens), where the token-to-token map is `A^T A` (`cbsa`, `linear`), and else that map. For
+    `cbsa` the gradient with respect to A has both uses of A: the representatives read the tokens, and write to them.
 
     Args:
         model: a CBSA classifier, wrapped or not. It stays as it is, and its parameters get no gradients.
@@ -39,7 +38,7 @@ def class_attention_maps(
     grid = patch_grid(model, pixel_values)
     operators = layer_operators(model)
     for name, operator in zip(unwrap(model).config.layer_attention_types, operators, strict=True):
-        if not (operator.has_representative_attentions or operator.map_is_exact):
+        if not (operator.map_is_gram or operator.map_is_exact):
             raise ValueError(
                 f"Attention type {name!r} makes its update without a map, so the logits have no gradient with respect "
                 "to one."
@@ -47,12 +46,12 @@ def class_attention_maps(
     with evaluating(unwrap(model)) as copy, torch.enable_grad():
         if not hasattr(copy, "classifier"):
             raise ValueError(f"A {type(copy).__name__} has no logits of an image; give a classifier.")
-        is_representative = [operator.has_representative_attentions for operator in operators]
+        is_gram = [operator.map_is_gram for operator in operators]
         outputs = copy(
             pixel_values.detach().to(copy.device).requires_grad_(),  # a graph also where all parameters are frozen
             interpolate_pos_encoding=True,
-            output_representative_attentions=any(is_representative),
-            output_attentions=not all(is_representative),
+            output_representative_attentions=any(is_gram),
+            output_attentions=not all(is_gram),
         )
         labels = outputs.logits.argmax(-1) if labels is None else labels.to(outputs.logits.device)
         num_images, num_labels = outputs.logits.shape
@@ -62,8 +61,8 @@ def class_attention_maps(
                 f"the {num_images} images."
             )
         attentions = [
-            (outputs.representative_attentions if found else outputs.attentions)[index]
-            for index, found in enumerate(is_representative)
+            (outputs.representative_attentions if gram else outputs.attentions)[index]
+            for index, gram in enumerate(is_gram)
         ]
         gradients = torch.autograd.grad(outputs.logits.gather(1, labels.unsqueeze(1)).sum(), attentions)
     maps = [(a.detach() * g).clamp_min(0).sum(2) for a, g in zip(attentions, gradients, strict=True)]

@@ -125,12 +125,12 @@ def segments(found: Segmented) -> str:
     )
 
 
-def curtain(name: str, left: str, right: str, description: str) -> str:
+def curtain(name: str, kind: str, left: str, right: str, description: str) -> str:
     """Two pictures over the photo, and a slider that moves the line between them."""
     return (
         f'<figure><figcaption>{name}</figcaption><div class="stage over">'
-        f'<img class="under" src="{left}" alt="{escape(description)}">'
-        f'<img class="upper" src="{right}" alt=""><span class="mark"></span></div>'
+        f'<img class="under {kind}" src="{left}" alt="{escape(description)}">'
+        f'<img class="upper {kind}" src="{right}" alt=""><span class="mark"></span></div>'
         '<input class="split" type="range" min="0" max="100" value="50" '
         f'aria-label="{name}: how much of the left model"></figure>'
     )
@@ -153,8 +153,8 @@ def compare(
     kinds = " and ".join(dict.fromkeys(look.model.config.attention_type for look in looks))
     return (
         f"<p>Left <b>{escape(names[0])}</b>, right <b>{escape(names[1])}</b>; attention type {escape(kinds)}.</p>"
-        f'<div class="pair">{curtain("Segments", *pictures, "; ".join(described))}'
-        f"<div>{curtain(what, *drawn, '; '.join(seen))}{bars}</div></div>"
+        f'<div class="pair">{curtain("Segments", "labels", *pictures, "; ".join(described))}'
+        f"<div>{curtain(what, 'map', *drawn, '; '.join(seen))}{bars}</div></div>"
     )
 
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import zipfile
 from pathlib import Path
 
@@ -74,6 +75,68 @@ def dinov2() -> Dinov2Model:
 @pytest.fixture
 def pixel_values() -> torch.Tensor:
     return torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+
+
+def crate_alpha_weights(width=24, layers=2, patch=8, patches=16, labels=5) -> dict[str, torch.Tensor]:
+    """Random tensors with the names and shapes of CRATE-alpha's checkpoints."""
+    torch.manual_seed(0)
+    shapes = {"conv1.weight": (width, 3, patch, patch), "conv1.bias": (width,), "cls_token": (1, 1, width)}
+    shapes |= {"pos_embedding": (1, 1 + patches, width), "mlp_head.1.weight": (labels, width)}
+    shapes |= {"mlp_head.1.bias": (labels,), "mlp_head.0.weight": (width,), "mlp_head.0.bias": (width,)}
+    for i in range(layers):
+        shapes |= {f"transformer.layers.{i}.{j}.norm.{kind}": (width,) for j in (0, 1) for kind in ("weight", "bias")}
+        shapes |= {f"transformer.layers.{i}.0.fn.{name}.weight": (width, width) for name in ("qkv", "to_out.0")}
+        shapes |= {f"transformer.layers.{i}.1.fn.{name}": (width, 4 * width) for name in ("D", "D1")}
+    # Tokens as small as the epsilons, so that these show; a dictionary so large that part of the code is not zero.
+    large = re.compile(r"norm|mlp_head\.0|fn\.D$")
+    return {name: torch.randn(shape) * (0.5 if large.search(name) else 0.003) for name, shape in shapes.items()}
+
+
+def crate_alpha_logits(weights: dict[str, torch.Tensor], image: torch.Tensor, heads: int) -> torch.Tensor:
+    """Of one image (3, height, width), by the formulas of the paper, token by token in float64."""
+    weights = {name: tensor.double() for name, tensor in weights.items()}
+    width, _, patch, _ = weights["conv1.weight"].shape
+
+    def norm(x, name, eps):
+        x = (x - x.mean()) / (x.var(correction=0) + eps).sqrt()
+        return x * weights[f"{name}.weight"] + weights[f"{name}.bias"]
+
+    tokens = [weights["cls_token"][0, 0]]
+    for y in range(0, image.shape[1], patch):
+        for x in range(0, image.shape[2], patch):
+            pixels = image[:, y : y + patch, x : x + patch].double()
+            tokens.append((weights["conv1.weight"] * pixels).sum((1, 2, 3)) + weights["conv1.bias"])
+    tokens = [token + position for token, position in zip(tokens, weights["pos_embedding"][0], strict=True)]
+    for i in range(2):
+        prefix, p = f"transformer.layers.{i}", width // heads
+        w = [weights[f"{prefix}.0.fn.qkv.weight"] @ norm(token, f"{prefix}.0.norm", 1e-6) for token in tokens]
+        updates = []
+        for query in w:
+            update = []
+            for h in (slice(k * p, k * p + p) for k in range(heads)):
+                shares = torch.stack([query[h] @ key[h] / p**0.5 for key in w]).softmax(0)
+                update.append(sum(share * value[h] for share, value in zip(shares, w, strict=True)))
+            updates.append(weights[f"{prefix}.0.fn.to_out.0.weight"] @ torch.cat(update))
+        tokens = [token + update for token, update in zip(tokens, updates, strict=True)]
+        D, D1 = weights[f"{prefix}.1.fn.D"], weights[f"{prefix}.1.fn.D1"]
+        for n, token in enumerate(tokens):
+            x = norm(token, f"{prefix}.1.norm", 1e-6)
+            z1 = torch.relu(0.1 * D.T @ x - 0.1 * 0.1)
+            z2 = torch.relu(z1 - 0.1 * D.T @ (D @ z1 - x) - 0.1 * 0.1)
+            tokens[n] = token + D1 @ z2
+    return weights["mlp_head.1.weight"] @ norm(tokens[0], "mlp_head.0", 1e-5) + weights["mlp_head.1.bias"]
+
+
+def test_crate_alpha(pixel_values, tmp_path, capsys):
+    weights = crate_alpha_weights()
+    torch.save(weights, tmp_path / "crate_alpha_B16.pth")
+    assert convert(tmp_path / "crate_alpha_B16.pth", tmp_path / "out", "--num-heads", 3) == 0
+    model = AutoModelForImageClassification.from_pretrained(tmp_path / "out").eval()
+    assert (model.config.feed_forward_type, model.config.attention_type) == ("odl", "mssa")
+    with torch.no_grad():
+        logits = model(pixel_values).logits
+    expected = torch.stack([crate_alpha_logits(weights, image, heads=3) for image in pixel_values])
+    assert_matches(logits.double(), expected)
 
 
 def to_timm(model) -> dict[str, torch.Tensor]:

@@ -26,7 +26,7 @@ from cbsa_hf.attention_cbsa import ATTENTIONS
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 NAMES = [str(page.relative_to(ROOT)) for page in PAGES]
 # Programs of others, whose options are not looked up.
-PROGRAMS = {".", "git", "hf", "pip", "pre-commit", "pytest", "python3.11", "ruff", "sphinx-build"}
+PROGRAMS = {".", "git", "hf", "mkdir", "pip", "pre-commit", "pytest", "python3.11", "ruff", "sphinx-build"}
 
 
 def blocks(page: Path, language: str) -> list[str]:

@@ -9,15 +9,16 @@ from cbsa_hf.interpretability.class_maps import class_attention_maps
 
 
 TINY = {"image_size": 12, "patch_size": 4, "patch_embedding_type": "linear", "hidden_size": 8, "num_labels": 3}
-TINY |= {"num_hidden_layers": 1, "num_attention_heads": 2, "representatives_size": 2}
+TINY |= {"num_hidden_layers": 1, "num_attention_heads": 2, "representatives_size": 2, "landmarks_size": 2}
 
-# The update of one head as a function of its attention A, the softmaxes around it computed anew where A moves them.
+# The update of one head as a function of its attention: A for cbsa and linear, the token-to-token map for others.
 UPDATES = {
     "cbsa": lambda A, w, q, v, start, eta, kappa: kappa * A.T @ contract(start + eta * A @ w),
-    "agent": lambda A, w, q, v, start, eta, kappa: torch.softmax(q @ start.T / 2, dim=1) @ (A @ v),
+    "agent": lambda A, w, q, v, start, eta, kappa: A @ v,
     "linear": lambda A, w, q, v, start, eta, kappa: A.T @ (A @ w),
     "mssa": lambda A, w, q, v, start, eta, kappa: A @ w,
     "softmax": lambda A, w, q, v, start, eta, kappa: A @ v,
+    "mita": lambda A, w, q, v, start, eta, kappa: A @ v,
 }
 
 
@@ -69,7 +70,7 @@ def test_against_differences(attention_type):
     maps = class_attention_maps(model, pixel_values, labels)
     assert maps.shape == (1, 2, 2, 3, 3)
 
-    name = "attentions" if attention_type in ("mssa", "softmax") else "representative_attentions"
+    name = "representative_attentions" if attention_type in ("cbsa", "linear") else "attentions"
     outputs = model(pixel_values, output_hidden_states=True, **{f"output_{name}": True})
     for image, label in enumerate(labels.tolist()):
         embeddings, attentions = outputs.hidden_states[0][image], outputs[name][0][image]
@@ -104,7 +105,7 @@ def test_leaves_no_gradients():
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
-@pytest.mark.parametrize("attention_type", ["cbsa", "agent", "linear"])
+@pytest.mark.parametrize("attention_type", ["cbsa", "agent", "linear", "mita"])
 def test_representative_attentions_retain_their_gradient(attention_type):
     outputs = build(attention_type)(
         torch.randn(1, 3, 12, 12, dtype=torch.float64), output_representative_attentions=True

@@ -245,7 +245,7 @@ def test_measures_of_every_layer(tiny_model):
 @pytest.mark.parametrize("name", ATTENTIONS)
 def test_measures_of_the_family(changed, name):
     measures = measure_layers(changed(attention_type=name), [torch.randn(1, 3, 32, 48)])
-    assert (measures.coding_rate_before is None) == (name in ("softmax", "agent"))
+    assert (measures.coding_rate_before is None) == (name in ("softmax", "agent", "mita"))
     assert (measures.factor_rank is None) == (name in ("mssa", "tssa", "softmax"))
     assert measures.map_rank.shape == (1, 3, 2)
     assert measures.summary()["map_rank"]["std"] == [[0, 0]] * 3
@@ -311,6 +311,7 @@ MAPS = {
     "linear": "A^T A",
     "softmax": "softmax of scaled Q K^T",
     "agent": "B A",
+    "mita": "B A + C",
 }
 
 
@@ -329,7 +330,7 @@ def test_report_of_the_family(changed, photo, shipped, tmp_path, name):
     assert numbers["representatives"] is None
     assert numbers["attention"]["exact"] == (name != "tssa")
     assert numbers["attention"]["what"] == f"row of patch (0, 1) in {MAPS[name]}"
-    assert (numbers["measures"]["coding_rate_after"] is None) == (name in ("softmax", "agent"))
+    assert (numbers["measures"]["coding_rate_after"] is None) == (name in ("softmax", "agent", "mita"))
 
 
 def test_synthetic_tokens_are_compressed():

@@ -137,8 +137,7 @@ def build(name: str, hidden_size=6, heads=2, head_dim=3, learned=False):
     """The operator in float64, random throughout, with 2 x 2 representatives on a grid behind CLS."""
     torch.manual_seed(0)
     representatives = LearnedRepresentatives(heads, 4, head_dim) if learned else PooledRepresentatives((2, 2), 1)
-    attention = ATTENTIONS[name]
-    operator = attention(hidden_size, heads, head_dim, representatives if attention.uses_representatives else None)
+    operator = ATTENTIONS[name](hidden_size, heads, head_dim, representatives)
     for parameter in operator.parameters():
         nn.init.normal_(parameter)
     return operator.double()
@@ -229,6 +228,60 @@ def test_linear_is_cbsa_without_contraction():
         expected.append(A.T @ (A @ W))
     expected = torch.cat(expected, dim=-1) @ operator.out_proj.weight.T + operator.out_proj.bias
     torch.testing.assert_close(operator(hidden_states, (3, 3))[0][0], expected)
+
+
+def mita_head(q, k, v, grid, size, num_keys):
+    """One head of MiTA: lists of floats -> the update and the token-to-token map."""
+    (height, width), (rows, columns), p, n = grid, size, len(q[0]), len(q)
+    landmarks = []
+    for i in range(rows):
+        for j in range(columns):
+            members = [
+                q[1 + y * width + x]
+                for y in range(i * height // rows, math.ceil((i + 1) * height / rows))
+                for x in range(j * width // columns, math.ceil((j + 1) * width / columns))
+            ]
+            landmarks.append([sum(m[c] for m in members) / len(members) for c in range(p)])
+    logits = [[dot(r, key) / math.sqrt(p) for key in k] for r in landmarks]
+    attention = [softmax(row) for row in logits]
+    values = [[sum(a * v[i][c] for i, a in enumerate(row)) for c in range(p)] for row in attention]
+    selected = [sorted(range(n), key=lambda i, row=row: -row[i])[:num_keys] for row in logits]
+    update, token_map = [], []
+    for query in q:
+        nearest = max(range(len(landmarks)), key=lambda j, query=query: dot(landmarks[j], query))
+        chosen = selected[nearest]
+        weights = softmax([dot(query, r) / p for r in landmarks] + [dot(query, k[i]) / math.sqrt(p) for i in chosen])
+        given = values + [v[i] for i in chosen]
+        update.append([sum(a * value[c] for a, value in zip(weights, given, strict=True)) for c in range(p)])
+        row = [sum(a * reads[i] for a, reads in zip(weights, attention, strict=False)) for i in range(n)]
+        for i, a in zip(chosen, weights[len(landmarks) :], strict=True):
+            row[i] += a
+        token_map.append(row)
+    return update, token_map
+
+
+@pytest.mark.parametrize(("num_keys", "tile"), [(4, 3), (1, 100), (25, 7)])
+def test_mita(num_keys, tile):
+    torch.manual_seed(0)
+    operator = ATTENTIONS["mita"](8, 2, 5, PooledRepresentatives((2, 3), 1)).double()
+    assert operator.num_keys == 25
+    operator.num_keys, operator.tile = num_keys, tile
+    for parameter in operator.parameters():
+        nn.init.normal_(parameter, std=0.5)
+    hidden_states = torch.randn(2, 21, 8, dtype=torch.float64)
+    update, _, _ = operator(hidden_states, (4, 5))
+    from_map, token_map, _ = operator(hidden_states, (4, 5), output_attentions=True)
+    for b in range(2):
+        projected = [getattr(operator, f"{name}_proj")(hidden_states[b]) for name in "qkv"]
+        expected = []
+        for h in range(2):
+            q, k, v = (x[:, 5 * h : 5 * h + 5].tolist() for x in projected)
+            outputs, rows = mita_head(q, k, v, (4, 5), (2, 3), num_keys)
+            expected.append(torch.tensor(outputs, dtype=torch.float64))
+            torch.testing.assert_close(token_map[b, h], torch.tensor(rows, dtype=torch.float64))
+        expected = torch.cat(expected, dim=1) @ operator.out_proj.weight.T + operator.out_proj.bias
+        torch.testing.assert_close(update[b], expected)
+        torch.testing.assert_close(from_map[b], expected)
 
 
 def test_map_only_when_asked():

@@ -49,12 +49,16 @@ def test_builds_on_no_module_of_the_library():
     ("name", "value", "sentence"),
     [
         ("decoder_type", "mlp", "`decoder_type` is 'mlp'; choose one of 'cbsa', 'mssa', 'softmax', 'linear'."),
-        ("feed_forward_type", "swiglu", "`feed_forward_type` is 'swiglu'; choose one of 'ista', 'mlp'."),
+        (
+            "feed_forward_type",
+            "swiglu",
+            "`feed_forward_type` is 'swiglu'; choose one of 'ista', 'odl', 'mlp', 'none'.",
+        ),
         ("pooled_tokens", None, "`pooled_tokens` is None; choose one of 'patches', 'all_but_last'."),
         (
             "attention_type",
             ["cbsa", "mixer"],
-            "`attention_type` is 'mixer'; choose one of 'cbsa', 'agent', 'mssa', 'tssa', 'linear', 'softmax'.",
+            "`attention_type` is 'mixer'; choose one of 'cbsa', 'agent', 'mita', 'mssa', 'tssa', 'linear', 'softmax'.",
         ),
     ],
 )

@@ -16,6 +16,7 @@ from cbsa_hf import (
 )
 from cbsa_hf.attention_cbsa import ATTENTIONS
 from cbsa_hf.mask_decoder_cbsa import DECODERS
+from cbsa_hf.modeling_cbsa import FEED_FORWARDS
 
 
 PIXELS = torch.randn(2, 3, 40, 24, generator=torch.Generator().manual_seed(0))
@@ -53,7 +54,7 @@ def assert_equal_outputs(model, **kwargs):
 
 
 @pytest.mark.parametrize("attention_type", ATTENTIONS)
-@pytest.mark.parametrize("feed_forward_type", ["ista", "mlp"])
+@pytest.mark.parametrize("feed_forward_type", FEED_FORWARDS)
 def test_operators(attention_type, feed_forward_type):
     model = build(CBSAModel, attention_type=attention_type, feed_forward_type=feed_forward_type)
     kwargs = (

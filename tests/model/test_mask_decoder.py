@@ -300,8 +300,9 @@ def test_compiles_without_graph_breaks(tiny_config, decoder):
     pixel_values = torch.randn(2, 3, 33, 47)
     wanted = {"output_decoder_attentions": True} if decoder != "linear" else {}
     expected, outputs = model(pixel_values, **wanted), compiled(pixel_values, **wanted)
-    torch.testing.assert_close(outputs.logits, expected.logits)
-    torch.testing.assert_close(outputs.decoder_attentions, expected.decoder_attentions)
+    # A graph computes ISTA in another order, see `CBSAISTA`.
+    torch.testing.assert_close(outputs.logits, expected.logits, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(outputs.decoder_attentions, expected.decoder_attentions, rtol=1e-4, atol=1e-4)
 
 
 def test_half_precision(tiny_segmenter, saved_segmenter):

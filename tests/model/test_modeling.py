@@ -22,7 +22,7 @@ from cbsa_hf import (
     CBSAModel,
     preset_path,
 )
-from cbsa_hf.modeling_cbsa import CBSAISTA, CBSAConvStem
+from cbsa_hf.modeling_cbsa import CBSAISTA, CBSAODL, CBSAConvStem
 
 
 @pytest.mark.parametrize(
@@ -72,6 +72,42 @@ def test_ista_closed_form():
         for i in range(8)
     ]
     torch.testing.assert_close(ista(x), torch.tensor(expected, dtype=torch.float64))
+
+
+def test_odl_closed_form():
+    """Two steps in an overcomplete dictionary, entry by entry, with all sizes and steps different."""
+    config = CBSAConfig(hidden_size=8, num_attention_heads=2, patch_size=8, ista_step_size=0.3, ista_threshold=0.2)
+    config.intermediate_size = 12
+    odl = CBSAODL(config).double()
+    D = torch.nn.init.normal_(odl.dictionary).tolist()
+    D1 = torch.nn.init.normal_(odl.out_proj.weight).tolist()
+    tokens = torch.randn(5, 8, dtype=torch.float64)
+    for x, found in zip(tokens.tolist(), odl(tokens).tolist(), strict=True):
+        columns = [[D[i][j] for i in range(8)] for j in range(12)]
+        z1 = [max(0, 0.3 * sum(d * e for d, e in zip(c, x, strict=True)) - 0.3 * 0.2) for c in columns]
+        residual = [sum(D[i][j] * z1[j] for j in range(12)) - x[i] for i in range(8)]
+        steps = [sum(d * r for d, r in zip(c, residual, strict=True)) for c in columns]
+        z2 = [max(0, z - 0.3 * step - 0.3 * 0.2) for z, step in zip(z1, steps, strict=True)]
+        assert any(z2) and not all(z2)
+        assert found == pytest.approx([sum(D1[i][j] * z2[j] for j in range(12)) for i in range(8)])
+
+
+def test_attention_only(tiny_config):
+    tiny_config.feed_forward_type = "none"
+    model = CBSAForImageClassification(tiny_config).eval()
+    assert not any("feed_forward" in name or "layernorm_after" in name for name in model.state_dict())
+    outputs = model.cbsa(torch.randn(1, 3, 32, 48), output_hidden_states=True)
+    layer, (before, after) = model.cbsa.layers[1], outputs.hidden_states[1:3]
+    update = layer.attention(layer.layernorm_before(before), (4, 6))[0]
+    torch.testing.assert_close(after, before + update)
+
+
+def test_epsilon_of_the_final_norm():
+    config = CBSAConfig(patch_size=8, layer_norm_eps=1e-6, final_layer_norm_eps=1e-3, num_hidden_layers=1)
+    model = CBSAModel(config)
+    assert (model.layers[0].layernorm_before.eps, model.layernorm.eps) == (1e-6, 1e-3)
+    config.final_layer_norm_eps = None
+    assert CBSAModel(config).layernorm.eps == 1e-6
 
 
 def test_ista_of_many_tokens():

@@ -57,7 +57,7 @@ def test_all_axes_compose(tiny_config, tmp_path, attention, feed_forward, patch_
         "patch_embedding_type": patch_embedding,
         "representatives_type": representatives,
     }
-    if representatives == "learned" and attention not in ("cbsa", "agent"):
+    if representatives == "learned" and attention not in ("cbsa", "agent", "mita"):
         message = f"`representatives_type='learned'` has no meaning for attention type '{attention}'"
         with pytest.raises(StrictDataclassError, match=message):
             CBSAConfig(**values)

@@ -298,7 +298,7 @@ def vit(stripes, tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("attention_type", ["agent", "cbsa"])
+@pytest.mark.parametrize("attention_type", ["agent", "mita", "cbsa"])
 def test_adapted_vit_comes_back(vit, stripes, tmp_path, attention_type):
     """The original scores as it does, replacing its attention changes that, and training brings it back."""
     arguments = [f"--model_name_or_path={vit}", f"--attention_type={attention_type}", f"--dataset_name={stripes}"]
@@ -308,9 +308,10 @@ def test_adapted_vit_comes_back(vit, stripes, tmp_path, attention_type):
     run("adapt.py", *arguments)
     results = json.loads((tmp_path / "results.json").read_text())
     assert results["original"] == pytest.approx(classify(vit, stripes), abs=1e-5)
-    if attention_type == "agent":  # which takes over every weight
-        assert main(["convert", str(vit), "-o", str(tmp_path / "agent"), "--attention", "agent"]) == 0
-        assert results["replaced"] == pytest.approx(classify(tmp_path / "agent", stripes), abs=1e-5)
+    if attention_type != "cbsa":  # these take over every weight
+        converted = tmp_path / attention_type
+        assert main(["convert", str(vit), "-o", str(converted), "--attention", attention_type]) == 0
+        assert results["replaced"] == pytest.approx(classify(converted, stripes), abs=1e-5)
     else:
         assert results["replaced"]["loss"] > 2 * results["original"]["loss"]
     assert results["metrics"] == pytest.approx(classify(tmp_path, stripes), abs=1e-5)

@@ -82,12 +82,12 @@ def replace_attention(
     """
     A copy of a ViT with another attention. If the classes differ, its classifier is a new one.
 
-    `agent` keeps all weights. `cbsa` has one projection in place of three; it starts as that of the keys, without
-    their bias.
+    `agent` and `mita` keep all weights. `cbsa` has one projection in place of three; it starts as that of the keys,
+    without their bias.
 
     Args:
         original: with softmax attention.
-        attention_type: `agent` or `cbsa`.
+        attention_type: `agent`, `mita` or `cbsa`.
         names: of the classes.
         **changes: to its configuration.
     """

@@ -1,0 +1,28 @@
+"""Old names keep working for one version, and say what took their place."""
+
+import importlib
+import sys
+
+import pytest
+import torch
+
+from cbsa_hf import exact_maps
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "name"),
+    [
+        ("cbsa_hf.images", "cbsa_hf.segmentation.images", "open_image"),
+        ("cbsa_hf.convert_checkpoints", "cbsa_hf.conversion.convert", "convert_checkpoint"),
+    ],
+)
+def test_old_module_paths(old, new, name):
+    sys.modules.pop(old, None)
+    with pytest.warns(FutureWarning, match=f"`{old}` is now `{new}`"):
+        module = importlib.import_module(old)
+    assert getattr(module, name) is getattr(importlib.import_module(new), name)
+
+
+def test_old_name_of_the_representative_attentions(tiny_model):
+    found = exact_maps(tiny_model, torch.randn(1, 3, 32, 48))[0]
+    assert found.factor is found.representative_attentions
