@@ -3,10 +3,13 @@ How fast the models are: the formula as the reference implementation writes it, 
 exported, a ViT of the same width, and the bare products that nobody can do without.
 
     python benchmarks/speed.py --quick          # two minutes: tiny at 224 pixels
-    python benchmarks/speed.py                  # an hour and more: writes docs/speed.md and docs/speed.png
+    python benchmarks/speed.py --training       # images/s of a training step, and its memory
+    python benchmarks/speed.py --output table.md    # an hour and more; the figure goes beside it
+    python benchmarks/speed.py --device cuda --output gpu.md
 
 All contestants run in one process and take turns, so read the times of a table as ratios; each is a median over the
-rounds, with the distance between the quartiles. Memory is the peak of what torch holds beyond weights and input.
+rounds, with the distance between the quartiles. With one thread on a CPU, times are processor time, which other
+processes disturb least. Memory is the peak of what torch holds beyond weights and input.
 """
 
 import argparse
@@ -41,6 +44,8 @@ from cbsa_hf.modeling_cbsa import CBSAISTA, CBSAConvStem
 sys.path.append(str(Path(__file__).resolve().parents[1] / "training"))
 
 from workbench import table
+
+from engine.memory import keep_freed_memory
 
 
 SECONDS = 20.0  # a forward pass above this is run once; if the last smaller image took more than a quarter, never
@@ -142,71 +147,127 @@ def export_onnx(model: nn.Module, pixel_values: torch.Tensor) -> Callable[[], ob
     return lambda: session.run(None, feed)
 
 
-def build_models(cell: Cell) -> dict[str, nn.Module]:
+def build_vit(config: CBSAConfig) -> ViTForImageClassification:
+    """A ViT of the same width, depth, heads and patches."""
+    names = ("image_size", "patch_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_labels")
+    values = {name: getattr(config, name) for name in names}
+    return ViTForImageClassification(ViTConfig(**values, intermediate_size=4 * config.hidden_size))
+
+
+def build_models(cell: Cell, device: str) -> dict[str, nn.Module]:
     """The contestants that are modules, all with random weights, in evaluation mode."""
     config = CBSAConfig.from_pretrained(preset_path(f"cbt-{cell.size}"), image_size=cell.pixels, num_labels=1000)
     model = CBSAForImageClassification(config).eval()
-    vit = ViTConfig(
-        image_size=cell.pixels,
-        hidden_size=config.hidden_size,
-        num_hidden_layers=config.num_hidden_layers,
-        num_attention_heads=config.num_attention_heads,
-        intermediate_size=4 * config.hidden_size,
-        num_labels=1000,
-    )
     folded = fold(model)
     models = {
         "reference": as_reference(model),
         "this library": model,
         "folded": folded,
-        "ViT, sdpa": ViTForImageClassification(vit).eval(),
+        "ViT, sdpa": build_vit(config).eval(),
         "floor": Floor(folded),
     }
-    return {name: module.to(DTYPES[cell.dtype]) for name, module in models.items()}
+    return {name: module.to(device, DTYPES[cell.dtype]) for name, module in models.items()}
 
 
-def build_runs(cell: Cell, models: dict[str, nn.Module], compiled: bool) -> dict[str, Callable[[], object]]:
-    """What is timed, by name; with `compiled` the engines too, whose weights are packed once (Inductor's freezing)."""
+def example_pixels(cell: Cell, device: str) -> torch.Tensor:
     generator = torch.Generator().manual_seed(0)
     pixel_values = torch.randn(cell.batch_size, 3, cell.pixels, cell.pixels, generator=generator)
-    pixel_values = pixel_values.to(DTYPES[cell.dtype])
+    return pixel_values.to(device, DTYPES[cell.dtype])
+
+
+def build_runs(
+    cell: Cell, models: dict[str, nn.Module], compiled: bool, device: str
+) -> dict[str, Callable[[], object]]:
+    """What is timed, by name; with `compiled` the engines too, whose weights are packed once (Inductor's freezing)."""
+    pixel_values = example_pixels(cell, device)
     runs = {name: lambda model=model: model(pixel_values) for name, model in models.items()}
     if compiled:
         for name in ("reference", "folded", "ViT, sdpa", "floor"):
-            engine = torch.compile(models[name], options={"freezing": True})
-            runs[f"{name}, frozen"] = lambda engine=engine: engine(pixel_values)
-        if cell.dtype == "float32":
+            # On a GPU the kernels are chosen by trial; on a CPU the weights are packed once.
+            options = {"mode": "max-autotune"} if device == "cuda" else {"options": {"freezing": True}}
+            engine = torch.compile(models[name], **options)
+            runs[f"{name}, compiled"] = lambda engine=engine: engine(pixel_values)
+        if cell.dtype == "float32" and device == "cpu":
             runs["folded, ONNX Runtime"] = export_onnx(models["folded"], pixel_values)
     return runs
 
 
-def seconds_of(run: Callable[[], object]) -> float:
-    started = time.perf_counter()
+def now(device: str) -> float:
+    """Seconds: of the processor where one thread computes, else of the clock, when the device has finished."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+        return time.perf_counter()
+    return time.process_time() if torch.get_num_threads() == 1 else time.perf_counter()
+
+
+def seconds_of(run: Callable[[], object], device: str) -> float:
+    started = now(device)
     run()
-    return time.perf_counter() - started
+    return now(device) - started
+
+
+def peak_memory(run: Callable[[], object], device: str) -> float:
+    """MiB."""
+    if device == "cpu":
+        return measure(run)[1]
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    run()
+    return (torch.cuda.max_memory_allocated() - before) / 2**20
+
+
+def training_step(model: nn.Module, pixel_values: torch.Tensor, labels: torch.Tensor) -> Callable[[], None]:
+    def step():
+        model(pixel_values, labels=labels).loss.backward()
+        model.zero_grad()
+
+    return step
+
+
+def measure_training(cell: Cell, patch_size: int, rounds: int, device: str) -> str:
+    """Images per second of forward and backward, and the peak memory of a step, as a table in Markdown."""
+    values = {"image_size": cell.pixels, "patch_size": patch_size, "num_labels": 1000}
+    config = CBSAConfig.from_pretrained(preset_path(f"cbt-{cell.size}"), **values)
+    model = CBSAForImageClassification(config)
+    models = {"reference": as_reference(model), "this library": model, "ViT, sdpa": build_vit(config)}
+    pixel_values, labels = example_pixels(cell, device), torch.arange(cell.batch_size, device=device)
+    steps = {
+        name: training_step(module.to(device, DTYPES[cell.dtype]).train(), pixel_values, labels)
+        for name, module in models.items()
+    }
+    memory = {name: peak_memory(step, device) for name, step in steps.items()}
+    times = [{name: seconds_of(step, device) for name, step in steps.items()} for _ in range(rounds)]
+    rows = []
+    for name in steps:
+        speed = cell.batch_size / statistics.median(row[name] for row in times)
+        ratio = statistics.median(row["reference"] / row[name] for row in times)
+        rows.append([name, f"{speed:.1f}", f"{ratio:.2f}", f"{memory[name]:.0f}"])
+    header = ["", "images/s", "times as fast as the reference", "peak MiB"]
+    return f"### Training: {cell}, patches of {patch_size} px\n\n{table(header, rows)}\n"
 
 
 @torch.no_grad()
-def measure_cell(cell: Cell, rounds: int, compiled: bool, skipped: set[str]) -> dict[str, dict]:
+def measure_cell(cell: Cell, rounds: int, compiled: bool, skipped: set[str], device: str) -> dict[str, dict]:
     """Time, spread, memory and operations of each contestant; the names of those that took too long join `skipped`."""
-    models = build_models(cell)
-    runs = {name: run for name, run in build_runs(cell, models, compiled).items() if name not in skipped}
-    found = {name: {"times": [], "once": False} for name in runs}
+    models = build_models(cell, device)
+    runs = {name: run for name, run in build_runs(cell, models, compiled, device).items() if name not in skipped}
+    found = {name: {"times": []} for name in runs}
     for name, run in runs.items():
-        run()  # compiles
-        first, found[name]["memory"] = measure(run)
+        row = found[name]
+        row["memory"] = peak_memory(run, device)  # compiles, too
+        first = seconds_of(run, device)
+        row["times"].append(first)
+        row["once"] = first > SECONDS
         if name in models:
             with FlopCounterMode(display=False) as counter:
                 run()
-            found[name]["flops"] = counter.get_total_flops() / cell.batch_size
-        found[name]["once"] = first > SECONDS
-        found[name]["times"].append(first)
+            row["flops"] = counter.get_total_flops() / cell.batch_size
         if first > SECONDS / 4:
             skipped.add(name)
-    for _ in range(rounds):
+    for _ in range(rounds - 1):
         for name, run in runs.items():
             if not found[name]["once"]:
-                found[name]["times"].append(seconds_of(run))
+                found[name]["times"].append(seconds_of(run, device))
     for row in found.values():
         milliseconds = [1000 * value / cell.batch_size for value in row["times"]]
         row["ms"] = statistics.median(milliseconds)
@@ -246,32 +307,19 @@ def draw(results: dict[Cell, dict[str, dict]]) -> object:
     return line_panels([panel], width=6.0, height=4.2)
 
 
-def describe_machine() -> str:
+def describe_machine(device: str) -> str:
     name, info = platform.processor() or platform.machine(), Path("/proc/cpuinfo")
     if info.exists():
         name = next(line.split(": ")[1] for line in info.read_text().splitlines() if line.startswith("model name"))
+    gpu = f"{torch.cuda.get_device_name()}, " if device == "cuda" else ""
     return (
-        f"{name}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, "
+        f"{gpu}{name}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, "
         f"{torch.backends.cpu.get_cpu_capability()}, torch {torch.__version__}, "
         f"transformers {transformers.__version__}"
     )
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[1])
-    parser.add_argument("--quick", action="store_true", help="tiny at 224 pixels alone; nothing is written")
-    parser.add_argument("--sizes", nargs="+", default=["tiny", "small", "base"])
-    parser.add_argument("--pixels", nargs="+", type=int, default=[224, 512, 1024, 2048])
-    parser.add_argument("--batch-sizes", nargs="+", type=int, default=[1, 8])
-    parser.add_argument("--dtypes", nargs="+", default=list(DTYPES), choices=DTYPES)
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--output", default="docs/speed.md", help="page to write; the figure goes beside it")
-    args = parser.parse_args()
-    torch.set_flush_denormal(True)  # the floor's values shrink from layer to layer
-    if args.quick:
-        print(describe_machine())
-        print(describe(cell := Cell("tiny", 224, 4, "float32"), measure_cell(cell, args.rounds, True, set())))
-        return
+def write_page(args: argparse.Namespace):
     results = {}
     for size in args.sizes:
         for dtype in args.dtypes:
@@ -279,12 +327,44 @@ def main():
                 skipped = set()
                 for pixels in args.pixels:
                     cell = Cell(size, pixels, batch_size, dtype)
-                    results[cell] = measure_cell(cell, args.rounds, pixels <= 1024, skipped)
+                    compiled = not args.no_engines and pixels <= 1024
+                    results[cell] = measure_cell(cell, args.rounds, compiled, skipped, args.device)
                     print(describe(cell, results[cell]), flush=True)
                     torch.compiler.reset()
-    page = [f"# Speed\n\nWritten by `python benchmarks/speed.py`. {describe_machine()}.\n", "![Time](speed.png)\n"]
-    Path(args.output).write_text("\n".join([*page, *(describe(*item) for item in results.items())]))
-    draw(results).save(Path(args.output).with_suffix(".png"))
+    output = Path(args.output)
+    header = f"{describe_machine(args.device)}.\n\n![Time against tokens]({output.stem}.png)\n"
+    output.write_text("\n".join([header, *(describe(*item) for item in results.items())]))
+    draw(results).save(output.with_suffix(".png"))
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[1])
+    parser.add_argument("--quick", action="store_true", help="tiny at 224 pixels alone; nothing is written")
+    parser.add_argument("--training", action="store_true", help="training steps alone; nothing is written")
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--no-engines", action="store_true", help="leave out what has to be compiled or exported")
+    parser.add_argument("--sizes", nargs="+", default=["tiny", "small", "base"])
+    parser.add_argument("--pixels", nargs="+", type=int, default=[224, 512, 1024, 2048])
+    parser.add_argument("--batch-sizes", nargs="+", type=int, default=[1, 8])
+    parser.add_argument("--dtypes", nargs="+", default=list(DTYPES), choices=DTYPES)
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--output", help="Markdown file to write; the figure goes beside it")
+    args = parser.parse_args()
+    torch.set_flush_denormal(True)  # the floor's values shrink from layer to layer
+    keep_freed_memory()
+    if args.quick:
+        cell = Cell("tiny", 224, 4, "float32")
+        print(describe_machine(args.device))
+        print(describe(cell, measure_cell(cell, args.rounds, not args.no_engines, set(), args.device)))
+    elif args.training:
+        print(describe_machine(args.device))
+        for size, pixels, patch_size in (("tiny", 224, 16), ("small", 224, 16), ("tiny", 128, 8)):
+            cell = Cell(size, pixels, 8, args.dtypes[0])
+            print(measure_training(cell, patch_size, args.rounds, args.device), flush=True)
+    elif args.output is None:
+        parser.error("`--output` is missing; give the Markdown file to write, or `--quick` or `--training`")
+    else:
+        write_page(args)
 
 
 if __name__ == "__main__":

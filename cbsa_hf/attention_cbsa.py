@@ -62,7 +62,7 @@ class PooledRepresentatives(nn.Module):
         """(batch, heads, tokens, p) -> (batch, heads, m, p)."""
         patches = tokens[:, :, self.first_token : self.first_token + grid[0] * grid[1]]
         # (batch, heads * p, height, width), channels last: a view, and the layout that torch pools fastest.
-        patches = patches.transpose(1, 2).flatten(2).transpose(1, 2).unflatten(2, grid)
+        patches = patches.transpose(1, 2).flatten(2).unflatten(1, grid).movedim(3, 1)
         # torch's own pool is faster, but ties a compiled graph to one size; the old ONNX exporter knows few cases.
         if is_torchdynamo_compiling() or torch.jit.is_tracing():
             rows, columns = (adaptive_bins(n, m, patches) for n, m in zip(grid, self.size, strict=True))
@@ -137,6 +137,7 @@ class SelfAttention(nn.Module):
         super().__init__()
         self.folded = folded
         self.num_heads = num_heads
+        self.head_dim = head_dim
         self.scaling = head_dim**-0.5
         self.base_num_patches = base_num_patches
         self.num_other_tokens = num_other_tokens
@@ -253,6 +254,10 @@ class ContractAndBroadcastSelfAttention(SharedProjectionSelfAttention):
             num_patches = self.step_x.new_ones(grid, dtype=torch.float32).sum()
         return (num_patches + self.num_other_tokens) / (self.base_num_patches + self.num_other_tokens)
 
+    def step_size(self, grid: tuple[int, int]) -> float | torch.Tensor:
+        """`step_x` times the size factor; a folded model has `step_x` in its output layer."""
+        return self.size_factor(grid) if self.folded else self.step_x * self.size_factor(grid)
+
     def steps(self, hidden_states: torch.Tensor, grid: tuple[int, int]) -> ContractionSteps:
         """
         The steps before the broadcast. The update is `step_x * size_factor * A^T C`, through the output layer.
@@ -275,8 +280,7 @@ class ContractAndBroadcastSelfAttention(SharedProjectionSelfAttention):
 
     def forward(self, hidden_states, grid, output_attentions=False, output_representative_attentions=False):
         steps = self.steps(hidden_states, grid)
-        step_x = 1.0 if self.folded else self.step_x  # folding moves it into the output layer
-        update = steps.attention.transpose(2, 3) @ (step_x * self.size_factor(grid) * steps.contracted)
+        update = steps.attention.transpose(2, 3) @ (self.step_size(grid) * steps.contracted)
         token_map = steps.attention.transpose(2, 3) @ steps.attention if output_attentions else None
         return self.merge_heads(update), token_map, steps.attention
 

@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 from .checkpoints import load_checkpoint
 from .conversion.convert import ORIGINS, compare_outputs, convert_checkpoint, model_card, save_conversion
+from .conversion.key_mappings import VIT_ATTENTIONS
 from .exporting import FORMATS, export_model
 from .hub import push_checkpoint
 from .interpretability.attention_maps import attention_maps, map_formula
@@ -376,8 +377,8 @@ def add_checkpoint_commands(commands):
     command.add_argument("--origin", choices=ORIGINS, help="where it comes from; default: what the weights' names say")
     command.add_argument(
         "--attention",
-        choices=["softmax", "agent"],
-        help="of a ViT: softmax is exact (the default), agent is linear in the tokens and has to be fine-tuned",
+        choices=VIT_ATTENTIONS,
+        help="of a ViT: softmax is exact (the default), the others are linear in the tokens and have to be fine-tuned",
     )
     command.add_argument(
         "--num-heads", type=at_least(1), help="default: config.json, else the published model that wide"

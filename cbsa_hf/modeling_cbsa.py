@@ -34,6 +34,7 @@ from .attention_cbsa import (
 )
 from .configuration_cbsa import CBSAConfig, to_pair
 from .mask_decoder_cbsa import DECODERS, ClassTokenMaskDecoder
+from .tiles_cbsa import MIN_TOKENS, is_watched, layer_in_tiles
 
 
 logger = logging.get_logger(__name__)
@@ -135,11 +136,26 @@ class CBSAConvStem(nn.Module):
                 nn.GELU(),
             ]
         self.layers = nn.Sequential(*modules[:-1])
+        self.patch_size = config.patch_size
+
+    def embed(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        # Channels last: convolutions and batch norm are faster on a CPU, and the tokens are a view of the map.
+        return self.layers(pixel_values.contiguous(memory_format=torch.channels_last))
 
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """(batch, channels, height, width) -> (batch, hidden_size, grid height, grid width)."""
-        # Channels last: convolutions and batch norm are faster on a CPU, and the tokens are a view of the map.
-        return self.layers(pixel_values.contiguous(memory_format=torch.channels_last))
+        height, width = (-(-side // self.patch_size) for side in pixel_values.shape[2:])
+        if self.training or torch.is_grad_enabled() or is_torchdynamo_compiling() or height * width < MIN_TOKENS:
+            return self.embed(pixel_values)
+
+        # The first map has many times as many values as the last, so only a strip of it is made at a time. The row of
+        # patches above a strip is computed too and left out, since the convolutions of the strip reach into that row.
+        num_rows, strips = max(height // 16, 1), []
+        for top in range(0, height, num_rows):
+            above = min(top, 1)
+            rows = slice((top - above) * self.patch_size, (top + num_rows) * self.patch_size)
+            strips.append(self.embed(pixel_values[:, :, rows])[:, :, above:])
+        return torch.cat(strips, dim=2)
 
 
 class CBSALinearEmbedding(nn.Module):
@@ -221,31 +237,38 @@ class CBSAEmbeddings(nn.Module):
                 f"{self.image_size[0]} x {self.image_size[1]}; resize it, or pass `interpolate_pos_encoding=True`."
             )
 
-    def interpolate_pos_encoding(self, grid: tuple[int, int]) -> torch.Tensor:
-        """Position embeddings of CLS and of a grid of any (height, width), (1, 1 + patches, hidden_size)."""
+    def interpolate_pos_encoding(self, grid: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Position embeddings of CLS (1, 1, hidden_size) and of a grid of any size (1, patches, hidden_size)."""
+        cls_position, patch_positions = self.position_embeddings.split([1, self.grid[0] * self.grid[1]], dim=1)
         # An exported graph is for every size. At the size in training the interpolation changes nothing.
         if not is_torchdynamo_exporting() and grid == self.grid:
-            return self.position_embeddings
-        cls_position, patch_positions = self.position_embeddings.split([1, self.grid[0] * self.grid[1]], dim=1)
+            return cls_position, patch_positions
         patch_positions = patch_positions.transpose(1, 2).unflatten(2, self.grid)
         patch_positions = F.interpolate(
             patch_positions, size=grid, mode=self.position_interpolation, align_corners=False
         )
-        return torch.cat([cls_position, patch_positions.flatten(2).transpose(1, 2)], dim=1)
+        return cls_position, patch_positions.flatten(2).transpose(1, 2)
 
     def forward(
         self, pixel_values: torch.Tensor, interpolate_pos_encoding: bool | None = None
     ) -> tuple[torch.Tensor, tuple[int, int]]:
+        """
+        (batch, channels, height, width) -> tokens (batch, tokens, hidden_size), and (height, width) of the patches.
+
+        Raises ValueError if the number of channels or the size of the images does not fit the model.
+        """
         warn_of_trace()
         self.check_size(pixel_values, interpolate_pos_encoding)
         patches = self.patch_embeddings(pixel_values.to(self.cls_token.dtype))  # (batch, hidden_size, *grid)
         grid = tuple(patches.shape[2:])
-        cls_token = self.cls_token.expand(patches.shape[0], -1, -1)
+        cls_token = self.cls_token.expand(pixel_values.shape[0], -1, -1)
         hidden_states = torch.cat([cls_token, patches.flatten(2).transpose(1, 2)], dim=1)
-        positions = self.interpolate_pos_encoding(grid) if interpolate_pos_encoding else self.position_embeddings
-        hidden_states = hidden_states + positions
+        del patches  # large images: the positions are made and added without a third copy of the tokens
+        cls_position, patch_positions = self.interpolate_pos_encoding(grid)
+        hidden_states[:, :1] += cls_position
+        hidden_states[:, 1:] += patch_positions
         if self.register_tokens is not None:
-            registers = self.register_tokens.expand(patches.shape[0], -1, -1)
+            registers = self.register_tokens.expand(pixel_values.shape[0], -1, -1)
             hidden_states = torch.cat([hidden_states[:, :1], registers, hidden_states[:, 1:]], dim=1)
         return hidden_states, grid
 
@@ -278,6 +301,13 @@ class CBSAISTA(nn.Module):
         # A folded model has the weight and bias of `ista_product`.
         self.bias = nn.Parameter(torch.empty(config.hidden_size)) if config.folded else None
 
+    def prepare(self) -> Callable[[torch.Tensor], torch.Tensor]:
+        """This block as a function of many tokens, which may be called for some of them at a time."""
+        if self.bias is not None:
+            return self
+        weight, bias = ista_product(self.weight, self.step_size, self.threshold)
+        return lambda hidden_states: F.relu(F.linear(hidden_states, weight, bias))
+
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """(..., hidden_size) -> (..., hidden_size)."""
         if self.bias is not None:
@@ -288,7 +318,7 @@ class CBSAISTA(nn.Module):
         in_one_product = in_graph or hidden_states.numel() > weight.numel()
         # Mixed precision adds the step to `hidden_states` in their own precision; a compiler fuses the addition.
         if in_one_product and not (in_graph or torch.is_autocast_enabled(hidden_states.device.type)):
-            return F.relu(F.linear(hidden_states, *ista_product(weight, self.step_size, self.threshold)))
+            return self.prepare()(hidden_states)
         if in_one_product:
             # One product with D^T - D^T D instead of two. To form this matrix costs as much as d tokens.
             gradient = F.linear(hidden_states, weight.t() - weight.t() @ weight)
@@ -344,6 +374,10 @@ class CBSAMLP(nn.Module):
         super().__init__()
         self.fc1 = nn.Linear(config.hidden_size, config.intermediate_size)
         self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size)
+
+    def prepare(self) -> Callable[[torch.Tensor], torch.Tensor]:
+        """See [`CBSAISTA.prepare`]."""
+        return self
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """(..., hidden_size) -> (..., hidden_size)."""
@@ -430,6 +464,16 @@ class CBSALayer(GradientCheckpointingLayer):
         # Stored here, since adapters may wrap the feed-forward in a module without this attribute.
         self.has_skip = self.feed_forward.has_skip
 
+    def takes_tiles(self, hidden_states: torch.Tensor) -> bool:
+        """Whether the layer works in tiles: in inference, with many tokens, as long as nothing inside is looked at."""
+        return (
+            hidden_states.shape[1] >= MIN_TOKENS
+            and not (self.training or torch.is_grad_enabled() or is_torchdynamo_compiling())
+            and isinstance(self.attention, ContractAndBroadcastSelfAttention)
+            and isinstance(self.feed_forward, (*FEED_FORWARDS.values(),))
+            and not is_watched(self)
+        )
+
     def forward(
         self,
         hidden_states: torch.Tensor,
@@ -437,6 +481,8 @@ class CBSALayer(GradientCheckpointingLayer):
         output_attentions: bool = False,
         output_representative_attentions: bool = False,
     ) -> torch.Tensor:
+        if not (output_attentions or output_representative_attentions) and self.takes_tiles(hidden_states):
+            return layer_in_tiles(self, hidden_states, grid)
         update, _, _ = self.attention(
             self.layernorm_before(hidden_states), grid, output_attentions, output_representative_attentions
         )

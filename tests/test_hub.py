@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassi
 from cbsa_hf.cli import main
 
 
-CODE = {"attention_cbsa.py", "configuration_cbsa.py", "mask_decoder_cbsa.py", "modeling_cbsa.py"}
+CODE = {"attention_cbsa.py", "configuration_cbsa.py", "mask_decoder_cbsa.py", "modeling_cbsa.py", "tiles_cbsa.py"}
 FILES = {"README.md", "config.json", "model.safetensors", "preprocessor_config.json"} | CODE
 
 

@@ -32,7 +32,7 @@ except ImportError:  # everywhere but on a ZeroGPU of Hugging Face
 
 T = TypeVar("T")
 
-MAX_LOOKS = 8  # that are kept, up to 30 MB each
+MAX_LOOKS = 6  # that are kept, up to 30 MB each
 MAX_PARTS = 4  # of each, segmentations and measures
 LONG_SIDE = 192  # pixels of the longer side that the model sees
 METHODS = ("ncut", "representatives", "attention")

@@ -2,13 +2,17 @@
 
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
 import torch
 from speed import as_reference
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
+from zero_shot_cost import measure
 
-from cbsa_hf import CBSAConfig, CBSAForImageClassification
+from cbsa_hf import CBSAConfig, CBSAForImageClassification, CBSAModel, fold
 from cbsa_hf.modeling_cbsa import CBSAISTA
 
 
@@ -75,3 +79,87 @@ for keeps in (False, True):
         pytest.skip("no glibc")
     before, after = map(int, done.stdout.split())
     assert after < before / 10
+
+
+class LargeOperations(TorchDispatchMode):
+    """Counts by name the operations whose result is at least as large as the tokens, views left out."""
+
+    def __init__(self, num_values: int):
+        super().__init__()
+        self.num_values, self.found = num_values, Counter()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        first = result[0] if isinstance(result, tuple) else result
+        if not function.is_view and "view" not in function.name() and first.numel() >= self.num_values:
+            self.found[function.overloadpacket.__name__] += 1
+        return result
+
+
+BATCH, TOKENS, WIDTH, HEADS, REPRESENTATIVES = 2, 65, 32, 2, 16
+
+
+def one_layer(folded: bool):
+    config = CBSAConfig(
+        hidden_size=WIDTH,
+        num_attention_heads=HEADS,
+        num_hidden_layers=1,
+        image_size=64,
+        patch_size=8,
+        representatives_size=4,
+    )
+    model = CBSAModel(config)
+    layer = (fold(model) if folded else model.train()).layers[0]
+    return layer, torch.randn(BATCH, TOKENS, WIDTH, requires_grad=not folded)
+
+
+def count_and_measure(run) -> tuple[dict[str, int], float, int]:
+    """Large operations by name, peak memory in bytes a token and width, and floating-point operations."""
+    with LargeOperations(BATCH * TOKENS * WIDTH) as operations:
+        run()
+    with FlopCounterMode(display=False) as counter:
+        run()
+    return dict(operations.found), measure(run)[1] * 2**20 / (BATCH * TOKENS * WIDTH), counter.get_total_flops()
+
+
+@torch.no_grad()
+def test_operations_of_inference():
+    """A copy, a pass over the tokens or a buffer more than today fails here."""
+    layer, tokens = one_layer(folded=True)
+    found, memory, flops = count_and_measure(lambda: layer(tokens, (8, 8)))
+    assert found == {
+        "native_layer_norm": 2,
+        "addmm": 3,  # projection, output layer, ISTA
+        "clone": 2,  # the heads split, and merged
+        "bmm": 2,  # read, broadcast; the representatives' own products are small
+        "_softmax": 1,
+        "add": 1,  # residual
+        "relu": 1,
+    }
+    assert memory <= 4 * 7
+    linear = 3 * TOKENS * WIDTH**2
+    attention = 3 * TOKENS * WIDTH * REPRESENTATIVES + 2 * WIDTH * REPRESENTATIVES**2
+    assert flops == 2 * BATCH * (linear + attention)
+
+
+def test_operations_of_a_training_step():
+    layer, tokens = one_layer(folded=False)
+    found, memory, flops = count_and_measure(lambda: layer(tokens, (8, 8)).sum().backward())
+    assert found == {
+        "native_layer_norm": 2,
+        "mm": 4,  # projection; the three linear layers backwards
+        "addmm": 2,
+        "clone": 4,
+        "bmm": 6,
+        "_softmax": 1,
+        "add": 5,  # residual; gradients of tokens and attention that come from several steps
+        "relu": 1,
+        "threshold_backward": 1,
+        "native_layer_norm_backward": 2,
+        "_softmax_backward_data": 1,
+        "slice_backward": 1,  # the patches among the tokens
+    }
+    assert memory <= 4 * 12.5
+    linear = 3 * TOKENS * WIDTH**2
+    attention = 3 * TOKENS * WIDTH * REPRESENTATIVES + 2 * WIDTH * REPRESENTATIVES**2
+    assert flops == 3 * 2 * (BATCH * (linear + attention) + WIDTH**3)  # and D^T D

@@ -258,14 +258,15 @@ def test_vit_encoder_of_a_rectangle(tmp_path, capsys):
         assert_matches(actual.last_hidden_state, vit(pixel_values).last_hidden_state)
 
 
-def test_agent(vit, pixel_values, tmp_path):
+@pytest.mark.parametrize(("attention_type", "num_representatives"), [("agent", 64), ("mita", 25)])
+def test_attention_through_representatives(vit, pixel_values, tmp_path, attention_type, num_representatives):
     vit.save_pretrained(tmp_path / "vit")
-    assert convert(tmp_path / "vit", tmp_path / "out", "--attention", "agent") == 0
+    assert convert(tmp_path / "vit", tmp_path / "out", "--attention", attention_type) == 0
     model = AutoModelForImageClassification.from_pretrained(tmp_path / "out")
     assert model.config.pooled_tokens == "patches"
     outputs = model(pixel_values, labels=torch.tensor([0, 2]), output_representative_attentions=True)
     outputs.loss.backward()
-    assert outputs.representative_attentions[0].shape == (2, 3, 64, 17)
+    assert outputs.representative_attentions[0].shape == (2, 3, num_representatives, 17)
     assert not torch.allclose(outputs.logits, vit(pixel_values).logits, rtol=1e-2)
     assert "fine-tune it" in (tmp_path / "out" / "README.md").read_text()
 

@@ -138,6 +138,7 @@ def test_whatever_is_saved_names_every_class(tiny_config, model_class, tmp_path)
         "configuration_cbsa.py",
         "mask_decoder_cbsa.py",
         "modeling_cbsa.py",
+        "tiles_cbsa.py",
     }
 
 
