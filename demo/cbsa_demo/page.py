@@ -179,9 +179,10 @@ def show(view: Callable, inputs: list, *outputs: gr.HTML, triggers: list | None 
         view,
         inputs,
         list(outputs),
-        # One at a time for each visitor, and after all the last: what stands is what the controls say.
-        trigger_mode="always_last",
-        concurrency_limit=4,
+        # Each change is answered, one after the other, so that what stands is what the controls say. Gradio's own
+        # "always_last" never comes to rest where two parts follow the same control: each starts the other again.
+        trigger_mode="multiple",
+        concurrency_limit=1,
         show_progress="minimal",
         **QUIET,
     )
