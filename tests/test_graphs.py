@@ -5,6 +5,7 @@ import onnxruntime
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch._inductor import config as inductor_config
 from torch.export import Dim
 from transformers import Dinov2Config, ResNetConfig
 from transformers.utils import logging
@@ -92,10 +93,11 @@ def test_export_and_onnx(case, tmp_path):
             torch.testing.assert_close(flatten(module(pixel_values, **options)), expected, rtol=1e-4, atol=1e-4)
         found = session.run(None, {"pixel_values": pixel_values.numpy()})
         for actual, tensor in zip(found, expected, strict=True):
-            np.testing.assert_allclose(actual, tensor, rtol=1e-4, atol=1e-4)
+            np.testing.assert_allclose(actual, tensor, rtol=2e-3, atol=2e-3)  # a wrong size is off by 1
 
 
 @pytest.mark.parametrize("case", [CASES[i] for i in (0, 4, 8, 10)], ids=name_case)
+@inductor_config.patch({"cpp.simdlen": 1})  # no vectors: `ATEN_CPU_CAPABILITY=default` has no headers for them
 def test_inductor(case):
     """
     The second size compiles a graph for any size; sizes that fill whole patches, and need no padding, may have one of
@@ -163,4 +165,4 @@ def test_old_onnx_exporter(tmp_path, warnings_once, model_class):
     )
     assert len(warnings_once) == 1
     (found,) = onnxruntime.InferenceSession(tmp_path / "model.onnx").run(None, {"x": pixel_values.numpy()})
-    np.testing.assert_allclose(found, model(pixel_values, **options).logits.detach(), rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(found, model(pixel_values, **options).logits.detach(), rtol=2e-3, atol=2e-3)

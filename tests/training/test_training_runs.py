@@ -37,13 +37,13 @@ class TestRuns:
         """It, and what was later than a checkpoint that is resumed, stay as they are."""
         run = tmp_path / "run"
         start(run, num_epochs=2, checkpointing_steps=1, keep_checkpoints=9)
-        before = {path: path.stat().st_mtime_ns for path in run.rglob("*")}
+        before = {path: path.stat().st_mtime_ns for path in run.rglob("[!.]*")}
         assert (run / "checkpoint-00000004").exists()
         for changes, step in [({}, 0), ({"resume_from_checkpoint": str(run / "checkpoint-00000003")}, 3)]:
             with pytest.raises(ValueError) as error:
                 start(run, num_epochs=3, report_to="tensorboard", **changes)
             assert f"{run} holds checkpoint-00000004, beyond step {step}, where this run starts" in str(error.value)
-        assert {path: path.stat().st_mtime_ns for path in run.rglob("*")} == before
+        assert {path: path.stat().st_mtime_ns for path in run.rglob("[!.]*")} == before
         start(run, num_epochs=3, resume_from_checkpoint="last")
         assert json.loads((run / "results.json").read_text())["step"] == 6
 
