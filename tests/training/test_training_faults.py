@@ -11,6 +11,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import zipfile
 from collections import namedtuple
 from contextlib import contextmanager
@@ -631,6 +632,23 @@ class TestScripts:
     def test_what_is_no_mistake_of_users(self):
         with pytest.raises(PermissionError), exit_with_a_sentence():
             raise PermissionError(errno.EACCES, "Permission denied", "/log")
+
+    def test_threads_get_a_turn_before_the_interpreter_ends(self, monkeypatch):
+        """One process of several would else wait for ever for a thread that waits for the interpreter's lock."""
+        monkeypatch.setenv("WORLD_SIZE", "2")
+        waiting, done = threading.Lock(), []
+        thread = threading.Thread(target=lambda: (waiting.acquire(), done.append(True)))
+        waiting.acquire()
+        thread.start()
+        before = sys.getswitchinterval()
+        sys.setswitchinterval(100)  # seconds: only who gives the lock away lets others run
+        try:
+            with exit_with_a_sentence():
+                waiting.release()
+            assert done
+        finally:
+            sys.setswitchinterval(before)
+            thread.join()
 
 
 class TestLabels:

@@ -81,7 +81,8 @@ def change_text(random: Random, path: Path):
 def change_tensors(random: Random, path: Path) -> str | None:
     """Of a safetensors file; `sentence` where no checkpoint can have such weights."""
     tensors = load_file(path)
-    name, kind = pick(random, sorted(tensors)), int(random.integers(8))
+    name = pick(random, sorted(key for key, tensor in tensors.items() if tensor.is_floating_point()))
+    kind = int(random.integers(8))
     if kind <= 1:
         tensors[name].view(-1)[0] = pick(random, (math.nan, math.inf, -math.inf))
     elif kind == 2:

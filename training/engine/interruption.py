@@ -6,6 +6,7 @@ import re
 import signal
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,6 +17,7 @@ from torch.utils.data import DataLoader
 
 
 LAUNCHED = ("ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID")  # set by `accelerate launch`, by torchrun
+LAST_TURN = 0.3  # seconds
 FAILED = 1  # exit status of a script that ends with a sentence
 WRITING_ERRORS = (errno.EDQUOT, errno.EFBIG, errno.EIO, errno.ENOSPC, errno.EROFS)
 
@@ -39,6 +41,11 @@ def exit_with_a_sentence():
     except KeyboardInterrupt:
         print(f"{script}: Interrupted.", file=sys.stderr)
         sys.exit(128 + signal.SIGINT)
+    finally:
+        if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+            # When the interpreter ends, PyTorch waits for the thread of the last exchange between processes, and holds
+            # the interpreter's lock meanwhile. The thread may need the lock to free its tensors: it gets it now.
+            time.sleep(LAST_TURN)
 
 
 def print_thread_error(failure: threading.ExceptHookArgs):
