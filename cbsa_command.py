@@ -3,6 +3,7 @@
 import _thread
 import signal
 import sys
+import threading
 
 
 def main() -> int:
@@ -15,22 +16,22 @@ def main() -> int:
     def raise_again(ignored):
         """Python ignores what a destructor or a callback raises; a KeyboardInterrupt is then raised once more."""
         if issubclass(ignored.exc_type, KeyboardInterrupt):
-            _thread.interrupt_main()
+            # After this hook, because Python ignores what the hook raises, too.
+            threading.Timer(0.05, _thread.interrupt_main).start()
         else:
             sys.__unraisablehook__(ignored)
 
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # not where a shell has it ignored
         signal.signal(signal.SIGINT, interrupt)
         sys.unraisablehook = raise_again
-    status = 130
     try:
         from cbsa_hf.cli import main as run
 
         status = run()
-        said = status == 130
     except KeyboardInterrupt:
-        said = False
-    if asked and not said:  # also where a library caught the KeyboardInterrupt while it was imported
+        status = None
+    # A library that catches the KeyboardInterrupt, while it is imported, does not decide that the command goes well.
+    if status is None or (asked and status != 130):
         print("cbsa: Interrupted.", file=sys.stderr)
         return 130
     return status

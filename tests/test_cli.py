@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 
 import numpy as np
 import pytest
@@ -15,12 +16,14 @@ from conftest import ROOT
 from PIL import Image
 from transformers import AutoImageProcessor, Dinov2Config, SegformerImageProcessorPil
 
+import cbsa_command
 from cbsa_hf import (
     CBSAConfig,
     CBSAForSemanticSegmentation,
     SlidingWindowSegmenter,
     ZeroShotSegmenter,
     attention_maps,
+    cli,
     default_checkpoint,
 )
 from cbsa_hf.cli import main
@@ -462,6 +465,37 @@ def test_interrupted_process(photo_file, tmp_path, seconds):
     assert process.returncode == 130
     assert error == "cbsa: Interrupted.\n"
     assert not list(tmp_path.rglob("*partial*"))
+
+
+def swallow():
+    """What a library may do while it is imported."""
+    with suppress(KeyboardInterrupt):
+        signal.raise_signal(signal.SIGINT)
+    return 0
+
+
+def ignore():
+    """What Python does with an exception of a destructor."""
+
+    class Last:
+        def __del__(self):
+            signal.raise_signal(signal.SIGINT)
+
+    Last()
+    time.sleep(10)
+    raise AssertionError("the KeyboardInterrupt was not raised again")
+
+
+@pytest.mark.parametrize("work", [swallow, ignore])
+def test_no_interruption_is_lost(monkeypatch, capsys, work):
+    monkeypatch.setattr(cli, "main", work)
+    monkeypatch.setattr(sys, "unraisablehook", sys.__unraisablehook__)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        assert cbsa_command.main() == 130
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert capsys.readouterr().err == "cbsa: Interrupted.\n"
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

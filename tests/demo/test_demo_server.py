@@ -269,7 +269,6 @@ def test_endpoints_are_named_and_described(client):
 
 
 def test_agent_finds_and_uses_the_tools(server):
-    pytest.importorskip("mcp")
     import anyio
     from mcp import ClientSession
     from mcp.client.streamable_http import streamable_http_client
