@@ -17,6 +17,7 @@ FIRST = {"source": "coffee", "layer": 3, "head": MEAN, "representative": 27}
 QUERIES = {"the chosen patch": True, "CLS": False}
 MAPS = {"as published": False, "exact": True}
 NO_OTHER = "none"
+KINDS = ("mask", "segments", "maps")  # of files to keep
 
 
 class Answers:
@@ -61,7 +62,7 @@ class Answers:
         layer, patch = self.layer_of(look, layer), self.patch_of(look, row, column)
         trace = look.trace(layer)
         if trace is None:
-            return story.without_representatives(look, layer)
+            return views.sentence(f"{story.no_steps(look, layer)} Its maps are below.")
         parts = {name: self.head_of(look, value.numpy(), head) for name, value in vars(trace).items()}
         chosen = whole(representative, "representative", 0, len(parts["reads"]) - 1)
         return story.steps(look, parts, patch, chosen)
@@ -90,11 +91,14 @@ class Answers:
         what = f"Layer {layer}, head {head}: what patch ({row}, {column}) is tied to"
         return views.compare(looks, [model, other], found, maps, what)
 
-    def street(self, source, model, flip, sharp) -> str:
-        look = self.explorer.look(source, model)
+    def street_of(self, look: Look, flip: object, sharp: object) -> tuple[np.ndarray, dict[int, str]]:
+        """The class of every pixel, and the names of the classes."""
         segmenter = self.explorer.segmenter()
         labels = look.street(segmenter, flag(flip, "mirrored too"), flag(sharp, "edges follow the photo"))
-        return views.street(labels, segmenter[0].config.id2label)
+        return labels, segmenter[0].config.id2label
+
+    def street(self, source, model, flip, sharp) -> str:
+        return views.street(*self.street_of(self.explorer.look(source, model), flip, sharp))
 
     def download(self, kind: str, source, model, method, num_segments, sharp, row, column) -> dict:
         look = self.explorer.look(source, model)

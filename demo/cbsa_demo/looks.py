@@ -4,10 +4,12 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
 import torch
+from huggingface_hub import ModelCard
 from PIL import Image
 from transformers import BaseImageProcessor
 
@@ -203,7 +205,8 @@ class Explorer:
     The models of the page, and what they found in the photos of late.
 
     Args:
-        checkpoints: folders or hub ids by the names that visitors see. Visitors choose among these only.
+        checkpoints: folders or hub ids by the names that visitors see. Visitors choose among these only, so nobody
+            makes the server open a folder or download a model.
     """
 
     def __init__(self, checkpoints: dict[str, str]):
@@ -220,6 +223,19 @@ class Explorer:
         if not isinstance(name, str) or name not in self.checkpoints:
             raise PhotoError(f"There is no such model; choose one of {', '.join(self.checkpoints)}.")
         return self.models.get(name, lambda: load_checkpoint(self.checkpoints[name]))
+
+    def card(self, name: object) -> str:
+        """The model card, in Markdown; for one without, or of the hub, where it is."""
+        self.model(name)  # checks the name
+        checkpoint = Path(self.checkpoints[name])
+        if not checkpoint.is_dir():
+            return f"[The model card on the Hub](https://huggingface.co/{self.checkpoints[name]})"
+        file = checkpoint / "README.md"
+        return (
+            ModelCard.load(file, ignore_metadata_errors=True).text
+            if file.is_file()
+            else "This model has no model card."
+        )
 
     def segmenter(self) -> tuple[CBSAPreTrainedModel, BaseImageProcessor]:
         """The model for street scenes that ships with the package, and its processor."""
