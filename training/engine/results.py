@@ -13,8 +13,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformers import BaseImageProcessor, PreTrainedModel
 
-from engine.output import write_together
-from engine.run_state import DamagedCheckpoint, check_sums, checkpoint_path, read_progress
+from training.engine.output import write_together
+from training.engine.run_state import DamagedCheckpoint, check_sums, checkpoint_path, read_progress
 
 
 TASK_NAMES = {"accuracy": "image-classification", "mean_iou": "image-segmentation"}  # on the Hub, by metric
