@@ -134,9 +134,8 @@ def test_push_of_an_encoder(hub, tiny_model, shipped, tmp_path):
 
 
 def test_push_at_the_end_of_a_run(hub, training, tmp_path, monkeypatch):
-    import pretrain
-
-    from arguments import PretrainingArguments
+    from training import pretrain
+    from training.arguments import PretrainingArguments
 
     random = np.random.default_rng(0)
     pictures = [PILImage.fromarray(random.integers(0, 256, (16, 16, 3), dtype=np.uint8)) for _ in range(4)]

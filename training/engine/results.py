@@ -14,8 +14,8 @@ from safetensors.torch import load_file
 from transformers import BaseImageProcessor, PreTrainedModel
 
 from cbsa_hf.checkpoints.model_cards import auto_class_of, base_model_of, loading_example
-from engine.output import write_together
-from engine.run_state import DamagedCheckpoint, check_sums, checkpoint_path, read_progress
+from training.engine.output import write_together
+from training.engine.run_state import DamagedCheckpoint, check_sums, checkpoint_path, read_progress
 
 
 TASK_NAMES = {"accuracy": "image-classification", "mean_iou": "image-segmentation"}  # on the Hub, by metric
