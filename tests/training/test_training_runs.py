@@ -11,11 +11,9 @@ from unittest.mock import Mock
 
 import numpy as np
 import pytest
-import score
 import torch
 from accelerate.utils import DistributedType
 from datasets import Array3D, ClassLabel, Dataset, Features
-from finetune import finetune_classifier
 from PIL import Image
 from safetensors.torch import load_file
 from torch.nn import functional as F
@@ -23,13 +21,15 @@ from torch.utils.data import DataLoader
 from transformers import AutoModelForImageClassification, AutoModelForSemanticSegmentation
 from transformers.utils.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
-from arguments import FinetuningArguments, PretrainingArguments, ScoringArguments, parse_arguments
-from engine import interruption, setup
-from engine.interruption import StopRequest, outlive_interruption
-from engine.setup import build_accelerator
-from evaluation.scores import evaluate_classifier, evaluate_segmenter
-from tasks import classification
-from tasks.heads import load_for_classes
+from training import score
+from training.arguments import FinetuningArguments, PretrainingArguments, ScoringArguments, parse_arguments
+from training.engine import interruption, setup
+from training.engine.interruption import StopRequest, outlive_interruption
+from training.engine.setup import build_accelerator
+from training.evaluation.scores import evaluate_classifier, evaluate_segmenter
+from training.finetune import finetune_classifier
+from training.tasks import classification
+from training.tasks.heads import load_for_classes
 
 
 class TestRuns:
