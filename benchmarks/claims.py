@@ -23,12 +23,9 @@ import transformers
 from PIL import Image
 from transformers import HfArgumentParser
 
-
-sys.path.append(str(Path(__file__).resolve().parents[1] / "training"))
-
-from model_claims import adaptation, objective, pooled_representatives, robustness, zero_shot_segmentation
-from operator_claims import linear_cost, union_of_subspaces
-from workbench import NOT_RUN, Finding, Workbench, table
+from benchmarks.model_claims import adaptation, objective, pooled_representatives, robustness, zero_shot_segmentation
+from benchmarks.operator_claims import linear_cost, union_of_subspaces
+from benchmarks.workbench import NOT_RUN, Finding, Workbench, table
 
 
 CLAIMS = {

@@ -8,10 +8,22 @@ from pathlib import Path
 
 import torch
 from PIL import Image
-from small_models import accuracy, with_attention
 from transformers import PreTrainedModel
-from workbench import FAILS, FAMILY, HOLDS, NOT_RUN, OPEN, Finding, Workbench, not_run, sign_verdict, spread, table
 
+from benchmarks.small_models import accuracy, with_attention
+from benchmarks.workbench import (
+    FAILS,
+    FAMILY,
+    HOLDS,
+    NOT_RUN,
+    OPEN,
+    Finding,
+    Workbench,
+    not_run,
+    sign_verdict,
+    spread,
+    table,
+)
 from cbsa_hf import default_checkpoint, load_checkpoint
 from cbsa_hf.interpretability.measures import LayerMeasures, accuracy_under_noise, measure_layers, noisy_projections
 from cbsa_hf.interpretability.plots import line_panels

@@ -7,15 +7,15 @@ from dataclasses import dataclass
 import torch
 from matplotlib.figure import Figure
 from PIL import Image
-from synthetic import (
+from torch.utils.flop_counter import FlopCounterMode
+
+from benchmarks.synthetic import (
     distance_to_subspaces,
     draw_union_of_subspaces,
     iterate_operator,
     operator_of_bases,
 )
-from torch.utils.flop_counter import FlopCounterMode
-from workbench import FAILS, HOLDS, OPEN, Finding, Workbench, spread, table
-
+from benchmarks.workbench import FAILS, HOLDS, OPEN, Finding, Workbench, spread, table
 from cbsa_hf.attention_cbsa import ATTENTIONS, PooledRepresentatives, SelfAttention
 from cbsa_hf.interpretability.measures import coding_rate
 from cbsa_hf.interpretability.plots import line_panels, render

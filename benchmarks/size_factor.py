@@ -7,24 +7,18 @@ The factor is the configuration's `size_factor`; the weights are the same in bot
 means.
 """
 
-import sys
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from accelerate import Accelerator
 from torch.utils.data import DataLoader
 from transformers import HfArgumentParser
 
-
-sys.path.append(str(Path(__file__).resolve().parents[1] / "training"))
-
-from workbench import table
-
+from benchmarks.workbench import table
 from cbsa_hf import CBSAForImageClassification, load_checkpoint
 from cbsa_hf.interpretability.plots import line_panels
-from data.classification import ValidationImages
-from data.loading import find_columns, find_split, load_images
-from evaluation.scores import evaluate_classifier
+from training.data.classification import ValidationImages
+from training.data.loading import find_columns, find_split, load_images
+from training.evaluation.scores import evaluate_classifier
 
 
 TITLES = {True: "with N / N0", False: "without, as the reference implementation"}

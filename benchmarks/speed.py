@@ -17,7 +17,6 @@ import io
 import os
 import platform
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from copy import deepcopy
@@ -33,19 +32,14 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import ViTConfig, ViTForImageClassification
-from zero_shot_cost import measure
 
+from benchmarks.workbench import table
+from benchmarks.zero_shot_cost import measure
 from cbsa_hf import CBSAConfig, CBSAForImageClassification, fold, preset_path
 from cbsa_hf.attention_cbsa import ContractAndBroadcastSelfAttention
 from cbsa_hf.interpretability.plots import line_panels
 from cbsa_hf.modeling_cbsa import CBSAISTA, CBSAConvStem
-
-
-sys.path.append(str(Path(__file__).resolve().parents[1] / "training"))
-
-from workbench import table
-
-from engine.memory import keep_freed_memory
+from training.engine.memory import keep_freed_memory
 
 
 SECONDS = 20.0  # a forward pass above this is run once; if the last smaller image took more than a quarter, never

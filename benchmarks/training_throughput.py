@@ -14,22 +14,17 @@ import time
 from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 
 import torch
 
-
-sys.path.append(str(Path(__file__).resolve().parents[1] / "training"))
-
-import pretrain
-
-from arguments import DataArguments, PretrainingArguments, parse_arguments
-from data.classification import TrainingImages
-from data.loading import class_names, find_columns
-from engine.loop import take_step
-from engine.optimization import build_optimizer, build_scheduler
-from engine.setup import build_accelerator, build_loader, load_splits
-from tasks.classification import ClassificationLoss
+from training import pretrain
+from training.arguments import DataArguments, PretrainingArguments, parse_arguments
+from training.data.classification import TrainingImages
+from training.data.loading import class_names, find_columns
+from training.engine.loop import take_step
+from training.engine.optimization import build_optimizer, build_scheduler
+from training.engine.setup import build_accelerator, build_loader, load_splits
+from training.tasks.classification import ClassificationLoss
 
 
 @dataclass(kw_only=True)

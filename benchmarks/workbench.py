@@ -7,10 +7,10 @@ from pathlib import Path
 
 import torch
 from PIL import Image
-from small_models import Recipe, Thumbnails, fine_tuned, make_thumbnails, small_model
 from transformers import BaseImageProcessor, PreTrainedModel
 
-from data.loading import find_columns, find_split, load_images
+from benchmarks.small_models import Recipe, Thumbnails, fine_tuned, make_thumbnails, small_model
+from training.data.loading import find_columns, find_split, load_images
 
 
 HOLDS, FAILS, OPEN, NOT_RUN = "holds here", "does not hold here", "cannot tell", "not run"

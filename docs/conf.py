@@ -8,16 +8,16 @@ Pages are Markdown (MyST); the notebook is executed; the API page comes from the
 
 import os
 import re
-import sys
 import tomllib
 from pathlib import Path
 
 
 os.environ["HF_HUB_OFFLINE"] = "1"
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
 
-import cbsa_hf  # noqa: E402
+import cbsa_hf
+
+
+ROOT = Path(__file__).resolve().parents[1]
 
 
 project = "cbsa-hf"

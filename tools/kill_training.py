@@ -39,7 +39,6 @@ from pathlib import Path
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["ACCELERATE_USE_CPU"] = "true"
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "training"))
 
 import numpy as np
 from processes import Stopwatch, find_argument, find_session
@@ -194,8 +193,8 @@ def arm(aim: Aim, folder: str):
 
 def watch_validation(tell: Callable[[], None]):
     """Call that whenever the loop starts to validate."""
-    from tasks.classification import ClassificationTask
-    from tasks.segmentation import SegmentationTask
+    from training.tasks.classification import ClassificationTask
+    from training.tasks.segmentation import SegmentationTask
 
     for task in (ClassificationTask, SegmentationTask):
         evaluate = task.evaluate
@@ -403,8 +402,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--moments", nargs="+", choices=list(AIMS), default=list(AIMS), help="when it is killed")
     args = parser.parse_args(argv)
-    import finetune  # noqa: F401, for the processes that are forked
-    import pretrain  # noqa: F401
+    from training import finetune, pretrain  # noqa: F401, for the processes that are forked
 
     draw, counts = random.Random(args.seed), {name: Counter() for name in args.variants}
     victims, faults = Counter(), []
@@ -455,7 +453,8 @@ def print_table(
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--inside"]:  # in the processes that a launcher has started
         script, aim, *rest = sys.argv[2:]
-        import finetune  # noqa: F401, with the modules that an aim may need before the script has imported them
+        # With the modules that an aim may need before the script has imported them.
+        from training import finetune  # noqa: F401
 
         aim = json.loads(aim)
         run_script(script, rest, None if aim is None or os.environ.get("RANK") != "0" else Aim(**aim))

@@ -18,7 +18,6 @@ from dataclasses import fields
 from functools import partial
 from pathlib import Path
 
-import pretrain
 import torch
 from accelerate import PartialState
 from accelerate.state import AcceleratorState
@@ -27,14 +26,15 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedModel
 
-from arguments import ComparisonArguments, PretrainingArguments, parse_arguments
 from cbsa_hf import load_checkpoint
-from data.loading import find_mask_columns, find_split, load_images
-from data.segmentation import SegmentationDataset
-from engine.interruption import exit_with_a_sentence
-from engine.output import open_output, write_file
-from engine.run_state import CHECKPOINTS
-from evaluation.zero_shot import build_segmenters, evaluate_zero_shot, model_results
+from training import pretrain
+from training.arguments import ComparisonArguments, PretrainingArguments, parse_arguments
+from training.data.loading import find_mask_columns, find_split, load_images
+from training.data.segmentation import SegmentationDataset
+from training.engine.interruption import exit_with_a_sentence
+from training.engine.output import open_output, write_file
+from training.engine.run_state import CHECKPOINTS
+from training.evaluation.zero_shot import build_segmenters, evaluate_zero_shot, model_results
 
 
 MEMBERS = {

@@ -7,13 +7,13 @@ from copy import deepcopy
 import numpy as np
 import pytest
 import torch
-from synthetic import (
+
+from benchmarks.synthetic import (
     distance_to_subspaces,
     draw_union_of_subspaces,
     iterate_operator,
     operator_of_bases,
 )
-
 from cbsa_hf import CBSAConfig, CBSAForImageClassification
 from cbsa_hf.attention_cbsa import ATTENTIONS
 from cbsa_hf.interpretability.attention_maps import attention_maps, exact_maps, map_is_exact

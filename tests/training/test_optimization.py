@@ -4,11 +4,11 @@ import numpy as np
 import pytest
 import torch
 
-from arguments import (
+from cbsa_hf import CBSAConfig, CBSAForImageClassification
+from training.arguments import (
     OPTIMIZERS,
 )
-from cbsa_hf import CBSAConfig, CBSAForImageClassification
-from engine.optimization import build_optimizer, build_scheduler, parameter_groups
+from training.engine.optimization import build_optimizer, build_scheduler, parameter_groups
 
 
 class TestOptimization:

@@ -109,7 +109,7 @@ def write_sound_dataset(random: Random, folder: Path, masks: bool):
 
 def make_script_command(random: Random, folders: Folders) -> Case:
     """A line for a training script, with some odd values."""
-    from arguments import (
+    from training.arguments import (
         AdaptationArguments,
         FinetuningArguments,
         PretrainingArguments,

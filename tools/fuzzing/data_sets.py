@@ -185,7 +185,6 @@ def run_script(name: str, *arguments: str) -> Callable[[], object]:
 
 def import_scripts():
     """The training scripts and what they import, once for all the processes that are forked."""
-    sys.path.insert(0, str(ROOT / "training"))
     for script in SCRIPTS:
         runpy.run_path(str(ROOT / "training" / script))
 

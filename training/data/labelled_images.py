@@ -14,8 +14,8 @@ from PIL import Image as PILImage
 from transformers import BaseImageProcessor
 
 from cbsa_hf.segmentation.images import ImageError, to_image
-from data.loading import class_names
-from data.streaming import StreamedRows
+from training.data.loading import class_names
+from training.data.streaming import StreamedRows
 
 
 SAMPLE_SIZE = 16

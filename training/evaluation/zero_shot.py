@@ -13,9 +13,9 @@ from scipy.cluster.vq import kmeans2
 from tqdm.auto import tqdm
 from transformers import BaseImageProcessor, PreTrainedModel
 
-from arguments import MIN_FOREGROUND
 from cbsa_hf import ZeroShotSegmenter
-from data.segmentation import IGNORED
+from training.arguments import MIN_FOREGROUND
+from training.data.segmentation import IGNORED
 
 
 NUM_SEGMENTS = 6

@@ -15,17 +15,24 @@ from transformers import (
     SegformerImageProcessorPil,
 )
 
-from arguments import SegmentationArguments
 from cbsa_hf import SlidingWindowSegmenter
 from cbsa_hf.checkpoints import load_config, load_processor
 from cbsa_hf.configuration_cbsa import to_pair
 from cbsa_hf.overlays import class_strip
 from cbsa_hf.segmentation.sliding_window import label_names
-from data.segmentation import IGNORED, SegmentationDataset, TrainingMasks, check_masks, class_weights, read_size
-from data.streaming import StreamedRows
-from engine.loop import Task
-from evaluation.scores import evaluate_segmenter
-from tasks.heads import load_for_classes
+from training.arguments import SegmentationArguments
+from training.data.segmentation import (
+    IGNORED,
+    SegmentationDataset,
+    TrainingMasks,
+    check_masks,
+    class_weights,
+    read_size,
+)
+from training.data.streaming import StreamedRows
+from training.engine.loop import Task
+from training.evaluation.scores import evaluate_segmenter
+from training.tasks.heads import load_for_classes
 
 
 class SegmentationLoss(nn.Module):
@@ -107,7 +114,7 @@ def load_segmenter(
         image_mean=processor.image_mean,
         image_std=processor.image_std,
         do_reduce_labels=args.reduce_labels,
-        do_convert_rgb=True,
+        do_convert_rgb=len(processor.image_mean) == 3,
     )
     return model, processor
 
