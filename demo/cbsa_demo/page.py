@@ -169,6 +169,7 @@ def add_more(parts: SimpleNamespace, explorer: Explorer):
             parts.edges = gr.Checkbox(HAS_KORNIA, label="Edges follow the photo", visible=HAS_KORNIA, elem_id="edges")
         parts.street = own_html(elem_id="street", classes=["result"])
     with gr.Accordion("Use it from code", open=False, elem_id="code"):
+        gr.Markdown(text.ENDPOINTS)
         gr.Code(text.CODE, language="python", label="The library", interactive=False)
         gr.Code(text.CLIENT, language="python", label="This page as a server", interactive=False)
         gr.Code(text.SHELL, language="shell", label="The command line", interactive=False)

@@ -4,6 +4,7 @@ import functools
 import os
 import re
 import stat
+import threading
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,11 +19,12 @@ from cbsa_hf.segmentation.images import open_image
 
 
 MAX_BYTES = 30 * 10**6
-MAX_PIXELS = 50 * 10**6
+MAX_PIXELS = 25 * 10**6  # decoders take up to 10 bytes for each
 MAX_RATIO = 50  # of the longer side to the shorter
 LONG_SIDE = 1280  # pixels of the longer side that anything is drawn at
 UPLOADED = re.compile(r"[0-9a-f]{16,128}/[^/\\\0]{1,255}")  # Gradio's folder of an upload, and the file's own name
 
+DECODING = threading.Lock()  # one photo at a time, so that memory is that of one
 LIMITS = f"up to {MAX_BYTES // 10**6} MB and {MAX_PIXELS // 10**6} million pixels"
 NOT_UPLOADED = "Upload a photo first, or choose one of the examples; no other files are read."
 
@@ -156,10 +158,11 @@ def open_upload(source: str) -> Photo:
             f"{MAX_RATIO} times the other."
         )
     try:
-        image = open_image(data, name=path.name, max_ratio=MAX_RATIO)
+        with DECODING:
+            image = open_image(data, name=path.name, max_pixels=MAX_PIXELS, max_ratio=MAX_RATIO)
+            image.thumbnail((LONG_SIDE, LONG_SIDE))
     except ImageError as error:
         raise PhotoError(str(error)) from error
-    image.thumbnail((LONG_SIDE, LONG_SIDE))
     remark = f"{path.name} holds several pictures; this is the first." if has_more_pictures(data) else ""
     return Photo(source, image, path.name, f"The uploaded photo {path.name}", remark)
 

@@ -1,5 +1,6 @@
 """The page in a real browser."""
 
+import base64
 import os
 import re
 import shutil
@@ -114,6 +115,7 @@ def at_rest(page: Page):
 
 
 def test_first_result_is_there(page):
+    expect(page).to_have_title("CBSA: a photo explained by a few representatives")
     for part in ("photo", "segments", "steps", "glance"):
         picture = page.locator(f"#{part} img").first
         expect(picture).to_be_visible()
@@ -228,6 +230,8 @@ def test_models_are_changed_and_compared(page):
 
 def test_street_scene(page):
     page.get_by_text("Street scenes", exact=True).click()
+    for name in ("flip", "edges"):  # each takes as long again
+        page.locator(f"#{name} input").uncheck()
     page.locator("#find").click()
     expect(page.locator("#street .classes li").first).to_be_visible()
     page.locator("[data-example=chelsea]").click()
@@ -257,6 +261,83 @@ def test_upload(page, tmp_path, noise):
     wait_for_change(page, "segments", before)
     expect(page.locator("#photo figcaption")).to_contain_text("upload.png")
     assert "photo=" not in page.url
+
+
+CARRY = """
+([kind, name, content]) => {
+  const bytes = Uint8Array.from(atob(content), (letter) => letter.charCodeAt(0));
+  const carried = new DataTransfer();
+  carried.items.add(new File([bytes], name, { type: "image/png" }));
+  const event = kind === "paste"
+    ? new ClipboardEvent("paste", { clipboardData: carried, bubbles: true })
+    : new DragEvent("drop", { dataTransfer: carried, bubbles: true, cancelable: true });
+  document.body.dispatchEvent(event);
+}
+"""
+
+
+@pytest.mark.parametrize("kind", ["paste", "drop"])
+def test_photo_is_pasted_or_dropped(page, tmp_path, noise, kind):
+    noise.save(tmp_path / "carried.png")
+    content = base64.b64encode((tmp_path / "carried.png").read_bytes()).decode()
+    before = source(page, "segments")
+    page.evaluate(CARRY, [kind, f"{kind}.png", content])
+    wait_for_change(page, "segments", before)
+    expect(page.locator("#photo figcaption")).to_contain_text(f"{kind}.png")
+
+
+def test_former_results_are_dimmed_while_the_next_photo_is_at_work(page):
+    at_rest(page)
+    held = []
+    page.route("**/queue/join*", held.append)
+    page.locator("[data-example=chelsea]").click()
+    for part in ("segments", "legend", "steps", "glance", "inside"):
+        expect(page.locator(f"#{part}")).to_have_css("opacity", "0.4")
+    page.unroute("**/queue/join*")
+    for route in held:
+        route.continue_()
+    expect(page.locator("#status")).to_contain_text("Cat: 4 segments")
+    at_rest(page)
+    expect(page.locator("#segments")).to_have_css("opacity", "1")
+
+
+STORY = [
+    *("header", "picker", "model", "row", "column", "method", "number", "opacity", "sharp"),
+    *("save-mask", "save-segments", "save-maps", "layer", "head", "representative", "behind"),
+    *("query", "kind", "shared", "glance"),
+]
+
+
+def test_keys_reach_everything_in_the_order_of_the_story(page):
+    reached, focused = [], "() => document.activeElement.closest('[id]:not(input, [id^=component], [id^=range])')?.id"
+    while "glance" not in reached and len(reached) < 60:
+        page.keyboard.press("Tab")
+        part = page.evaluate(focused)
+        if part not in reached:
+            reached.append(part)
+    assert [part for part in reached if part in STORY] == STORY
+
+    before = source(page, "steps")
+    page.keyboard.press("Enter")  # on the first map
+    wait_for_change(page, "steps", before)
+    expect(page.locator("#layer input[type=number]")).to_have_value("0")
+    expect(page.locator("#status [role=status], #status[role=status]")).to_have_count(1)
+    page.locator("[data-example=chelsea]").focus()
+    page.keyboard.press("Enter")
+    expect(page.locator("#status")).to_contain_text("Cat: 4 segments")
+
+
+def test_links_open_what_is_folded_away(page):
+    for name, content in {
+        "Model card": "cbsa-tiny-imagenette",
+        "Use it from code": "gradio_client",
+        "What it cannot do": "mean IoU",
+    }.items():
+        page.get_by_role("link", name=name).click()
+        expect(page.locator(page.get_by_role("link", name=name).get_attribute("href"))).to_contain_text(content)
+    page.locator("#model input").click()
+    page.get_by_role("option", name="street segmenter").click()
+    expect(page.locator("#card h1")).to_have_text("cbsa-tiny-camvid")
 
 
 def test_damaged_upload_is_one_sentence(page, tmp_path, photo):
@@ -295,7 +376,7 @@ CONTRAST = """
     return [255, 255, 255, 255];
   };
   const poor = [];
-  for (const node of document.querySelectorAll(".own-html *")) {
+  for (const node of document.querySelectorAll("body *")) {
     const text = [...node.childNodes].some((child) => child.nodeType === 3 && child.textContent.trim());
     if (!text || !node.checkVisibility() || node.closest(".unseen")) continue;
     const [r, g, b, a] = parse(getComputedStyle(node).color);
@@ -321,12 +402,18 @@ def test_every_width_in_light_and_dark(browser, url, tmp_path_factory, width, sc
     expect(page.locator("#inside table").first).to_be_visible()
     at_rest(page)
     assert page.evaluate("document.documentElement.scrollWidth") <= width
-    assert page.evaluate(CONTRAST) == []
+    folder = Path(os.environ.get("SCREENSHOTS") or tmp_path_factory.mktemp("screenshots"))
+    page.screenshot(path=folder / f"{width}-{scheme}.png", full_page=True)
     assert page.evaluate("[...document.images].filter((image) => image.getAttribute('alt') === null).length") == 0
     assert page.locator("button:visible:not([aria-label])").filter(has_not_text=re.compile(r"\S")).count() == 0
     if is_phone:
         photo, segments = (page.locator(f"#{part} .stage").bounding_box() for part in ("photo", "segments"))
         assert segments["y"] > photo["y"] + photo["height"]
-    folder = Path(os.environ.get("SCREENSHOTS") or tmp_path_factory.mktemp("screenshots"))
-    page.screenshot(path=folder / f"{width}-{scheme}.png", full_page=True)
+        page.locator("#glance").scroll_into_view_if_needed()
+        page.mouse.wheel(0, 300)
+        expect(page.locator("#layer")).to_be_in_viewport()
+    for title in page.locator("button.label-wrap").all():
+        title.click()
+    page.wait_for_timeout(300)
+    assert page.evaluate(CONTRAST) == []
     page.close()

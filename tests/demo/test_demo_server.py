@@ -19,6 +19,7 @@ import httpx
 import numpy as np
 import pytest
 import skimage.data
+import visitors
 from cbsa_demo import admission, looks, photos, text
 from cbsa_demo.answers import Answers
 from cbsa_demo.page import SERVER, build_page
@@ -360,12 +361,13 @@ def test_a_request_that_is_too_long_or_of_no_length_is_refused(server):
     assert answer(json={"data": ["coffee", ""]}) == 200
 
 
-def test_the_oldest_uploads_make_room(server):
+def test_the_oldest_uploads_make_room(server, monkeypatch):
     paths = [Path(upload(server[0], f"{name}.png", name.encode() * 1000)) for name in "abc"]
     for age, path in enumerate(paths):
         os.utime(path, (10**9 + age, 10**9 + age))
     others = sum(file.lstat().st_size for file in server[1].glob("*/*") if file not in paths)
-    admission.make_room(needed=500, most=others + 2600)
+    monkeypatch.setattr(admission, "MAX_UPLOADS", others + 2600)
+    admission.make_room(needed=500)
     assert [path.exists() for path in paths] == [False, True, True]
 
 
@@ -488,3 +490,24 @@ def test_no_other_source_is_opened(source):
 def test_unknown_model_is_one_sentence():
     with pytest.raises(photos.PhotoError, match="There is no such model; choose one of shipped"):
         looks.Explorer({"shipped": "nowhere"}).look("coffee", "hub/model")
+
+
+def test_sessions_leave_little_behind(server, tmp_path, monkeypatch):
+    folder, photos_of_visitors = server[1], [visitors.save_photo(tmp_path, 400 + side, 300) for side in range(5)]
+    largest = max(path.stat().st_size for path in photos_of_visitors)
+    monkeypatch.setattr(admission, "MAX_UPLOADS", 3 * largest)
+    before = visitors.memory(os.getpid())
+    visitors.come_and_go(server[0], photos_of_visitors)
+    assert visitors.disk(folder) * 10**6 <= 3 * largest
+    assert visitors.memory(os.getpid()) - before < 300
+
+
+def test_bombs_are_borne(server, tmp_path):
+    photo = visitors.save_photo(tmp_path, 400, 300)
+    visitors.come_and_go(server[0], [photo])
+    before = visitors.memory(os.getpid())
+    visitors.forget_peak(os.getpid())
+    taken = visitors.bombard(server[0], bombs := visitors.bombs(), photo)
+    assert len(bombs) > 3
+    assert visitors.memory(os.getpid(), "VmHWM") - before < 300 + sum(map(len, bombs.values())) / 10**6
+    assert max(taken) < 60  # on a machine that does ten other things
