@@ -38,6 +38,7 @@ SERVER = {
     ),
     "max_file_size": MAX_BYTES,
     "state_session_capacity": 100,  # what the server keeps of visitors; the page itself knows what it shows
+    "max_threads": 8,  # each has memory of its own
     "show_error": True,
     "mcp_server": find_spec("mcp") is not None,
     "footer_links": ["api", "gradio"],
@@ -47,6 +48,10 @@ SERVER = {
 
 class Page(gr.Blocks):
     """A page of Gradio that opens no file which was not uploaded to it, whichever component or endpoint it is for."""
+
+    def validate_inputs(self, block_fn, inputs):
+        if len(inputs) < len(block_fn.inputs):  # Gradio would repeat what was sent, with the paths of uploads
+            raise PhotoError(f"This takes {len(block_fn.inputs)} values, but got {len(inputs)}.")
 
     async def preprocess_data(self, block_fn, inputs, *args, **options):
         return await super().preprocess_data(block_fn, admit_files(inputs), *args, **options)

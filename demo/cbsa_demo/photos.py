@@ -4,7 +4,7 @@ import functools
 import os
 import re
 import stat
-import threading
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,16 +15,17 @@ from PIL import Image
 
 from cbsa_hf import ImageError
 from cbsa_hf.segmentation.image_files import has_more_pictures, open_bytes
-from cbsa_hf.segmentation.images import open_image
+from cbsa_hf.segmentation.images import HUNGRY_FORMATS, to_rgb
 
 
 MAX_BYTES = 30 * 10**6
-MAX_PIXELS = 25 * 10**6  # decoders take up to 10 bytes for each
+MAX_PIXELS = 25 * 10**6  # 8 bytes are needed for each, 16 in HUNGRY_FORMATS
 MAX_RATIO = 50  # of the longer side to the shorter
 LONG_SIDE = 1280  # pixels of the longer side that anything is drawn at
 UPLOADED = re.compile(r"[0-9a-f]{16,128}/[^/\\\0]{1,255}")  # Gradio's folder of an upload, and the file's own name
 
-DECODING = threading.Lock()  # one photo at a time, so that memory is that of one
+Image.core.set_block_size(2**26)  # bytes of a part of a picture: parts this large go back to the system at once
+DECODER = ThreadPoolExecutor(1, "decoder")  # one photo at a time, in one thread, whose memory is used again
 LIMITS = f"up to {MAX_BYTES // 10**6} MB and {MAX_PIXELS // 10**6} million pixels"
 NOT_UPLOADED = "Upload a photo first, or choose one of the examples; no other files are read."
 
@@ -140,6 +141,15 @@ def read_upload(path: Path) -> bytes:
         return file.read()
 
 
+def decode(data: bytes, name: str) -> Image.Image:
+    """The photo in a file, upright, no larger than it is drawn."""
+    image = open_bytes(data)
+    image.draft(None, (2 * LONG_SIDE, 2 * LONG_SIDE))  # a JPEG need not be decoded larger
+    image = to_rgb(image, name)
+    image.thumbnail((LONG_SIDE, LONG_SIDE))
+    return image
+
+
 def open_upload(source: str) -> Photo:
     """An uploaded photo, upright and small enough to draw."""
     path = find_upload(source)
@@ -147,20 +157,20 @@ def open_upload(source: str) -> Photo:
     if not data:
         raise PhotoError(f"{path.name} is empty.")
     try:
-        size = open_bytes(data).size
+        header = open_bytes(data)
     except Exception as error:  # decoders raise what they like
         raise PhotoError(
             f"{path.name} is not a photo that this page can read; give a JPEG, PNG, WebP, AVIF, TIFF, GIF or BMP file."
         ) from error
-    if size[0] * size[1] > MAX_PIXELS or max(size) > MAX_RATIO * min(size):
+    width, height = header.size
+    most = MAX_PIXELS // 2 if header.format in HUNGRY_FORMATS else MAX_PIXELS
+    if width * height > most or max(header.size) > MAX_RATIO * min(header.size):
         raise PhotoError(
-            f"{path.name} has {size[0]} x {size[1]} pixels; this page takes photos {LIMITS}, no side more than "
-            f"{MAX_RATIO} times the other."
+            f"{path.name} has {width} x {height} pixels; this page takes photos {LIMITS}, half as many in WebP and "
+            f"JPEG 2000, no side more than {MAX_RATIO} times the other."
         )
     try:
-        with DECODING:
-            image = open_image(data, name=path.name, max_pixels=MAX_PIXELS, max_ratio=MAX_RATIO)
-            image.thumbnail((LONG_SIDE, LONG_SIDE))
+        image = DECODER.submit(decode, data, path.name).result()
     except ImageError as error:
         raise PhotoError(str(error)) from error
     remark = f"{path.name} holds several pictures; this is the first." if has_more_pictures(data) else ""

@@ -289,7 +289,7 @@ def test_photo_is_pasted_or_dropped(page, tmp_path, noise, kind):
 def test_former_results_are_dimmed_while_the_next_photo_is_at_work(page):
     at_rest(page)
     held = []
-    page.route("**/queue/join*", held.append)
+    page.route("**/queue/join*", lambda route: held.append(route))
     page.locator("[data-example=chelsea]").click()
     for part in ("segments", "legend", "steps", "glance", "inside"):
         expect(page.locator(f"#{part}")).to_have_css("opacity", "0.4")
@@ -334,7 +334,8 @@ def test_links_open_what_is_folded_away(page):
         "What it cannot do": "mean IoU",
     }.items():
         page.get_by_role("link", name=name).click()
-        expect(page.locator(page.get_by_role("link", name=name).get_attribute("href"))).to_contain_text(content)
+        part = page.locator(page.get_by_role("link", name=name).get_attribute("href"))
+        expect(part.get_by_text(content).first).to_be_visible()
     page.locator("#model input").click()
     page.get_by_role("option", name="street segmenter").click()
     expect(page.locator("#card h1")).to_have_text("cbsa-tiny-camvid")
