@@ -1,9 +1,11 @@
 """Which photo a visitor means, and reading it safely: the examples, and files in the upload folder alone."""
 
+import ctypes
 import functools
 import os
 import re
 import stat
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +26,6 @@ MAX_RATIO = 50  # of the longer side to the shorter
 LONG_SIDE = 1280  # pixels of the longer side that anything is drawn at
 UPLOADED = re.compile(r"[0-9a-f]{16,128}/[^/\\\0]{1,255}")  # Gradio's folder of an upload, and the file's own name
 
-Image.core.set_block_size(2**26)  # bytes of a part of a picture: parts this large go back to the system at once
 DECODER = ThreadPoolExecutor(1, "decoder")  # one photo at a time, in one thread, whose memory is used again
 LIMITS = f"up to {MAX_BYTES // 10**6} MB and {MAX_PIXELS // 10**6} million pixels"
 NOT_UPLOADED = "Upload a photo first, or choose one of the examples; no other files are read."
@@ -144,10 +145,17 @@ def read_upload(path: Path) -> bytes:
 def decode(data: bytes, name: str) -> Image.Image:
     """The photo in a file, upright, no larger than it is drawn."""
     image = open_bytes(data)
-    image.draft(None, (2 * LONG_SIDE, 2 * LONG_SIDE))  # a JPEG need not be decoded larger
+    image.draft(None, (LONG_SIDE, LONG_SIDE))  # a JPEG is decoded at half of its size, or less, where that is enough
     image = to_rgb(image, name)
     image.thumbnail((LONG_SIDE, LONG_SIDE))
+    give_memory_back()
     return image
+
+
+def give_memory_back():
+    """What was freed goes back to the system at once; glibc would keep it for what may come."""
+    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
+        libc.malloc_trim(0)
 
 
 def open_upload(source: str) -> Photo:
