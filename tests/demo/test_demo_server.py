@@ -18,7 +18,6 @@ import httpx
 import numpy as np
 import pytest
 import skimage.data
-import visitors
 from cbsa_demo import admission, looks, photos, text
 from cbsa_demo.answers import Answers
 from cbsa_demo.page import SERVER, build_page
@@ -29,6 +28,7 @@ from gradio_client.exceptions import AppError
 from PIL import Image
 from transformers import ViTImageProcessorPil
 
+from benchmarks import visitors
 from cbsa_hf import (
     CBSAForImageClassification,
     SlidingWindowSegmenter,
