@@ -76,6 +76,12 @@ def call(url: str, endpoint: str, *data) -> tuple[str, str]:
     return kind, content.removeprefix("data: ")
 
 
+def sentence(text: str) -> str:
+    """The sentence in an error that [`call`] returns."""
+    message = json.loads(text)
+    return message["error"] if isinstance(message, dict) else message
+
+
 def upload(url: str, name: str, data: bytes) -> str:
     answer = httpx.post(f"{url}gradio_api/upload", files={"files": (name, data)}, timeout=60)
     answer.raise_for_status()
@@ -141,8 +147,9 @@ def test_no_file_of_the_server_is_opened(server, forbidden, name, meta):
 
 
 def test_a_wrong_number_of_values_is_one_sentence(server):
-    kind, message = call(server[0], "segment", "coffee")
-    assert (kind, json.loads(message)) == ("error", "This takes 5 values, but got 1.")
+    kind, text = call(server[0], "segment", "coffee")
+    assert kind == "error"
+    assert sentence(text) == "This takes 5 values, but got 1."
 
 
 def test_a_file_is_found_wherever_it_hides(server, forbidden):
@@ -173,8 +180,7 @@ BAD_FILES = {
 def test_bad_file_is_one_sentence(server, name):
     path = upload(server[0], name, BAD_FILES[name])
     kind, text = call(server[0], "segment", {"path": path, "meta": META}, *REST)
-    message = json.loads(text)
-    message = message["error"] if isinstance(message, dict) else message
+    message = sentence(text)
     assert kind == "error"
     assert message.startswith(name)
     assert message.count(". ") == 0
@@ -516,6 +522,5 @@ def test_bombs_are_borne(server, tmp_path):
     files = {"refused.png": visitors.png_of(30_000, 30_000), "largest.png": visitors.png_of(5_000, 5_000, 16, 6)}
     before = visitors.memory(os.getpid())
     visitors.forget_peak(os.getpid())
-    taken = visitors.bombard(server[0], files, photo)
+    visitors.bombard(server[0], files, photo)  # raises where a stranger's file is not answered as it is to be
     assert visitors.memory(os.getpid(), "VmHWM") - before < 300
-    assert max(taken) < 60  # it takes one second where nothing else runs
