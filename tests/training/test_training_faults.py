@@ -316,6 +316,11 @@ class TestOtherData:
         with pytest.raises(ValueError, match="other images"):
             DataIdentity(4, 8, [1, 0, 0, 0]).check(before, tmp_path)
 
+    def test_readers_of_a_stream(self, tmp_path):
+        DataIdentity(4, 8, [1], 2).check(DataIdentity(4, 8, [1]), tmp_path)  # version 0.1 did not say
+        with pytest.raises(ValueError, match="was trained with a stream read by 2 processes, not 1: resume with what"):
+            DataIdentity(4, 8, [1], 1).check(DataIdentity(4, 8, [1], 2), tmp_path)
+
 
 class TestOutput:
     @pytest.fixture
