@@ -14,7 +14,7 @@ ADDRESS = ("photo", "layer", "head", "row", "column", "representative")
 
 
 def sent(event: gr.EventData) -> dict:
-    """What came with an event."""
+    """What came with an event. Gradio gives single entries as attributes, but no public list of those that came."""
     return event._data if isinstance(event._data, dict) else {}
 
 
