@@ -60,5 +60,6 @@ def to_restructured_text(app, what, name, obj, options, lines: list[str]):
 
 
 def setup(app):
+    """Connect the conversion of docstrings; Sphinx calls this."""
     # Before napoleon, which is at 500.
     app.connect("autodoc-process-docstring", to_restructured_text, priority=400)

@@ -40,6 +40,7 @@ class Endpoints:
         self.explorer = explorer
 
     def look(self, photo: object, model: object) -> Look:
+        """What a model finds in a photo, which is an example's name or a file that was sent."""
         path = photo.get("path") if isinstance(photo, dict) else photo
         source = path if isinstance(path, str) and path in EXAMPLES else source_of(path)
         return self.explorer.look(source, model or self.explorer.default)

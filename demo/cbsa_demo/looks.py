@@ -27,6 +27,7 @@ try:
 except ImportError:  # everywhere but on a ZeroGPU of Hugging Face
 
     def on_gpu(function):
+        """The function as it is: here it already runs where the model is."""
         return function
 
 
@@ -117,6 +118,7 @@ class Look:
         )
 
     def compute_segments(self, method: str, num_segments: int, sharp: bool) -> Segmented:
+        """The segments, without asking whether they are kept."""
         segmenter = ZeroShotSegmenter(self.model, self.processor, method, sharp, num_segments=num_segments)
         found = segmenter.segment(self.photo.image, self.encoding)
         segments = [
@@ -185,6 +187,7 @@ class Look:
         return self.parts.get("measures", self.compute_measures)
 
     def compute_measures(self) -> dict[str, list | None]:
+        """The measures, without asking whether they are kept."""
         summary = collect([measure(self.encoding)]).summary()
         return {name: found and found["mean"] for name, found in summary.items()}
 
@@ -213,6 +216,7 @@ class Explorer:
 
     @property
     def default(self) -> str:
+        """The name of the model that the page opens with."""
         return next(iter(self.checkpoints))
 
     def model(self, name: object) -> tuple[CBSAPreTrainedModel, BaseImageProcessor]:

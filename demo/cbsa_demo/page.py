@@ -43,10 +43,12 @@ class Page(gr.Blocks):
     """A page of Gradio that opens no file which was not uploaded to it, whichever component or endpoint it is for."""
 
     async def preprocess_data(self, block_fn, inputs, *args, **options):
+        """What Gradio does, after files that no visitor may name are refused."""
         return await super().preprocess_data(block_fn, admit_files(inputs), *args, **options)
 
 
 def script(name: str) -> str:
+    """The text of a file beside this one."""
     return (FOLDER / name).read_text(encoding="utf-8")
 
 

@@ -105,6 +105,7 @@ def steps(look: Look, parts: dict[str, np.ndarray], patch: tuple[int, int], chos
 
 
 def name_of(place: tuple[int, int]) -> str:
+    """What a representative is called, by its row and column."""
     return f"representative {place}"
 
 
@@ -167,7 +168,7 @@ MEASURED = {
     "coding rate before": ("normalised_coding_rate_before", "{:.0f}"),
     "after": ("normalised_coding_rate_after", "{:.0f}"),
     "zeros after the feed-forward": ("zeros_after", "{:.0%}"),
-    "rank of A": ("factor_rank", "{:.1f}"),
+    "rank of A": ("representative_attention_rank", "{:.1f}"),
     "rank of the map": ("map_rank", "{:.1f}"),
 }
 
