@@ -244,7 +244,7 @@ class CBSAConfig(BackboneConfigMixin, PreTrainedConfig):
                 out_indices=kwargs.pop("out_indices", None), out_features=kwargs.pop("out_features", None)
             )
             super().__post_init__(**kwargs)
-        except (AttributeError, LookupError, TypeError) as error:  # Transformers uses some values without a look
+        except (AttributeError, LookupError, TypeError) as error:  # Transformers does not check some values
             raise ValueError(f"The configuration has a value of the wrong type: {error}") from error
 
     def check_values(self, others: dict):
@@ -297,7 +297,7 @@ class CBSAConfig(BackboneConfigMixin, PreTrainedConfig):
             )
         try:
             return CONFIG_MAPPING[model_type].from_dict(values)
-        except Exception as error:  # each of its classes looks at its values in its own way, or not at all
+        except Exception as error:  # every backbone checks its values in its own way, or not at all
             reason = " ".join(str(error).split())
             raise ValueError(f"`backbone_config` is no configuration of a {model_type!r} model: {reason}") from error
 

@@ -177,18 +177,12 @@ def open_image(
     return convert_to_rgb(image, name)
 
 
-def open_mask(
-    source: "str | os.PathLike | bytes | BinaryIO | dict",
-    *,
-    name: str | None = None,
-    max_pixels: int = MAX_PIXELS,
-    max_ratio: float = MAX_RATIO,
-) -> Image.Image:
+def open_mask(source: "str | os.PathLike | bytes | BinaryIO | dict", *, max_pixels: int = MAX_PIXELS) -> Image.Image:
     """
     Read a file of labels to the end. It is turned upright as its photo is; values and mode stay as they are stored.
     Arguments and errors are those of [`open_image`].
     """
-    image, _ = decode(source, name, max_pixels, max_ratio)
+    image, _ = decode(source, name, max_pixels, MAX_RATIO)
     image = image.copy()
     image.info = {}
     return image
