@@ -177,7 +177,9 @@ def open_image(
     return convert_to_rgb(image, name)
 
 
-def open_mask(source: "str | os.PathLike | bytes | BinaryIO | dict", *, max_pixels: int = MAX_PIXELS) -> Image.Image:
+def open_mask(
+    source: "str | os.PathLike | bytes | BinaryIO | dict", *, name: str | None = None, max_pixels: int = MAX_PIXELS
+) -> Image.Image:
     """
     Read a file of labels to the end. It is turned upright as its photo is; values and mode stay as they are stored.
     Arguments and errors are those of [`open_image`].
