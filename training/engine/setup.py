@@ -100,7 +100,7 @@ def load_splits(
     The training and the validation split, each with two columns: the image, and the label or mask.
 
     Args:
-        find_columns: returns the names of the two columns of a split; see [`data.loading`].
+        find_columns: returns the names of the two columns of a split; see [`training.data.loading`].
 
     Raises:
         ValueError: if there is no such data set, split or column, or an option does not work with streaming.
