@@ -1,4 +1,4 @@
-"""What each part of the page says to what a visitor chose: raw values are checked, then a view is drawn of a look."""
+"""The content of each part of the page: checks what a visitor chose, and draws the view."""
 
 from pathlib import Path
 
@@ -17,10 +17,11 @@ FIRST = {"source": "coffee", "layer": 3, "head": MEAN, "representative": 27}
 QUERIES = {"the chosen patch": True, "CLS": False}
 MAPS = {"as published": False, "exact": True}
 NO_OTHER = "none"
+KINDS = ("mask", "segments", "maps")  # of files to keep
 
 
 class Answers:
-    """One method a part of the page; values come as the browser sent them. Each raises PhotoError or ValueError."""
+    """One method for each part of the page. Each raises PhotoError or ValueError for a value that it refuses."""
 
     def __init__(self, explorer: Explorer):
         self.explorer = explorer
@@ -68,7 +69,7 @@ class Answers:
         layer, patch = self.layer_of(look, layer), self.patch_of(look, row, column)
         trace = look.trace(layer)
         if trace is None:
-            return story.without_representatives(look, layer)
+            return views.sentence(f"{story.no_steps(look, layer)} Its maps are below.")
         parts = {name: self.head_of(look, value.numpy(), head) for name, value in vars(trace).items()}
         chosen = whole(representative, "representative", 0, len(parts["reads"]) - 1)
         return story.steps(look, parts, patch, chosen)
@@ -100,12 +101,15 @@ class Answers:
         what = f"Layer {layer}, head {head}: what patch ({row}, {column}) is tied to"
         return views.compare(looks, [model, other], found, maps, what)
 
-    def street(self, source, model, flip, sharp) -> str:
-        """The classes of a street scene with their legend, as HTML."""
-        look = self.explorer.look(source, model)
+    def street_of(self, look: Look, flip: object, sharp: object) -> tuple[np.ndarray, dict[int, str]]:
+        """The class of every pixel, and the names of the classes."""
         segmenter = self.explorer.segmenter()
         labels = look.street(segmenter, flag(flip, "mirrored too"), flag(sharp, "edges follow the photo"))
-        return views.street(labels, segmenter[0].config.id2label)
+        return labels, segmenter[0].config.id2label
+
+    def street(self, source, model, flip, sharp) -> str:
+        """The classes of a street scene with their legend, as HTML."""
+        return views.street(*self.street_of(self.explorer.look(source, model), flip, sharp))
 
     def download(self, kind: str, source, model, method, num_segments, sharp, row, column) -> dict:
         """A file to save: its `name` and its content as a data `uri`; `kind` is mask, segments or maps."""

@@ -125,12 +125,12 @@ def name_of(place: tuple[int, int]) -> str:
     return f"representative {place}"
 
 
-def without_representatives(look: Look, layer: int) -> str:
-    """What stands in place of the steps where there are none."""
+def no_steps(look: Look, layer: int) -> str:
+    """Why a layer has no steps to show."""
     kind = look.model.config.layer_attention_types[layer]
-    return sentence(
+    return (
         f"The attention type of layer {layer} is {kind}. It has no representatives that contract, so there is "
-        "nothing to extract, contract or broadcast; its maps are below."
+        "nothing to extract, contract or broadcast."
     )
 
 

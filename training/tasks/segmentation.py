@@ -114,7 +114,7 @@ def load_segmenter(
         image_mean=processor.image_mean,
         image_std=processor.image_std,
         do_reduce_labels=args.reduce_labels,
-        do_convert_rgb=True,
+        do_convert_rgb=len(processor.image_mean) == 3,
     )
     return model, processor
 
