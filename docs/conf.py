@@ -30,6 +30,8 @@ suppress_warnings = ["config.cache"]
 
 html_theme = "furo"
 html_title = "cbsa-hf"
+html_static_path = ["_static"]
+html_css_files = ["site.css"]
 html_show_copyright = False
 # The address of the repository, once there is one, stands in `[project.urls]` of pyproject.toml and nowhere else.
 urls = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"].get("urls", {})
