@@ -57,9 +57,9 @@ class Thumbnails:
     num_labels: int
     digest: str
 
-    def batches(self, size: int = 256) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """Images (size, 3, height, width) with their labels (size,); the last batch may be smaller."""
-        return [*zip(self.pixel_values.split(size), self.labels.split(size), strict=True)]
+    def batches(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """Batches of 256 images (batch, 3, height, width) with their labels (batch,); the last one may be smaller."""
+        return [*zip(self.pixel_values.split(256), self.labels.split(256), strict=True)]
 
 
 def make_thumbnails(dataset: Dataset, image_column: str, label_column: str, size: int) -> Thumbnails:
