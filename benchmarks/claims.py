@@ -62,6 +62,8 @@ CLAIMS = {
 
 @dataclass
 class Arguments:
+    """The options of this script."""
+
     dataset_name: str | None = field(
         default=None, metadata={"help": "labelled images with a `train` and a `validation` split: claims 2, 3, 4, 7"}
     )
@@ -77,6 +79,7 @@ class Arguments:
 
 
 def describe_machine() -> str:
+    """Versions and CPU cores, for the page."""
     return (
         f"torch {torch.__version__.split('+')[0]}, transformers {transformers.__version__}, "
         f"Python {platform.python_version()}, {os.cpu_count()} CPU cores"
@@ -139,6 +142,12 @@ def write_page(output: Path, cache: Path):
 
 
 def main(args: Arguments):
+    """
+    Check the claims that are asked for, keep what was found, and write the page.
+
+    Raises:
+        ValueError: if there is no such claim or folder.
+    """
     unknown = [number for number in args.claims if number not in CLAIMS]
     if unknown:
         raise ValueError(f"There is no claim {unknown[0]}; they are {', '.join(map(str, CLAIMS))}.")

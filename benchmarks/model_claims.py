@@ -34,6 +34,7 @@ NO_DATA = "no `--dataset_name` was given."
 
 
 def digest_of(text: str, *paths: Path) -> str:
+    """Twelve hexadecimal digits that change with the text or the content of a file."""
     return hashlib.sha256(b"".join([text.encode(), *(path.read_bytes() for path in paths)])).hexdigest()[:12]
 
 
@@ -209,16 +210,17 @@ def pooled_representatives(bench: Workbench) -> Finding:
     for std in stds:
         values = {"name": f"cbsa-learned-{std:g}", "representatives_type": "learned", "learned_std": std}
         kinds[f"learned, from {std:g}"] = values
+    matrices = {"representative_attention": "A", "map": "A^T A"}
     ranks, rows = {}, []
     for kind, values in kinds.items():
         models = [bench.small(seed=seed, attention_type="cbsa", **values) for seed in bench.seeds]
         measured = [measure_layers(model, images) for model in models]
         ranks[kind] = {
             matrix: torch.stack([getattr(found, f"{matrix}_rank").mean((0, 2)) for found in measured])  # seeds, layers
-            for matrix in ("factor", "map")
+            for matrix in matrices
         }
         scores = spread(accuracy(model, bench.validation_set) for model in models)
-        rows.append([kind, *(spread(ranks[kind][matrix].mean(1), 2) for matrix in ("factor", "map")), scores])
+        rows.append([kind, *(spread(ranks[kind][matrix].mean(1), 2) for matrix in matrices), scores])
     verdicts = {}
     for std, part in parts.items():
         differences = (ranks["pooled"]["map"] - ranks[f"learned, from {std:g}"]["map"]).mean(1).tolist()
@@ -226,16 +228,16 @@ def pooled_representatives(bench: Workbench) -> Finding:
         verdicts[part] = (sign_verdict(differences), f"pooled minus learned, rank of A^T A, per seed: {listed}.")
     panels = [
         {
-            "title": f"effective rank of {title}",
+            "title": f"effective rank of ${title}$",
             "x": "layer",
             "y": f"of at most {bench.recipe.representatives_size**2}",
             "positions": list(range(bench.recipe.num_layers)),
             "lines": {kind: found[matrix].numpy() for kind, found in ranks.items()},
         }
-        for matrix, title in (("factor", "A"), ("map", "$A^T A$"))
+        for matrix, title in matrices.items()
     ]
     run = f"Effective rank (exponential of the entropy of the singular values) on 256 images. {bench.describe_small()}"
-    header = ["representatives", "rank of A", "rank of A^T A", "accuracy"]
+    header = ["representatives", *(f"rank of {title}" for title in matrices.values()), "accuracy"]
     picture = ("Mean and standard deviation over seeds.", line_panels(panels))
     return Finding(run, verdicts, [table(header, rows)], picture)
 

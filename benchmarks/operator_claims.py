@@ -131,6 +131,7 @@ def plane_panels(states: torch.Tensor, bases: torch.Tensor, labels: torch.Tensor
 
 
 def stack_pictures(upper: Image.Image, lower: Image.Image) -> Image.Image:
+    """One picture above the other, on white."""
     picture = Image.new("RGB", (max(upper.width, lower.width), upper.height + lower.height), "white")
     picture.paste(upper, (0, 0))
     picture.paste(lower, (0, upper.height))

@@ -26,6 +26,8 @@ TITLES = {True: "with N / N0", False: "without, as the reference implementation"
 
 @dataclass
 class Arguments:
+    """The options of this script."""
+
     dataset_name: str = field(metadata={"help": "labelled images, by hub id or folder"})
     split: str = field(default="validation", metadata={"help": "split to score on"})
     checkpoint: str | None = field(default=None, metadata={"help": "folder or hub id; default: the shipped one"})
@@ -37,6 +39,7 @@ class Arguments:
 
 
 def main(args: Arguments):
+    """Print a table of the accuracy at each image size, with and without the size factor."""
     model, processor = load_checkpoint(args.checkpoint, "image-classification")
     dataset = find_split(load_images(args.dataset_name), args.split)
     dataset = dataset.select_columns(find_columns(dataset)).select(range(0, len(dataset), args.every))

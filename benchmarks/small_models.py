@@ -32,6 +32,7 @@ class Recipe:
     weight_decay: float = 0.05
 
     def config(self, num_labels: int, **values) -> CBSAConfig:
+        """The configuration of a small model; `values` are further fields of it."""
         return CBSAConfig(
             hidden_size=self.hidden_size,
             num_hidden_layers=self.num_layers,
@@ -56,8 +57,9 @@ class Thumbnails:
     num_labels: int
     digest: str
 
-    def batches(self, size: int = 256) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        return [*zip(self.pixel_values.split(size), self.labels.split(size), strict=True)]
+    def batches(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """Batches of 256 images (batch, 3, height, width) with their labels (batch,); the last one may be smaller."""
+        return [*zip(self.pixel_values.split(256), self.labels.split(256), strict=True)]
 
 
 def make_thumbnails(dataset: Dataset, image_column: str, label_column: str, size: int) -> Thumbnails:
@@ -106,6 +108,7 @@ def train(
 
 
 def accuracy(model: CBSAForImageClassification, data: Thumbnails) -> float:
+    """The share of the images whose most probable class is their label."""
     with torch.no_grad():
         hits = [model(images).logits.argmax(-1) == labels for images, labels in data.batches()]
     return torch.cat(hits).double().mean().item()

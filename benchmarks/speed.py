@@ -96,6 +96,7 @@ class Floor(nn.Module):
         self.layers = folded.cbsa.layers
 
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """(batch, 3, height, width) -> (batch, tokens, width)."""
         hidden_states = pixel_values
         for convolution in self.convolutions:
             hidden_states = convolution(hidden_states)
@@ -126,6 +127,7 @@ class Cell:
 
     @property
     def num_tokens(self) -> int:
+        """Number of patches of an image."""
         return (self.pixels // 16) ** 2
 
 
@@ -164,6 +166,7 @@ def build_models(cell: Cell, device: str) -> dict[str, nn.Module]:
 
 
 def example_pixels(cell: Cell, device: str) -> torch.Tensor:
+    """Random images of a cell, (batch, 3, pixels, pixels), the same every time."""
     generator = torch.Generator().manual_seed(0)
     pixel_values = torch.randn(cell.batch_size, 3, cell.pixels, cell.pixels, generator=generator)
     return pixel_values.to(device, DTYPES[cell.dtype])
@@ -195,6 +198,7 @@ def now(device: str) -> float:
 
 
 def seconds_of(run: Callable[[], object], device: str) -> float:
+    """Wall time of one run; on a GPU until it has finished."""
     started = now(device)
     run()
     return now(device) - started
@@ -211,6 +215,8 @@ def peak_memory(run: Callable[[], object], device: str) -> float:
 
 
 def training_step(model: nn.Module, pixel_values: torch.Tensor, labels: torch.Tensor) -> Callable[[], None]:
+    """A forward and backward pass, without an optimiser."""
+
     def step():
         model(pixel_values, labels=labels).loss.backward()
         model.zero_grad()
@@ -302,6 +308,7 @@ def draw(results: dict[Cell, dict[str, dict]]) -> object:
 
 
 def describe_machine(device: str) -> str:
+    """The processor, the GPU if it is used, and versions."""
     name, info = platform.processor() or platform.machine(), Path("/proc/cpuinfo")
     if info.exists():
         name = next(line.split(": ")[1] for line in info.read_text().splitlines() if line.startswith("model name"))
@@ -314,6 +321,7 @@ def describe_machine(device: str) -> str:
 
 
 def write_page(args: argparse.Namespace):
+    """Measure every cell, and write the table and its figure."""
     results = {}
     for size in args.sizes:
         for dtype in args.dtypes:
@@ -332,6 +340,7 @@ def write_page(args: argparse.Namespace):
 
 
 def main():
+    """Print the short tables, or write the page."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[1])
     parser.add_argument("--quick", action="store_true", help="tiny at 224 pixels alone; nothing is written")
     parser.add_argument("--training", action="store_true", help="training steps alone; nothing is written")

@@ -29,6 +29,8 @@ from training.tasks.classification import ClassificationLoss
 
 @dataclass(kw_only=True)
 class TurnArguments:
+    """What is trained, and for how many steps a turn."""
+
     _argument_group_name = "what is timed"
 
     config_name: str = field(default="cbt-tiny", metadata={"help": "as in `pretrain.py`"})
@@ -107,6 +109,7 @@ def build_turns(args: Arguments) -> tuple[Callable[[], tuple[float, float]], Cal
 
 
 def main(args: Arguments):
+    """Print images per second of training and of the bare model, the medians over the turns."""
     train, run_bare = build_turns(args)
     turns = [(*train(), run_bare()) for _ in range(args.turns + 1)][1:]
     training, waited, bare = (statistics.median(values) for values in zip(*turns, strict=True))

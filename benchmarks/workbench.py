@@ -47,18 +47,22 @@ class Workbench:
 
     @cached_property
     def splits(self):
+        """The data set, read once."""
         return load_images(self.dataset_name)
 
     def thumbnails(self, split: str) -> Thumbnails:
+        """All images of a split, in the size that the small models take."""
         dataset = find_split(self.splits, split)
         return make_thumbnails(dataset, *find_columns(dataset), self.recipe.image_size)
 
     @cached_property
     def training_set(self) -> Thumbnails:
+        """The thumbnails of the `train` split."""
         return self.thumbnails("train")
 
     @cached_property
     def validation_set(self) -> Thumbnails:
+        """The thumbnails of the `validation` split."""
         return self.thumbnails("validation")
 
     def photos(self, processor: BaseImageProcessor, count: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
@@ -86,6 +90,7 @@ class Workbench:
         return {name: str(folder) for name, folder in folders.items() if folder.is_dir()}
 
     def describe_small(self) -> str:
+        """The recipe of the small models as a sentence for the page."""
         recipe = self.recipe
         return (
             f"Small models: {recipe.num_layers} layers of width {recipe.hidden_size}, {recipe.num_heads} heads, ISTA, "
@@ -116,4 +121,5 @@ def sign_verdict(differences: list[float]) -> str:
 
 
 def not_run(reason: str, *parts: str) -> Finding:
+    """The finding of a claim that was not checked: each of its parts with the same reason."""
     return Finding("", dict.fromkeys(parts, (NOT_RUN, reason)))

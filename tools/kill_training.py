@@ -273,6 +273,7 @@ class Run:
     printed: str = field(default="", init=False)
 
     def argv(self) -> list[str]:
+        """The command line of the script: a new run, or the same run resumed if it has a whole checkpoint."""
         masks = self.variant.script == "finetune.py"
         model = f"--{'model_name_or_path' if masks else 'config_name'}={self.data / 'model'}"
         argv = [f"--dataset_name={self.data / ('masks' if masks else 'labels')}", f"--output_dir={self.folder}", model]

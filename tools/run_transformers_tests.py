@@ -47,6 +47,7 @@ def fetch(folder: Path) -> Path:
 
 
 def run(folder: Path, options: list[str]) -> int:
+    """Run the tests in a folder with Transformers' source. Returns pytest's exit status."""
     source = fetch(folder)
     # The installed library is what is tested, not the copy beside the tests.
     shutil.rmtree(source / "src", ignore_errors=True)

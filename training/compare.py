@@ -20,7 +20,6 @@ from pathlib import Path
 
 import torch
 from accelerate import PartialState
-from accelerate.state import AcceleratorState
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
@@ -55,7 +54,6 @@ def train_member(args: ComparisonArguments, member: str, seed: int) -> Path:
         own = {**MEMBERS[member], "seed": seed, "output_dir": str(folder), "resume_from_checkpoint": resume}
         known = {option.name for option in fields(PretrainingArguments)}
         common = {name: value for name, value in vars(args).items() if name in known}
-        AcceleratorState._reset_state()  # the next run has its own folder and trackers
         torch.compiler.reset()  # torch limits compiled variants over all members, and runs uncompiled beyond
         pretrain.main(PretrainingArguments(**common | own))
     return folder

@@ -78,7 +78,7 @@ def build_model(args: PretrainingArguments, dataset: Dataset) -> tuple[PreTraine
         size={"height": height, "width": width},
         image_mean=mean,
         image_std=std,
-        do_convert_rgb=True,
+        do_convert_rgb=config.num_channels == 3,
     )
     return model, processor
 

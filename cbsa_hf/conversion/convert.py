@@ -136,7 +136,9 @@ def convert_checkpoint(
     segments = isinstance(model, CBSAForSemanticSegmentation)
     processor_class = SegformerImageProcessorPil if segments else ViTImageProcessorPil
     with one_sentence(f"The image processor of {source} cannot be used"):
-        processor = processor_class(size={"height": height, "width": width}, do_convert_rgb=True, **preprocessing)
+        processor = processor_class(
+            size={"height": height, "width": width}, do_convert_rgb=config.num_channels == 3, **preprocessing
+        )
         check_processor(processor, config.num_channels)
     check_finite(model, source)
     return Conversion(model, processor, origin, dropped)

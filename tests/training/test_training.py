@@ -32,7 +32,7 @@ SETTINGS = {
     "num_workers": 0,
     "warmup_epochs": 0,
     "num_epochs": 8,
-    "learning_rate": 3e-3,
+    "learning_rate": 1e-2,
     "mixup_alpha": 0.2,
     "drop_path_rate": 0.2,
     "ema_decay": 0.5,
@@ -267,7 +267,7 @@ def test_two_processes_learn_as_one(data, tmp_path):
     losses = []
     for processes in (1, 2):
         folder = tmp_path / str(processes)
-        arguments = ["--patch_embedding_type=patchify", "--drop_path_rate=0", "--num_epochs=4"]
+        arguments = ["--patch_embedding_type=patchify", "--drop_path_rate=0", "--num_epochs=4", "--learning_rate=3e-3"]
         arguments += ["--checkpointing_steps=1", "--keep_checkpoints=1"]
         pretrain(data, folder, *arguments, processes=processes)
         results = assert_scored(folder, data)
@@ -332,7 +332,7 @@ def test_parts_of_a_batch_add_up(data, tmp_path):
     losses = []
     for parts in (1, 4):
         folder = tmp_path / str(parts)
-        arguments = ["--patch_embedding_type=patchify", "--drop_path_rate=0", "--num_epochs=2"]
+        arguments = ["--patch_embedding_type=patchify", "--drop_path_rate=0", "--num_epochs=2", "--learning_rate=3e-3"]
         pretrain(data, folder, *arguments, f"--gradient_accumulation_steps={parts}")
         losses.append(json.loads((folder / "results.json").read_text())["metrics"]["loss"])
     assert losses[0] == pytest.approx(losses[1], abs=1e-4)

@@ -70,6 +70,7 @@ class Folders:
 
     @classmethod
     def make(cls, parent: Path) -> "Folders":
+        """Create the folders of a case."""
         folders = cls(parent / "inputs", parent / "output", parent / "temporary")
         for folder in asdict(folders).values():
             folder.mkdir(parents=True)
@@ -89,6 +90,7 @@ class Kind:
 
 
 def is_sentence(text: str, names: tuple[str, ...]) -> bool:
+    """Whether a message is one line, not too short, that names one of the files."""
     return len(text.splitlines()) == 1 and len(text) >= 20 and any(name in text for name in names or ("",))
 
 

@@ -43,6 +43,7 @@ MOST_CORRUPT = (0, 1, 3, 10, 1000)  # images that may be skipped
 
 
 def encode_png(image: Image.Image) -> dict:
+    """An image as `datasets` stores it."""
     file = io.BytesIO()
     image.save(file, "PNG")
     return {"bytes": file.getvalue(), "path": None}
@@ -56,6 +57,7 @@ def draw_mask(random: Random, size: tuple[int, int]) -> Image.Image:
 
 
 def make_rows(random: Random, masks: bool, count: int) -> list[dict]:
+    """Rows with an image each, and a class or a mask."""
     rows = []
     for index in range(count):
         picture = draw_picture(random, least=16, most=40)

@@ -16,10 +16,12 @@ OTHERS = ("BLP", "DDS", "DIB", "EPS", "ICNS", "ICO", "IM", "MPO", "MSP", "PCX", 
 
 
 def pick(random: Random, choices):
+    """One of the choices, at random."""
     return choices[int(random.integers(len(choices)))]
 
 
 def random_bytes(random: Random, most: int) -> bytes:
+    """Up to `most` bytes, at least one."""
     return random.bytes(int(random.integers(1, most + 1)))
 
 
@@ -57,10 +59,12 @@ def encode(random: Random, picture: Image.Image, format: str, **options) -> tupl
 
 
 def png_chunk(kind: bytes, body: bytes) -> bytes:
+    """A chunk of a PNG file, with its length and checksum."""
     return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
 
 
 def orientation_block(orientation: int) -> bytes:
+    """An EXIF block with an orientation from 1 to 8."""
     exif = Image.Exif()
     exif[0x0112] = orientation
     return exif.tobytes()

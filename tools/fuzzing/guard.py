@@ -22,12 +22,15 @@ class Guard:
         sys.addaudithook(self.on_event)
 
     def watch(self, *folders: Path):
+        """From now on note writes outside these folders, programs, questions and connections."""
         self.allowed, self.seen = tuple(f"{folder}{os.sep}" for folder in (*folders, SCRATCH / "home")), []
 
     def stop(self):
+        """Note nothing more."""
         self.allowed = None
 
     def on_event(self, event: str, args: tuple):
+        """The audit hook."""
         if self.allowed is None:
             return
         if event == "open":
@@ -45,6 +48,7 @@ class Guard:
             self.seen.append(f"connects to {args[1]!s:.80}")
 
     def note_write(self, event: str, path: object):
+        """Note a path that is outside the allowed folders."""
         if isinstance(path, (str, bytes, os.PathLike)):
             absolute = os.path.abspath(os.fsdecode(path))
             if not f"{absolute}{os.sep}".startswith(self.allowed) and not absolute.startswith("/dev/"):

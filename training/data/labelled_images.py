@@ -139,6 +139,7 @@ class LabelledImages(torch.utils.data.Dataset):
         classes = class_type(dataset.features[self.label_column])
         self.num_labels = None if classes is None else classes.num_classes
         self.multi_label = isinstance(dataset.features[self.label_column], List)
+        # The hash of the rows that `datasets` caches by; it has no public name. A stream has none.
         self.fingerprint = getattr(dataset, "_fingerprint", None)
         if not isinstance(dataset, StreamedRows):  # which leaves images encoded already
             for column, feature in dataset.features.items():
