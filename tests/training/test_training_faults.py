@@ -433,7 +433,7 @@ class TestFullDisk:
         monkeypatch.setattr(results, "write_card", write_too_much)
         with pytest.raises(ValueError, match=r"The result cannot be written to .*run \(.*File too large.*\); make"):
             start(run)
-        assert sorted(path.name for path in run.iterdir()) == [".lock", "checkpoint-00000002"]
+        assert sorted(path.name for path in run.iterdir()) == [".lock", "checkpoint-00000002", "log.csv", "log.jsonl"]
         monkeypatch.setattr(results, "write_card", write_card)
         start(run, resume_from_checkpoint="last")
         assert json.loads((run / "results.json").read_text())["step"] == 2
