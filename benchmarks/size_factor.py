@@ -1,10 +1,10 @@
 """
-Score a classifier at several sizes, with the size factor N / N0 of its attention and without it, and draw both.
+Measure the accuracy of a classifier at several image sizes, with and without the size factor N / N0, and draw both.
 
     python benchmarks/size_factor.py --dataset_name ../shared/data/imagenette-128
 
-The factor is the configuration's `size_factor`; the weights are the same in both. `docs/size-factor.md` says what it
-means.
+Both models have the same weights; only the configuration's `size_factor` differs. `docs/size-factor.md` explains the
+factor.
 """
 
 from dataclasses import dataclass, field
@@ -34,7 +34,7 @@ class Arguments:
     sizes: list[int] = field(
         default_factory=lambda: [96, 128, 160, 192, 224, 256], metadata={"help": "sides of the images in pixels"}
     )
-    every: int = field(default=1, metadata={"help": "take every n-th image, to be done sooner"})
+    every: int = field(default=1, metadata={"help": "use every n-th image, which takes less time"})
     output: str = field(default="docs/size-factor.png", metadata={"help": "picture to write"})
 
 

@@ -66,7 +66,7 @@ def command(data: Path, output_dir: Path, *arguments: str, processes: int | None
     """Of one process, or through Accelerate's launcher when `processes` is given."""
     launcher = []
     if processes is not None:
-        # Two processes on CPU start only with this flag and a variable: see the README.
+        # On CPU, two processes start only with `--multi_gpu` and ACCELERATE_USE_CPU: see docs/guides/training.md.
         several = ["--multi_gpu"] if processes > 1 else []
         launcher = ["-m", "accelerate.commands.launch", *several, "--num_processes", str(processes)]
         launcher += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
