@@ -64,6 +64,7 @@ def memory(process: int, name: str = "VmRSS") -> float:
 
 
 def forget_peak(process: int):
+    """From now on `VmHWM` is the most memory since now."""
     Path(f"/proc/{process}/clear_refs").write_text("5")
 
 
@@ -206,9 +207,11 @@ class Visits:
         self.before = memory(process)
 
     def more(self, name: str = "VmRSS") -> str:
+        """How much more memory the process holds than before."""
         return f"{memory(self.process, name) - self.before:+.0f} MB"
 
     def large_photo(self, photo: Path) -> str:
+        """A photo of 12 megapixels, from the upload to its segments."""
         client = connect(self.url)
         computed = cpu_seconds(self.process)
         seconds = ask(client, photo)
@@ -216,6 +219,7 @@ class Visits:
         return f"12 megapixels, upload to segments: {computed:.2f} s of one core, {seconds:.1f} s in all"
 
     def bombs(self) -> str:
+        """Files made to exhaust the server, all at once, and a visitor meanwhile."""
         files, computed = bombs(), cpu_seconds(self.process)
         forget_peak(self.process)
         taken = bombard(self.url, files, self.photos[0])
@@ -224,10 +228,12 @@ class Visits:
         return f"bombs: {self.more('VmHWM')} at most, {self.more()} afterwards; {others}"
 
     def sessions(self, number: int) -> str:
+        """Visitors who come and go."""
         come_and_go(self.url, self.photos[:number])
         return f"{number} sessions closed: {self.more()}, {disk(self.uploads):.1f} MB on disk"
 
     def crowd(self, number: int, seconds: float) -> str:
+        """Visitors at the same time."""
         taken, failures = crowd(self.url, self.photos[:number], seconds)
         half, most = np.quantile(taken, [0.5, 0.95])
         found = f"{len(taken)} answers, {len(failures)} errors, p50 {half:.1f} s, p95 {most:.1f} s"
@@ -236,6 +242,7 @@ class Visits:
 
 
 def main():
+    """Measure, and print a line for each kind of visitor."""
     parser = argparse.ArgumentParser(description=__doc__.strip().partition("\n")[0])
     parser.add_argument("--clients", type=int, default=20, help="clients at once")
     parser.add_argument("--seconds", type=float, default=60, help="how long they ask")

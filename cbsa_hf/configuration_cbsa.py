@@ -259,7 +259,7 @@ class CBSAConfig(BackboneConfigMixin, PreTrainedConfig):
                 # This package knows the task by itself: `pipeline` need not ask whether it may run the saved code.
                 pipelines = self.other_pipelines(pipelines)
             self.set_pipelines(pipelines)
-        except (AttributeError, LookupError, TypeError) as error:  # Transformers uses some values without a look
+        except (AttributeError, LookupError, TypeError) as error:  # Transformers does not check some values
             raise ValueError(f"The configuration has a value of the wrong type: {error}") from error
 
     def check_values(self, others: dict):
@@ -312,7 +312,7 @@ class CBSAConfig(BackboneConfigMixin, PreTrainedConfig):
             )
         try:
             return CONFIG_MAPPING[model_type].from_dict(values)
-        except Exception as error:  # each of its classes looks at its values in its own way, or not at all
+        except Exception as error:  # every backbone checks its values in its own way, or not at all
             reason = " ".join(str(error).split())
             raise ValueError(f"`backbone_config` is no configuration of a {model_type!r} model: {reason}") from error
 

@@ -26,6 +26,7 @@ def name_for_visitors(checkpoint: str) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
+    """Serve the page until it is interrupted. Returns the exit status: 0, or 2 after an error."""
     parser = argparse.ArgumentParser(description=__doc__.strip().splitlines()[0])
     parser.add_argument("--port", type=int, help="port to serve on; default: the first free one from 7860")
     parser.add_argument(

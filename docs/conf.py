@@ -30,6 +30,8 @@ suppress_warnings = ["config.cache"]
 
 html_theme = "furo"
 html_title = "cbsa-hf"
+html_static_path = ["_static"]
+html_css_files = ["site.css"]
 html_show_copyright = False
 # The address of the repository, once there is one, stands in `[project.urls]` of pyproject.toml and nowhere else.
 urls = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"].get("urls", {})
@@ -60,5 +62,6 @@ def to_restructured_text(app, what, name, obj, options, lines: list[str]):
 
 
 def setup(app):
+    """Connect the conversion of docstrings; Sphinx calls this."""
     # Before napoleon, which is at 500.
     app.connect("autodoc-process-docstring", to_restructured_text, priority=400)

@@ -178,17 +178,13 @@ def open_image(
 
 
 def open_mask(
-    source: "str | os.PathLike | bytes | BinaryIO | dict",
-    *,
-    name: str | None = None,
-    max_pixels: int = MAX_PIXELS,
-    max_ratio: float = MAX_RATIO,
+    source: "str | os.PathLike | bytes | BinaryIO | dict", *, name: str | None = None, max_pixels: int = MAX_PIXELS
 ) -> Image.Image:
     """
     Read a file of labels to the end. It is turned upright as its photo is; values and mode stay as they are stored.
     Arguments and errors are those of [`open_image`].
     """
-    image, _ = decode(source, name, max_pixels, max_ratio)
+    image, _ = decode(source, name, max_pixels, MAX_RATIO)
     image = image.copy()
     image.info = {}
     return image

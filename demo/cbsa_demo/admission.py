@@ -43,6 +43,7 @@ class Admission:
         self.app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send):
+        """Answer a request as ASGI asks it: refuse it, or hand it on."""
         if scope["type"] == "http" and scope["method"] == "POST":
             length = dict(scope["headers"]).get(b"content-length", b"")
             refusal = None

@@ -25,7 +25,7 @@ def png(values: np.ndarray) -> str:
 
 
 def at_patches(values: np.ndarray, grid: tuple[int, int]) -> list[list[int]]:
-    """What (height, width) of a photo has in the centre of every patch."""
+    """The values of an array (height, width) at the centre of every patch."""
     rows, columns = (
         ((np.arange(count) + 0.5) * side / count).astype(int) for count, side in zip(grid, values.shape, strict=True)
     )
@@ -45,10 +45,12 @@ class Endpoints:
         self.explorer = answers.explorer
 
     def source(self, photo: object) -> str:
+        """What the page calls a photo: an example's name, or an uploaded file."""
         path = photo.get("path") if isinstance(photo, dict) else photo
         return path if isinstance(path, str) and path in EXAMPLES else source_of(path)
 
     def look(self, photo: object, model: object) -> Look:
+        """What a model finds in a photo, which is an example's name or a file that was sent."""
         return self.explorer.look(self.source(photo), model or self.explorer.default)
 
     def head(self, look: Look, values: np.ndarray, head: object) -> np.ndarray:

@@ -50,14 +50,17 @@ class Page(gr.Blocks):
     """A page of Gradio that opens no file which was not uploaded to it, whichever component or endpoint it is for."""
 
     def validate_inputs(self, block_fn, inputs):
+        """Refuse fewer values than a function takes."""
         if len(inputs) < len(block_fn.inputs):  # Gradio would repeat what was sent, with the paths of uploads
             raise PhotoError(f"This takes {len(block_fn.inputs)} values, but got {len(inputs)}.")
 
     async def preprocess_data(self, block_fn, inputs, *args, **options):
+        """What Gradio does, after files that no visitor may name are refused."""
         return await super().preprocess_data(block_fn, admit_files(inputs), *args, **options)
 
 
 def script(name: str) -> str:
+    """The text of a file beside this one."""
     return (FOLDER / name).read_text(encoding="utf-8")
 
 
@@ -74,7 +77,7 @@ def own_html(
 
 
 def answered(view: Callable[..., str | tuple[str, ...]], count: int) -> Callable[..., list[str]]:
-    """What a view says in so many places, or the sentence why it says nothing."""
+    """The parts of a view; after an error its sentence, in each of their places."""
 
     @functools.wraps(view)
     def answer(*args):

@@ -88,6 +88,7 @@ def photo(look: Look) -> str:
 
 
 def swatch(colour: np.ndarray) -> str:
+    """A small square of a colour, as HTML."""
     return f'<span class="swatch" style="background:rgb({" ".join(map(str, colour))})"></span>'
 
 

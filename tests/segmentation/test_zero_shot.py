@@ -194,8 +194,8 @@ def test_contraction(tiny_model):
     torch.testing.assert_close(exact.writes[0, 0].double(), expected, rtol=1e-4, atol=1e-6)
     affinity, reads = representative_affinity(encoding, Options(layer=2, head=0))
     torch.testing.assert_close(affinity, (similarity + similarity.T) / 2)
-    factor = exact.representative_attentions[0, 0, :, 1:].double()
-    torch.testing.assert_close(reads, factor / factor.sum(1, keepdim=True))
+    attention = exact.representative_attentions[0, 0, :, 1:].double()
+    torch.testing.assert_close(reads, attention / attention.sum(1, keepdim=True))
 
 
 def plant(background: np.ndarray, foreground: np.ndarray, box: tuple[int, int, int, int]) -> tuple:

@@ -74,9 +74,9 @@ class SegmentationLoss(nn.Module):
         return {"loss": loss}
 
 
-def draw_predictions(segmenter: SlidingWindowSegmenter, images: SegmentationDataset, count: int = 4) -> Image.Image:
-    """The segmentations of images at even distances in the data set, and their mistakes; see [`class_strip`]."""
-    picked = np.linspace(0, len(images) - 1, count).round().astype(int).tolist()
+def draw_predictions(segmenter: SlidingWindowSegmenter, images: SegmentationDataset) -> Image.Image:
+    """The segmentations of four images at even distances in the data set, and their mistakes; see [`class_strip`]."""
+    picked = np.linspace(0, len(images) - 1, 4).round().astype(int).tolist()
     found = [row for index in picked if (row := images.read(index)) is not None]
     predicted = [segmenter(image) for image, _ in found]
     names = label_names(segmenter.model.config.id2label)
