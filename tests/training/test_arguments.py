@@ -9,6 +9,7 @@ from conftest import ROOT
 
 from training.arguments import (
     ComparisonArguments,
+    FinetuningArguments,
     PretrainingArguments,
     ScoringArguments,
     SegmentationArguments,
@@ -47,6 +48,7 @@ class TestArguments:
             ("cbsa-tiny-camvid", SegmentationArguments),
             ("cbsa-tiny-camvid-2", SegmentationArguments),
             ("cbsa-tiny-imagenette", PretrainingArguments),
+            ("cbsa-tiny-imagenette-2", FinetuningArguments),
             ("comparison", ComparisonArguments),
         ],
     )
@@ -55,7 +57,7 @@ class TestArguments:
         args = parse_arguments(arguments_class, ["--config", str(recipe), *self.NAMES])
         for option, value in yaml.safe_load(recipe.read_text()).items():
             assert getattr(args, option) == value
-        assert len(list(recipe.parent.iterdir())) == 4
+        assert len(list(recipe.parent.iterdir())) == 5
 
     @pytest.mark.parametrize(
         ("arguments", "message"),
