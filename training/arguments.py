@@ -106,9 +106,15 @@ class OperatorArguments:
     _argument_group_name = "layers of the model"
 
     attention_type: list[str] | None = field(
-        default=None, metadata={"help": "operator, or one for each layer; default: as configured"}
+        default=None, metadata={"help": "operator, or one for each stored layer; default: as configured"}
     )
     feed_forward_type: str | None = field(default=None, metadata={"help": "feed-forward; default: as configured"})
+    num_unique_layers: int | None = field(
+        default=None, metadata={"help": "layers with weights of their own; default: as configured"}
+    )
+    layer_sharing: str | None = field(
+        default=None, metadata={"help": "which layers share weights, `cyclic` or `repeated`; default: as configured"}
+    )
 
 
 @dataclass(kw_only=True)

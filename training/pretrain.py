@@ -27,7 +27,15 @@ from engine.setup import check_room, empty_model, load_splits, start_run
 from tasks.classification import ClassificationTask
 
 
-CHANGES = ("num_register_tokens", "feed_forward_type", "patch_embedding_type", "image_size", "patch_size")
+CHANGES = (
+    "num_unique_layers",
+    "layer_sharing",
+    "num_register_tokens",
+    "feed_forward_type",
+    "patch_embedding_type",
+    "image_size",
+    "patch_size",
+)
 
 
 def build_config(args: PretrainingArguments, names: list[str] | None = None) -> PreTrainedConfig:
