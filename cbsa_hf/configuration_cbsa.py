@@ -102,8 +102,8 @@ class CBSAConfig(BackboneConfigMixin, PreTrainedConfig):
         hidden_size (`int`, defaults to 192): Width of the tokens.
         num_hidden_layers (`int`, defaults to 12): Number of layers.
         num_unique_layers (`int`, *optional*):
-            Number of layers that have weights of their own; all when not given. With fewer, layers share weights, which
-            are stored once and used several times.
+            Number of layers that have weights of their own; all when not given. With fewer, layers share weights,
+            which are stored once and used several times.
         layer_sharing (`str`, defaults to `"cyclic"`):
             Which layers share: with 2 of 6 unique, `"cyclic"` uses 0 1 0 1 0 1, as the universal transformer (arXiv
             1807.03819) repeats its block, and `"repeated"` uses 0 0 0 1 1 1, as the groups of ALBERT (arXiv
