@@ -31,6 +31,20 @@ class TestOptimization:
         assert {name: found[id(parameters[name])] for name in expected} == expected
         assert len(found) == len(parameters)
 
+    def test_layer_decay_counts_shared_weights_where_they_are_used_last(self):
+        config = CBSAConfig(
+            hidden_size=24, num_hidden_layers=6, num_unique_layers=2, num_attention_heads=2, image_size=32
+        )
+        model = CBSAForImageClassification(config)
+        groups = parameter_groups(model, config.layer_indices, learning_rate=1.0, weight_decay=0.1, layer_decay=0.5)
+        found = {id(p): group["lr"] for group in groups for p in group["params"]}
+        rates = {name: found[id(parameter)] for name, parameter in model.named_parameters()}
+        assert rates["cbsa.embeddings.cls_token"] == 1 / 128
+        assert rates["cbsa.layers.0.attention.proj.weight"] == 1 / 4  # layer 5 of 6
+        assert rates["cbsa.layers.1.attention.proj.weight"] == 1 / 2
+        assert rates["classifier.weight"] == 1
+        assert len(found) == len(rates)
+
     def test_lion_takes_steps_of_one_size(self):
         weight = torch.nn.Parameter(torch.tensor([[1.0, -2.0]]))
         optimizer = build_optimizer("lion", [{"params": [weight], "weight_decay": 0.0}], 0.1)
