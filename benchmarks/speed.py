@@ -1,15 +1,15 @@
 """
-How fast the models are: the formula as the reference implementation writes it, this library, folded, compiled and
-exported, a ViT of the same width, and the bare products that nobody can do without.
+Measure how fast the models are: the reference implementation's formulas, this library, the folded model, compiled and
+exported models, a ViT of the same width, and the necessary matrix products alone ("floor").
 
     python benchmarks/speed.py --quick          # two minutes: tiny at 224 pixels
     python benchmarks/speed.py --training       # images/s of a training step, and its memory
     python benchmarks/speed.py --output table.md    # an hour and more; the figure goes beside it
     python benchmarks/speed.py --device cuda --output gpu.md
 
-All contestants run in one process and take turns, so read the times of a table as ratios; each is a median over the
-rounds, with the distance between the quartiles. With one thread on a CPU, times are processor time, which other
-processes disturb least. Memory is the peak of what torch holds beyond weights and input.
+All models run in one process and take turns; compare the times of a table as ratios. Each time is the median over the
+rounds, with the distance between the quartiles. With one thread on a CPU it is processor time, which other processes
+disturb least. Memory is the peak of what torch allocates beside weights and input.
 """
 
 import argparse
@@ -17,7 +17,6 @@ import io
 import os
 import platform
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from copy import deepcopy
@@ -33,32 +32,27 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import ViTConfig, ViTForImageClassification
-from zero_shot_cost import measure
 
+from benchmarks.workbench import table
+from benchmarks.zero_shot_cost import measure
 from cbsa_hf import CBSAConfig, CBSAForImageClassification, fold, preset_path
 from cbsa_hf.attention_cbsa import ContractAndBroadcastSelfAttention
 from cbsa_hf.interpretability.plots import line_panels
 from cbsa_hf.modeling_cbsa import CBSAISTA, CBSAConvStem
+from training.engine.memory import keep_freed_memory
 
 
-sys.path.append(str(Path(__file__).resolve().parents[1] / "training"))
-
-from workbench import table
-
-from engine.memory import keep_freed_memory
-
-
-SECONDS = 20.0  # a forward pass above this is run once; if the last smaller image took more than a quarter, never
+SECONDS = 20.0  # a slower pass runs once; none, if a smaller image took over a quarter of this
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 def reference_stem(self, pixel_values):
-    """The stem as the reference implementation runs it: in the layout of its input."""
+    """The stem of the reference implementation: it keeps the memory layout of its input."""
     return self.layers(pixel_values)
 
 
 def reference_attention(self, hidden_states, grid, output_attentions=False, output_representative_attentions=False):
-    """The operator as the reference implementation writes it: the last step multiplies the update of every token."""
+    """The operator of the reference implementation: it multiplies the update of every token by the last step size."""
     projected, start = self.proj(hidden_states), self.representatives.first_token
     patches = projected[:, start : start + grid[0] * grid[1]].unflatten(1, grid).contiguous().permute(0, 3, 1, 2)
     representatives = F.adaptive_avg_pool2d(patches, self.representatives.size).flatten(2).transpose(1, 2)
@@ -71,7 +65,7 @@ def reference_attention(self, hidden_states, grid, output_attentions=False, outp
 
 
 def reference_ista(self, hidden_states):
-    """ISTA as the reference implementation writes it: three products."""
+    """ISTA of the reference implementation: three matrix products."""
     coded = F.linear(F.linear(hidden_states, self.weight), self.weight.t())
     gradient = F.linear(hidden_states, self.weight.t())
     return F.relu(hidden_states + self.step_size * (gradient - coded) - self.step_size * self.threshold)
@@ -85,7 +79,7 @@ REFERENCE = {
 
 
 def as_reference(model: CBSAForImageClassification) -> CBSAForImageClassification:
-    """The same weights with the reference implementation's formulas; it has no size factor."""
+    """A model with the same weights and the formulas of the reference implementation, which has no size factor."""
     model = deepcopy(model)
     for module in model.modules():
         if type(module) in REFERENCE:
@@ -94,7 +88,7 @@ def as_reference(model: CBSAForImageClassification) -> CBSAForImageClassificatio
 
 
 class Floor(nn.Module):
-    """The convolutions and matrix products of a folded model with its shapes, and nothing else."""
+    """Only the convolutions and matrix products of a folded model, with the same shapes."""
 
     def __init__(self, folded: CBSAForImageClassification):
         super().__init__()
@@ -102,6 +96,7 @@ class Floor(nn.Module):
         self.layers = folded.cbsa.layers
 
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """(batch, 3, height, width) -> (batch, tokens, width)."""
         hidden_states = pixel_values
         for convolution in self.convolutions:
             hidden_states = convolution(hidden_states)
@@ -120,7 +115,7 @@ class Floor(nn.Module):
 
 @dataclass(frozen=True)
 class Cell:
-    """One row of the table: a published size, a side in pixels, images in a batch, and a precision."""
+    """One setting that is measured: published size, side of the images in pixels, batch size, and precision."""
 
     size: str
     pixels: int
@@ -132,11 +127,12 @@ class Cell:
 
     @property
     def num_tokens(self) -> int:
+        """Number of patches of an image."""
         return (self.pixels // 16) ** 2
 
 
 def export_onnx(model: nn.Module, pixel_values: torch.Tensor) -> Callable[[], object]:
-    """A run of ONNX Runtime with as many threads as torch has."""
+    """A function that runs the exported model in ONNX Runtime, with the same number of threads as torch."""
     program = torch.onnx.export(model, (pixel_values,), dynamo=True, verbose=False)
     buffer = io.BytesIO()
     program.save(buffer)
@@ -148,14 +144,14 @@ def export_onnx(model: nn.Module, pixel_values: torch.Tensor) -> Callable[[], ob
 
 
 def build_vit(config: CBSAConfig) -> ViTForImageClassification:
-    """A ViT of the same width, depth, heads and patches."""
+    """A ViT with the same width, depth, number of heads and patch size."""
     names = ("image_size", "patch_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_labels")
     values = {name: getattr(config, name) for name in names}
     return ViTForImageClassification(ViTConfig(**values, intermediate_size=4 * config.hidden_size))
 
 
 def build_models(cell: Cell, device: str) -> dict[str, nn.Module]:
-    """The contestants that are modules, all with random weights, in evaluation mode."""
+    """The models to measure, with random weights, in evaluation mode."""
     config = CBSAConfig.from_pretrained(preset_path(f"cbt-{cell.size}"), image_size=cell.pixels, num_labels=1000)
     model = CBSAForImageClassification(config).eval()
     folded = fold(model)
@@ -170,6 +166,7 @@ def build_models(cell: Cell, device: str) -> dict[str, nn.Module]:
 
 
 def example_pixels(cell: Cell, device: str) -> torch.Tensor:
+    """Random images of a cell, (batch, 3, pixels, pixels), the same at every call."""
     generator = torch.Generator().manual_seed(0)
     pixel_values = torch.randn(cell.batch_size, 3, cell.pixels, cell.pixels, generator=generator)
     return pixel_values.to(device, DTYPES[cell.dtype])
@@ -178,12 +175,12 @@ def example_pixels(cell: Cell, device: str) -> torch.Tensor:
 def build_runs(
     cell: Cell, models: dict[str, nn.Module], compiled: bool, device: str
 ) -> dict[str, Callable[[], object]]:
-    """What is timed, by name; with `compiled` the engines too, whose weights are packed once (Inductor's freezing)."""
+    """The functions to measure, by name; with `compiled` also compiled and exported models."""
     pixel_values = example_pixels(cell, device)
     runs = {name: lambda model=model: model(pixel_values) for name, model in models.items()}
     if compiled:
         for name in ("reference", "folded", "ViT, sdpa", "floor"):
-            # On a GPU the kernels are chosen by trial; on a CPU the weights are packed once.
+            # On a GPU, Inductor tries kernels and takes the fastest; on a CPU, it packs the weights once ("freezing").
             options = {"mode": "max-autotune"} if device == "cuda" else {"options": {"freezing": True}}
             engine = torch.compile(models[name], **options)
             runs[f"{name}, compiled"] = lambda engine=engine: engine(pixel_values)
@@ -193,7 +190,7 @@ def build_runs(
 
 
 def now(device: str) -> float:
-    """Seconds: of the processor where one thread computes, else of the clock, when the device has finished."""
+    """Processor time in seconds if one thread computes on a CPU, else wall time, after the GPU has finished."""
     if device == "cuda":
         torch.cuda.synchronize()
         return time.perf_counter()
@@ -201,13 +198,14 @@ def now(device: str) -> float:
 
 
 def seconds_of(run: Callable[[], object], device: str) -> float:
+    """Seconds of one run; see [`now`]."""
     started = now(device)
     run()
     return now(device) - started
 
 
 def peak_memory(run: Callable[[], object], device: str) -> float:
-    """MiB."""
+    """Peak memory of one run in MiB, without weights and input."""
     if device == "cpu":
         return measure(run)[1]
     torch.cuda.reset_peak_memory_stats()
@@ -217,6 +215,8 @@ def peak_memory(run: Callable[[], object], device: str) -> float:
 
 
 def training_step(model: nn.Module, pixel_values: torch.Tensor, labels: torch.Tensor) -> Callable[[], None]:
+    """A function that runs forward and backward, without an optimiser."""
+
     def step():
         model(pixel_values, labels=labels).loss.backward()
         model.zero_grad()
@@ -225,7 +225,7 @@ def training_step(model: nn.Module, pixel_values: torch.Tensor, labels: torch.Te
 
 
 def measure_training(cell: Cell, patch_size: int, rounds: int, device: str) -> str:
-    """Images per second of forward and backward, and the peak memory of a step, as a table in Markdown."""
+    """Measure images per second of forward and backward, and peak memory of a step. Returns a table in Markdown."""
     values = {"image_size": cell.pixels, "patch_size": patch_size, "num_labels": 1000}
     config = CBSAConfig.from_pretrained(preset_path(f"cbt-{cell.size}"), **values)
     model = CBSAForImageClassification(config)
@@ -248,13 +248,13 @@ def measure_training(cell: Cell, patch_size: int, rounds: int, device: str) -> s
 
 @torch.no_grad()
 def measure_cell(cell: Cell, rounds: int, compiled: bool, skipped: set[str], device: str) -> dict[str, dict]:
-    """Time, spread, memory and operations of each contestant; the names of those that took too long join `skipped`."""
+    """Time, spread, memory and operations of each model. Names of models that are too slow are added to `skipped`."""
     models = build_models(cell, device)
     runs = {name: run for name, run in build_runs(cell, models, compiled, device).items() if name not in skipped}
     found = {name: {"times": []} for name in runs}
     for name, run in runs.items():
         row = found[name]
-        row["memory"] = peak_memory(run, device)  # compiles, too
+        row["memory"] = peak_memory(run, device)  # the first run, in which models are compiled
         first = seconds_of(run, device)
         row["times"].append(first)
         row["once"] = first > SECONDS
@@ -276,7 +276,7 @@ def measure_cell(cell: Cell, rounds: int, compiled: bool, skipped: set[str], dev
 
 
 def describe(cell: Cell, found: dict[str, dict]) -> str:
-    """The cell as a table in Markdown, each contestant also as a ratio to the reference."""
+    """A table of the cell in Markdown, with the speed of each model relative to the reference."""
     base = found.get("reference", found["this library"])["ms"]
     rows = [
         [
@@ -293,7 +293,7 @@ def describe(cell: Cell, found: dict[str, dict]) -> str:
 
 
 def draw(results: dict[Cell, dict[str, dict]]) -> object:
-    """Time against tokens, both logarithmic, for `small`, batch 1, float32."""
+    """Draw time against tokens, both on logarithmic axes, for `small`, batch 1, float32."""
     cells = [cell for cell in results if (cell.size, cell.batch_size, cell.dtype) == ("small", 1, "float32")]
     names = [name for name in results[cells[0]] if all(name in results[cell] for cell in cells)]
     panel = {
@@ -308,6 +308,7 @@ def draw(results: dict[Cell, dict[str, dict]]) -> object:
 
 
 def describe_machine(device: str) -> str:
+    """Processor, GPU if it is used, and versions."""
     name, info = platform.processor() or platform.machine(), Path("/proc/cpuinfo")
     if info.exists():
         name = next(line.split(": ")[1] for line in info.read_text().splitlines() if line.startswith("model name"))
@@ -320,6 +321,7 @@ def describe_machine(device: str) -> str:
 
 
 def write_page(args: argparse.Namespace):
+    """Measure every cell, and write the table and its figure."""
     results = {}
     for size in args.sizes:
         for dtype in args.dtypes:
@@ -338,11 +340,12 @@ def write_page(args: argparse.Namespace):
 
 
 def main():
+    """Print a short table, or measure everything and write the page."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[1])
-    parser.add_argument("--quick", action="store_true", help="tiny at 224 pixels alone; nothing is written")
-    parser.add_argument("--training", action="store_true", help="training steps alone; nothing is written")
+    parser.add_argument("--quick", action="store_true", help="measure only tiny at 224 pixels, and write no file")
+    parser.add_argument("--training", action="store_true", help="measure only training steps, and write no file")
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
-    parser.add_argument("--no-engines", action="store_true", help="leave out what has to be compiled or exported")
+    parser.add_argument("--no-engines", action="store_true", help="do not measure compiled and exported models")
     parser.add_argument("--sizes", nargs="+", default=["tiny", "small", "base"])
     parser.add_argument("--pixels", nargs="+", type=int, default=[224, 512, 1024, 2048])
     parser.add_argument("--batch-sizes", nargs="+", type=int, default=[1, 8])
@@ -350,7 +353,7 @@ def main():
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--output", help="Markdown file to write; the figure goes beside it")
     args = parser.parse_args()
-    torch.set_flush_denormal(True)  # the floor's values shrink from layer to layer
+    torch.set_flush_denormal(True)  # the values in `Floor` shrink from layer to layer; denormal numbers are slow
     keep_freed_memory()
     if args.quick:
         cell = Cell("tiny", 224, 4, "float32")

@@ -4,13 +4,15 @@ import inspect
 import sys
 from collections.abc import Iterable
 from dataclasses import fields
-from typing import Any, Literal, get_args, get_origin
+from pathlib import Path
+from typing import Any, ClassVar, Literal, get_args, get_origin
 
 import torch
 from huggingface_hub.dataclasses import strict
 from huggingface_hub.errors import StrictDataclassFieldValidationError
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 from transformers.backbone_utils import BackboneConfigMixin
+from transformers.dynamic_module_utils import custom_object_save
 
 
 # The names that a configuration may use. Each table of classes, such as `ATTENTIONS`, has the names of one type.
@@ -34,6 +36,13 @@ AUTO_MAP = {
     "AutoModelForImageClassification": "modeling_cbsa.CBSAForImageClassification",
     "AutoModelForSemanticSegmentation": "modeling_cbsa.CBSAForSemanticSegmentation",
     "AutoBackbone": "modeling_cbsa.CBSABackbone",
+}
+PIPELINES = {  # of classifiers, in the form of `config.json`
+    "cbsa-zero-shot-segmentation": {
+        "impl": "pipeline_cbsa.ZeroShotSegmentationPipeline",
+        "pt": ["AutoModelForImageClassification"],
+        "type": "image",
+    }
 }
 
 
@@ -197,6 +206,7 @@ class CBSAConfig(BackboneConfigMixin, PreTrainedConfig):
 
     model_type = "cbsa"
     sub_configs = {"backbone_config": AutoConfig}
+    pipeline_class: ClassVar[type | None] = None  # of [`PIPELINES`]; None where this file is remote code
 
     hidden_size: int = 192
     num_hidden_layers: int = 12
@@ -242,6 +252,7 @@ class CBSAConfig(BackboneConfigMixin, PreTrainedConfig):
 
     def __post_init__(self, **kwargs):
         self.check_values(kwargs)
+        pipelines = kwargs.pop("custom_pipelines", None)
         if self.head_dim is None and self.num_attention_heads > 0:
             self.head_dim = self.hidden_size // self.num_attention_heads
         if self.intermediate_size is None:
@@ -254,7 +265,11 @@ class CBSAConfig(BackboneConfigMixin, PreTrainedConfig):
                 out_indices=kwargs.pop("out_indices", None), out_features=kwargs.pop("out_features", None)
             )
             super().__post_init__(**kwargs)
-        except (AttributeError, LookupError, TypeError) as error:  # Transformers uses some values without a look
+            if self.pipeline_class is not None:
+                # This package knows the task by itself: `pipeline` need not ask whether it may run the saved code.
+                pipelines = self.other_pipelines(pipelines)
+            self.set_pipelines(pipelines)
+        except (AttributeError, LookupError, TypeError) as error:  # Transformers does not check some values
             raise ValueError(f"The configuration has a value of the wrong type: {error}") from error
 
     def check_values(self, others: dict):
@@ -307,7 +322,7 @@ class CBSAConfig(BackboneConfigMixin, PreTrainedConfig):
             )
         try:
             return CONFIG_MAPPING[model_type].from_dict(values)
-        except Exception as error:  # each of its classes looks at its values in its own way, or not at all
+        except Exception as error:  # every backbone checks its values in its own way, or not at all
             reason = " ".join(str(error).split())
             raise ValueError(f"`backbone_config` is no configuration of a {model_type!r} model: {reason}") from error
 
@@ -342,10 +357,30 @@ class CBSAConfig(BackboneConfigMixin, PreTrainedConfig):
     def save_pretrained(self, save_directory, **kwargs):
         """
         Writes `config.json`, with every model class of this library in `auto_map`. Transformers enters only the class
-        that is saved; with all of them, `AutoModel` opens a saved classifier too.
+        that is saved; with all of them, `AutoModel` opens a saved classifier too. With a classifier goes the code of
+        [`pipeline_class`], which `custom_pipelines` names.
         """
         self.auto_map = AUTO_MAP | (getattr(self, "auto_map", None) or {})
+        others = self.other_pipelines(getattr(self, "custom_pipelines", None))
+        if self.pipeline_class is not None and "CBSAForImageClassification" in (self.architectures or []):
+            Path(save_directory).mkdir(parents=True, exist_ok=True)
+            custom_object_save(self.pipeline_class, save_directory)
+        saved = PIPELINES if (Path(save_directory) / "pipeline_cbsa.py").is_file() else {}
+        self.set_pipelines(saved | others)
         super().save_pretrained(save_directory, **kwargs)
+        self.set_pipelines(others)
+
+    def set_pipelines(self, pipelines: object):
+        """Set `custom_pipelines`, which a configuration without any does not have."""
+        vars(self).pop("custom_pipelines", None)
+        if pipelines:
+            self.custom_pipelines = pipelines
+
+    @staticmethod
+    def other_pipelines(pipelines: object) -> dict:
+        """The custom pipelines of a `config.json` that are not this library's."""
+        known = pipelines if isinstance(pipelines, dict) else {}
+        return {task: entry for task, entry in known.items() if task not in PIPELINES}
 
     def validate_sizes(self):
         """Counts are at least 1, and sizes are one side or a pair."""

@@ -531,6 +531,7 @@ class CBSAPreTrainedModel(PreTrainedModel):
 
     def _replicate_for_data_parallel(self):
         # Replicas share the dictionaries of hooks. Without this each would add hooks of its own for requested outputs.
+        # torch calls no public method when it makes replicas.
         maybe_install_capturing_hooks(self)
         return super()._replicate_for_data_parallel()
 

@@ -7,11 +7,12 @@ Captions: a CBSA encoder with a small GPT-2 as decoder learns to describe 16 sce
 """
 
 import torch
-from encoders import ENCODERS, compare_cost, encoder_config, parse_options, train
-from scenes import NAMES, Scene, draw_scenes, to_pixel_values
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch.nn import functional as F
 from transformers import AutoModel, GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast, VisionEncoderDecoderModel
+
+from examples.encoders import ENCODERS, compare_cost, encoder_config, parse_options, train
+from examples.scenes import NAMES, Scene, draw_scenes, to_pixel_values
 
 
 NUM_STEPS = 150

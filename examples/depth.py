@@ -9,11 +9,12 @@ Depth: DPT of Transformers on a CBSA backbone learns the disparity of 16 crops o
 import numpy as np
 import skimage.data
 import torch
-from encoders import ENCODERS, SIZES, compare_cost, encoder_config, parse_options, train
 from PIL import Image
-from scenes import to_pixel_values
 from torch.nn import functional as F
 from transformers import DPTConfig, DPTForDepthEstimation
+
+from examples.encoders import ENCODERS, SIZES, compare_cost, encoder_config, parse_options, train
+from examples.scenes import to_pixel_values
 
 
 NUM_STEPS = 200

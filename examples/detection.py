@@ -8,9 +8,10 @@ Object detection: DETR of Transformers on a CBSA backbone learns 16 scenes.
 
 import numpy as np
 import torch
-from encoders import ENCODERS, compare_cost, encoder_config, parse_options, train
-from scenes import NAMES, Scene, draw_scenes, to_pixel_values
 from transformers import DetrConfig, DetrForObjectDetection, DetrImageProcessorPil
+
+from examples.encoders import ENCODERS, compare_cost, encoder_config, parse_options, train
+from examples.scenes import NAMES, Scene, draw_scenes, to_pixel_values
 
 
 NUM_STEPS = 600

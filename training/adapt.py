@@ -11,13 +11,13 @@ accuracy of the original and of the model with its attention just replaced, and 
 import json
 from pathlib import Path
 
-from arguments import AdaptationArguments, parse_arguments
-from data.loading import class_names, find_columns
-from engine.interruption import exit_with_a_sentence
-from engine.loop import TrainingRun
-from engine.output import write_file
-from engine.setup import check_room, load_splits, start_run
-from tasks.adaptation import AdaptationTask, load_original, replace_attention
+from training.arguments import AdaptationArguments, parse_arguments
+from training.data.loading import class_names, find_columns
+from training.engine.interruption import exit_with_a_sentence
+from training.engine.loop import TrainingRun
+from training.engine.output import write_file
+from training.engine.setup import check_room, load_splits, start_run
+from training.tasks.adaptation import AdaptationTask, load_original, replace_attention
 
 
 def main(args: AdaptationArguments):

@@ -562,6 +562,7 @@ def parse_arguments(arguments_class: type[T], argv: list[str] | None = None) -> 
     groups = [parent for parent in arguments_class.__mro__ if "_argument_group_name" in vars(parent)]
     parser = HfArgumentParser(groups, allow_abbrev=False)
     parser.add_argument("--config", help="YAML file with values for options; the command line overrides it")
+    # argparse has no public list of a parser's options.
     destinations = {option[2:]: action.dest for action in parser._actions for option in action.option_strings}
     given = [argument[2:].split("=")[0] for argument in argv if argument.startswith("--")]
     check_names(given, list(destinations), "The command line")

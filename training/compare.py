@@ -19,23 +19,22 @@ from dataclasses import fields
 from functools import partial
 from pathlib import Path
 
-import pretrain
 import torch
 from accelerate import PartialState
-from accelerate.state import AcceleratorState
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedModel
 
-from arguments import MEMBERS, ComparisonArguments, PretrainingArguments, parse_arguments
 from cbsa_hf import load_checkpoint
-from data.loading import find_mask_columns, find_split, load_images
-from data.segmentation import SegmentationDataset
-from engine.interruption import exit_with_a_sentence
-from engine.output import open_output, write_file
-from engine.run_state import CHECKPOINTS
-from evaluation.zero_shot import build_segmenters, evaluate_zero_shot, model_results
+from training import pretrain
+from training.arguments import MEMBERS, ComparisonArguments, PretrainingArguments, parse_arguments
+from training.data.loading import find_mask_columns, find_split, load_images
+from training.data.segmentation import SegmentationDataset
+from training.engine.interruption import exit_with_a_sentence
+from training.engine.output import open_output, write_file
+from training.engine.run_state import CHECKPOINTS
+from training.evaluation.zero_shot import build_segmenters, evaluate_zero_shot, model_results
 
 
 METHODS = {"zero-shot IoU, ncut": "ncut", "zero-shot IoU, attention": "attention"}  # by column of the table
@@ -50,7 +49,6 @@ def train_member(args: ComparisonArguments, member: str, seed: int) -> Path:
         own = {**MEMBERS[member], "seed": seed, "output_dir": str(folder), "resume_from_checkpoint": resume}
         known = {option.name for option in fields(PretrainingArguments)}
         common = {name: value for name, value in vars(args).items() if name in known}
-        AcceleratorState._reset_state()  # the next run has its own folder and trackers
         torch.compiler.reset()  # torch limits compiled variants over all members, and runs uncompiled beyond
         pretrain.main(PretrainingArguments(**common | own))
     return folder

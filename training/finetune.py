@@ -11,17 +11,17 @@ shows all options of a task.
 
 from transformers import AutoModelForImageClassification, AutoModelForSemanticSegmentation
 
-from arguments import FinetuningArguments, SegmentationArguments, find_value, parse_arguments
 from cbsa_hf import default_checkpoint
 from cbsa_hf.checkpoints import load_config, load_processor
-from data.loading import class_names, find_columns, find_mask_columns
-from data.segmentation import read_names
-from engine.interruption import exit_with_a_sentence
-from engine.loop import TrainingRun
-from engine.setup import check_room, empty_model, load_splits, start_run
-from tasks.classification import ClassificationTask
-from tasks.heads import load_for_classes
-from tasks.segmentation import SegmentationTask, load_segmenter
+from training.arguments import FinetuningArguments, SegmentationArguments, find_value, parse_arguments
+from training.data.loading import class_names, find_columns, find_mask_columns
+from training.data.segmentation import read_names
+from training.engine.interruption import exit_with_a_sentence
+from training.engine.loop import TrainingRun
+from training.engine.setup import check_room, empty_model, load_splits, start_run
+from training.tasks.classification import ClassificationTask
+from training.tasks.heads import load_for_classes
+from training.tasks.segmentation import SegmentationTask, load_segmenter
 
 
 def finetune_classifier(args: FinetuningArguments):

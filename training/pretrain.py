@@ -16,15 +16,15 @@ from transformers import (
 )
 from transformers.utils.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
-from arguments import PretrainingArguments, parse_arguments
 from cbsa_hf import PRESETS, preset_path
 from cbsa_hf.checkpoints.weight_files import CheckpointError, one_sentence
 from cbsa_hf.configuration_cbsa import to_pair
-from data.loading import class_names, find_columns
-from engine.interruption import exit_with_a_sentence
-from engine.loop import TrainingRun
-from engine.setup import check_room, empty_model, load_splits, start_run
-from tasks.classification import ClassificationTask
+from training.arguments import PretrainingArguments, parse_arguments
+from training.data.loading import class_names, find_columns
+from training.engine.interruption import exit_with_a_sentence
+from training.engine.loop import TrainingRun
+from training.engine.setup import check_room, empty_model, load_splits, start_run
+from training.tasks.classification import ClassificationTask
 
 
 CHANGES = (
@@ -82,7 +82,7 @@ def build_model(args: PretrainingArguments, names: list[str]) -> tuple[PreTraine
         size={"height": height, "width": width},
         image_mean=mean,
         image_std=std,
-        do_convert_rgb=True,
+        do_convert_rgb=config.num_channels == 3,
     )
     return model, processor
 

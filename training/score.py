@@ -18,17 +18,17 @@ from datasets import Dataset
 from torch.utils.data import DataLoader
 from transformers import BaseImageProcessor, PreTrainedModel
 
-from arguments import ScoringArguments, parse_arguments
 from cbsa_hf import SlidingWindowSegmenter, load_checkpoint
-from data.classification import ValidationImages
-from data.labelled_images import check_labels
-from data.loading import class_names, find_columns, find_mask_columns, find_split, load_images
-from data.segmentation import SegmentationDataset, read_names, read_size
-from engine.interruption import exit_with_a_sentence
-from engine.output import write_file
-from evaluation.scores import evaluate_classifier, evaluate_segmenter
-from evaluation.zero_shot import build_segmenters, evaluate_zero_shot, model_results, trivial_results
-from tasks.segmentation import draw_predictions
+from training.arguments import ScoringArguments, parse_arguments
+from training.data.classification import ValidationImages
+from training.data.labelled_images import check_labels
+from training.data.loading import class_names, find_columns, find_mask_columns, find_split, load_images
+from training.data.segmentation import SegmentationDataset, read_names, read_size
+from training.engine.interruption import exit_with_a_sentence
+from training.engine.output import write_file
+from training.evaluation.scores import evaluate_classifier, evaluate_segmenter
+from training.evaluation.zero_shot import build_segmenters, evaluate_zero_shot, model_results, trivial_results
+from training.tasks.segmentation import draw_predictions
 
 
 def check_writable(path: str, force: bool):

@@ -17,7 +17,7 @@ from transformers import BaseImageProcessor, SegformerImageProcessorPil, ViTImag
 from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, PILImageResampling
 
 from ..checkpoints import check_processor
-from ..checkpoints.model_cards import auto_class_of, loading_example
+from ..checkpoints.model_cards import auto_class_of, base_model_of, loading_example
 from ..checkpoints.weight_files import check_finite, one_sentence
 from ..configuration_cbsa import CBSAConfig, to_pair
 from ..modeling_cbsa import CBSAForImageClassification, CBSAForSemanticSegmentation, CBSAModel, CBSAPreTrainedModel
@@ -136,7 +136,9 @@ def convert_checkpoint(
     segments = isinstance(model, CBSAForSemanticSegmentation)
     processor_class = SegformerImageProcessorPil if segments else ViTImageProcessorPil
     with one_sentence(f"The image processor of {source} cannot be used"):
-        processor = processor_class(size={"height": height, "width": width}, do_convert_rgb=True, **preprocessing)
+        processor = processor_class(
+            size={"height": height, "width": width}, do_convert_rgb=config.num_channels == 3, **preprocessing
+        )
         check_processor(processor, config.num_channels)
     check_finite(model, source)
     return Conversion(model, processor, origin, dropped)
@@ -230,7 +232,7 @@ def model_card(
     Args:
         conversion: what the card describes.
         name: the model's name or hub id.
-        source: where the weights come from, for people to read.
+        source: where the weights come from, for people to read. A hub id is also the card's `base_model`.
         license: identifier of the weights' licence, such as `apache-2.0`; None if it is unknown.
         attribution: a sentence that says whose weights they are; by default it names the source and the paper.
     """
@@ -244,7 +246,13 @@ def model_card(
     if config.attention_type != origin.attention_types[0]:
         exactness = "It does not compute what the original computes: fine-tune it."
     return ModelCard.from_template(
-        ModelCardData(library_name="transformers", pipeline_tag=task, license=license or "other", tags=["cbsa"]),
+        ModelCardData(
+            library_name="transformers",
+            pipeline_tag=task,
+            license=license or "other",
+            base_model=base_model_of(source),
+            tags=["cbsa"],
+        ),
         template_path=str(Path(__file__).parent / "card_template.md"),
         name=name,
         origin=origin,

@@ -146,7 +146,7 @@ class Encoding:
             N, hidden_size); None unless asked for.
         attentions: of each layer the token-to-token map (batch, heads, N, N), or None where
             `representative_attentions` imply it; None unless asked for.
-        representative_attentions: of each layer the factor A (batch, heads, m, N), or None where the operator has
+        representative_attentions: of each layer A (batch, heads, m, N), or None where the operator has
             none; None unless asked for.
         recorded: layer -> [`RecordedSteps`], of the layers asked for whose attention type is `cbsa`.
     """
@@ -192,9 +192,9 @@ class Encoding:
         """
         token = token_index(self.grid, patch, self.num_prefix_tokens)
         rows = []
-        for token_map, factor in zip(self.attentions, self.representative_attentions, strict=True):
+        for token_map, attention in zip(self.attentions, self.representative_attentions, strict=True):
             if token_map is None:
-                rows.append((factor[..., token].unsqueeze(-2) @ factor).squeeze(-2))
+                rows.append((attention[..., token].unsqueeze(-2) @ attention).squeeze(-2))
             else:
                 rows.append(token_map[:, :, token])
         maps = in_single_precision(torch.stack(rows)[..., self.num_prefix_tokens :].unflatten(-1, self.grid))

@@ -1,13 +1,12 @@
 """The examples with few steps: what they draw, what they score, and that losses fall; not how far."""
 
-import captioning
-import depth
-import detection
 import numpy as np
 import pytest
 import torch
-from encoders import ENCODERS
-from scenes import CUTOUTS, NAMES, Scene, cut_out, draw_scenes
+
+from examples import captioning, depth, detection
+from examples.encoders import ENCODERS
+from examples.scenes import CUTOUTS, NAMES, Scene, cut_out, draw_scenes
 
 
 def test_scenes_are_what_they_say():
@@ -82,7 +81,7 @@ def test_examples_learn(example, steps, scores, encoder, capsys):
 
 
 def test_costs_are_compared(monkeypatch):
-    monkeypatch.setattr("encoders.ROUNDS", 1)
+    monkeypatch.setattr("examples.encoders.ROUNDS", 1)
     result = detection.main(["--cost", "--num_images=1"])
     assert list(result) == ["training step, CBSA / ViT", "inference, CBSA / ViT"]
     assert all(value > 0 for value in result.values())

@@ -2,6 +2,7 @@
 
 import base64
 import io
+import json
 import os
 import subprocess
 import sys
@@ -13,9 +14,16 @@ import torch
 from PIL import Image, ImageDraw
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import ViTImageProcessorPil, pipeline
+from transformers import AutoConfig, ViTImageProcessorPil, pipeline
 
-from cbsa_hf import CBSAForImageClassification, CBSAModel, ImageError, ZeroShotSegmenter, attention_maps
+from cbsa_hf import (
+    CBSAForImageClassification,
+    CBSAModel,
+    ImageError,
+    ZeroShotSegmentationPipeline,
+    ZeroShotSegmenter,
+    attention_maps,
+)
 from cbsa_hf.attention_cbsa import ATTENTIONS
 from cbsa_hf.interpretability.attention_maps import exact_maps
 from cbsa_hf.segmentation.images import follow_edges
@@ -186,8 +194,8 @@ def test_contraction(tiny_model):
     torch.testing.assert_close(exact.writes[0, 0].double(), expected, rtol=1e-4, atol=1e-6)
     affinity, reads = representative_affinity(encoding, Options(layer=2, head=0))
     torch.testing.assert_close(affinity, (similarity + similarity.T) / 2)
-    factor = exact.representative_attentions[0, 0, :, 1:].double()
-    torch.testing.assert_close(reads, factor / factor.sum(1, keepdim=True))
+    attention = exact.representative_attentions[0, 0, :, 1:].double()
+    torch.testing.assert_close(reads, attention / attention.sum(1, keepdim=True))
 
 
 def plant(background: np.ndarray, foreground: np.ndarray, box: tuple[int, int, int, int]) -> tuple:
@@ -368,6 +376,25 @@ assert segment.task == "cbsa-zero-shot-segmentation"
 segment(f"{folder}/cat.png", long_side=64)["mask"].save(f"{folder}/mask.png")
 segment.save_pretrained(f"{folder}/again")
 """
+
+
+def test_pipeline_goes_along_with_a_classifier(shipped, photo, tmp_path):
+    """The model alone is saved as the pipeline saves it. Here, where the task is known, no code of it is run."""
+    segment = pipeline("cbsa-zero-shot-segmentation", model=shipped[0], image_processor=shipped[1], long_side=64)
+    segment.save_pretrained(tmp_path / "pipeline")
+    shipped[0].save_pretrained(tmp_path / "model")
+    shipped[1].save_pretrained(tmp_path / "model")
+    files = [{path.name: path.read_bytes() for path in (tmp_path / each).iterdir()} for each in ("pipeline", "model")]
+    assert files[0] == files[1]
+    for model in (str(tmp_path / "model"), shipped[0]):
+        again = pipeline("cbsa-zero-shot-segmentation", model=model, image_processor=shipped[1], long_side=64)
+        assert type(again) is ZeroShotSegmentationPipeline
+    config = json.loads((tmp_path / "model" / "config.json").read_text())
+    config["custom_pipelines"]["mine"] = {"impl": "mine.Mine", "pt": ["AutoModel"], "type": "image"}
+    (tmp_path / "model" / "config.json").write_text(json.dumps(config))
+    AutoConfig.from_pretrained(tmp_path / "model").save_pretrained(tmp_path / "again")
+    pipelines = json.loads((tmp_path / "again" / "config.json").read_text())["custom_pipelines"]
+    assert pipelines == config["custom_pipelines"]
 
 
 def test_pipeline_in_a_process_without_the_package(photo, shipped, tmp_path):

@@ -7,7 +7,7 @@ import pytest
 import yaml
 from conftest import ROOT
 
-from arguments import (
+from training.arguments import (
     ComparisonArguments,
     PretrainingArguments,
     ScoringArguments,

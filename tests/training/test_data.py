@@ -8,9 +8,9 @@ from transformers import (
     ViTImageProcessorPil,
 )
 
-from data.classification import TrainingImages
-from data.loading import find_columns, find_mask_columns, load_images
-from data.streaming import StreamedRows
+from training.data.classification import TrainingImages
+from training.data.loading import find_columns, find_mask_columns, load_images
+from training.data.streaming import StreamedRows
 
 
 MEAN, STD = [0.4, 0.5, 0.6], [0.2, 0.3, 0.4]

@@ -176,10 +176,9 @@ def test_segmentation_learns_and_scores_each_image_once(classifier, masks, tmp_p
 
 def test_one_class(classifier, masks, training, tmp_path, capsys):
     """Binary: 0 is the background, and both are scored."""
-    import score
-    from finetune import finetune_segmenter
-
-    from arguments import ScoringArguments, SegmentationArguments, parse_arguments
+    from training import score
+    from training.arguments import ScoringArguments, SegmentationArguments, parse_arguments
+    from training.finetune import finetune_segmenter
 
     data, output = tmp_path / "data", tmp_path / "output"
     shutil.copytree(masks, data)

@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 import torch
 
-from arguments import OPTIMIZERS
 from cbsa_hf import CBSAConfig, CBSAForImageClassification
 from cbsa_hf.modeling_cbsa import drop_path
-from engine.optimization import build_optimizer, build_scheduler, parameter_groups
+from training.arguments import OPTIMIZERS
+from training.engine.optimization import build_optimizer, build_scheduler, parameter_groups
 
 
 class TestOptimization:

@@ -32,7 +32,7 @@ SETTINGS = {
     "num_workers": 0,
     "warmup_epochs": 0,
     "num_epochs": 8,
-    "learning_rate": 3e-3,
+    "learning_rate": 1e-2,
     "mixup_alpha": 0.2,
     "drop_path_rate": 0.2,
     "ema_decay": 0.5,
@@ -66,7 +66,7 @@ def command(data: Path, output_dir: Path, *arguments: str, processes: int | None
     """Of one process, or through Accelerate's launcher when `processes` is given."""
     launcher = []
     if processes is not None:
-        # Two processes on CPU start only with this flag and a variable: see the README.
+        # On CPU, two processes start only with `--multi_gpu` and ACCELERATE_USE_CPU: see docs/guides/training.md.
         several = ["--multi_gpu"] if processes > 1 else []
         launcher = ["-m", "accelerate.commands.launch", *several, "--num_processes", str(processes)]
         launcher += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
@@ -268,7 +268,7 @@ def test_two_processes_learn_as_one(data, tmp_path, reading):
     losses = []
     for processes in (1, 2):
         folder = tmp_path / str(processes)
-        arguments = ["--patch_embedding_type=patchify", "--drop_path_rate=0", "--num_epochs=4"]
+        arguments = ["--patch_embedding_type=patchify", "--drop_path_rate=0", "--num_epochs=4", "--learning_rate=3e-3"]
         arguments += ["--checkpointing_steps=1", "--keep_checkpoints=1", *reading]
         pretrain(data, folder, *arguments, processes=processes)
         results = assert_scored(folder, data)
@@ -315,7 +315,7 @@ def test_parts_of_a_batch_add_up(data, tmp_path):
     losses = []
     for parts in (1, 4):
         folder = tmp_path / str(parts)
-        arguments = ["--patch_embedding_type=patchify", "--drop_path_rate=0", "--num_epochs=2"]
+        arguments = ["--patch_embedding_type=patchify", "--drop_path_rate=0", "--num_epochs=2", "--learning_rate=3e-3"]
         pretrain(data, folder, *arguments, f"--gradient_accumulation_steps={parts}")
         losses.append(json.loads((folder / "results.json").read_text())["metrics"]["loss"])
     assert losses[0] == pytest.approx(losses[1], abs=1e-4)

@@ -25,18 +25,17 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from accelerate import Accelerator
-from conftest import ROOT
 from datasets import Dataset, Features, Image
 from PIL import Image as PILImage
 from safetensors.torch import load_file
 
-from data.labelled_images import LabelledImages
-from data.segmentation import SegmentationDataset, check_masks
-from data.streaming import StreamedRows
-from engine import interruption, loop, output, results, run_state, setup
-from engine.interruption import exit_with_a_sentence
-from engine.run_state import DamagedCheckpoint, DataIdentity, check_sums, write_sums
-from tasks import classification, distillation
+from training.data.labelled_images import LabelledImages
+from training.data.segmentation import SegmentationDataset, check_masks
+from training.data.streaming import StreamedRows
+from training.engine import interruption, loop, output, results, run_state, setup
+from training.engine.interruption import exit_with_a_sentence
+from training.engine.run_state import DamagedCheckpoint, DataIdentity, check_sums, write_sums
+from training.tasks import classification, distillation
 
 
 SETTINGS = {"num_epochs": 3, "checkpointing_steps": 1, "keep_checkpoints": 9, "ema_decay": 0.5}  # of two steps each
@@ -365,8 +364,7 @@ class TestOutput:
         """Though children of that process, such as those that load images, outlive it."""
         code = f"""
 import os, sys, time
-sys.path.insert(0, {str(ROOT / "training")!r})
-from engine.output import open_output
+from training.engine.output import open_output
 with open_output({str(tmp_path)!r}):
     if not os.fork():
         print(os.getpid(), flush=True)  # by the child: once it runs, it has let go of the lock
@@ -566,7 +564,9 @@ class TestWorkers:
         def kill(*arguments):
             if not killed:
                 batches = interruption.read_batches
-                monkeypatch.setattr("evaluation.scores.read_batches", lambda loader: kill_all(batches(loader)))
+                monkeypatch.setattr(
+                    "training.evaluation.scores.read_batches", lambda loader: kill_all(batches(loader))
+                )
                 if where == "training":
                     kill_workers()
             return run(*arguments)

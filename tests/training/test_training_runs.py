@@ -11,11 +11,9 @@ from unittest.mock import Mock
 
 import numpy as np
 import pytest
-import score
 import torch
 from accelerate.utils import DistributedType
 from datasets import Array3D, ClassLabel, Dataset, Features
-from finetune import finetune_classifier
 from PIL import Image
 from safetensors.torch import load_file
 from torch.nn import functional as F
@@ -23,13 +21,15 @@ from torch.utils.data import DataLoader
 from transformers import AutoModelForImageClassification, AutoModelForSemanticSegmentation
 from transformers.utils.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
-from arguments import FinetuningArguments, PretrainingArguments, ScoringArguments, parse_arguments
-from engine import interruption, setup
-from engine.interruption import StopRequest, outlive_interruption
-from engine.setup import build_accelerator
-from evaluation.scores import evaluate_classifier, evaluate_segmenter
-from tasks import classification
-from tasks.heads import load_for_classes
+from training import score
+from training.arguments import FinetuningArguments, PretrainingArguments, ScoringArguments, parse_arguments
+from training.engine import interruption, setup
+from training.engine.interruption import StopRequest, outlive_interruption
+from training.engine.setup import build_accelerator
+from training.evaluation.scores import evaluate_classifier, evaluate_segmenter
+from training.finetune import finetune_classifier
+from training.tasks import classification
+from training.tasks.heads import load_for_classes
 
 
 class TestRuns:
@@ -336,19 +336,21 @@ class TestScores:
         )
 
 
-def test_thirteen_channels(start, tmp_path):
-    """Arrays of 16 bits from the data set to the scores, which are those of every channel resized by itself."""
-    arrays = np.random.default_rng(0).integers(0, 65536, (8, 40, 48, 13), dtype=np.uint16)
-    features = Features({"image": Array3D((40, 48, 13), "uint16"), "label": ClassLabel(names=["a", "b"])})
+@pytest.mark.parametrize(("num_channels", "kind"), [(4, "uint8"), (13, "uint16")])
+def test_other_numbers_of_channels(start, tmp_path, num_channels, kind):
+    """Arrays from the data set to the scores, which are those of every channel resized by itself."""
+    largest = np.iinfo(kind).max
+    arrays = np.random.default_rng(0).integers(0, largest + 1, (8, 40, 48, num_channels), dtype=kind)
+    features = Features({"image": Array3D((40, 48, num_channels), kind), "label": ClassLabel(names=["a", "b"])})
     for split in ("train", "validation"):
         rows = Dataset.from_dict({"image": list(arrays), "label": [0, 1] * 4}, features=features)
         rows.to_parquet(tmp_path / "data" / f"{split}-00000-of-00001.parquet")
     config = json.loads((tmp_path / "data" / "config.json").read_text())
-    (tmp_path / "data" / "config.json").write_text(json.dumps({**config, "num_channels": 13}))
+    (tmp_path / "data" / "config.json").write_text(json.dumps({**config, "num_channels": num_channels}))
     start(tmp_path / "run")
     model = AutoModelForImageClassification.from_pretrained(tmp_path / "run").eval()
     logits = []
-    for array in (arrays // 257).astype(np.uint8):
+    for array in (arrays // (largest // 255)).astype(np.uint8):
         channels = [Image.fromarray(channel).resize((32, 32), Image.BILINEAR) for channel in array.transpose(2, 0, 1)]
         pixels = np.stack([np.asarray(channel) for channel in channels]) / 255
         with torch.no_grad():

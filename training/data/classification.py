@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from transformers import BaseImageProcessor
 
 from cbsa_hf.segmentation.images import height_and_width, normalise, resize
-from data.labelled_images import LabelledImages, to_tensor
+from training.data.labelled_images import LabelledImages, to_tensor
 
 
 @dataclass

@@ -14,8 +14,8 @@ from PIL import Image as PILImage
 from transformers import BaseImageProcessor
 
 from cbsa_hf.segmentation.images import ImageError, to_image
-from data.loading import class_names
-from data.streaming import StreamedRows
+from training.data.loading import class_names
+from training.data.streaming import StreamedRows
 
 
 SAMPLE_SIZE = 16
@@ -128,6 +128,7 @@ class LabelledImages(torch.utils.data.Dataset):
                 f"takes {num_channels} channels."
             )
         self.num_labels = getattr(dataset.features[self.label_column], "num_classes", None)
+        # The hash of the rows that `datasets` caches by; it has no public name. A stream has none.
         self.fingerprint = getattr(dataset, "_fingerprint", None)
         if not isinstance(dataset, StreamedRows):  # which leaves images encoded already
             for column, feature in dataset.features.items():

@@ -11,8 +11,8 @@ from transformers import BaseImageProcessor
 
 from cbsa_hf.segmentation.images import height_and_width, open_mask, resize
 from cbsa_hf.segmentation.sliding_window import label_names
-from data.labelled_images import LabelledImages, read_encoded, warn_of_missing
-from data.streaming import StreamedRows
+from training.data.labelled_images import LabelledImages, read_encoded, warn_of_missing
+from training.data.streaming import StreamedRows
 
 
 IGNORED = 255  # the label of pixels that do not count

@@ -18,14 +18,14 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm.auto import tqdm
 from transformers import BaseImageProcessor, PreTrainedModel
 
-from arguments import RunArguments
 from cbsa_hf.hub import push_checkpoint
-from data.labelled_images import LabelledImages
-from data.streaming import WrongLength
-from engine.interruption import FAILED, StopRequest, common_status, read_batches
-from engine.optimization import build_optimizer, build_scheduler, parameter_groups
-from engine.results import load_best, write_results
-from engine.run_state import (
+from training.arguments import RunArguments
+from training.data.labelled_images import LabelledImages
+from training.data.streaming import WrongLength
+from training.engine.interruption import FAILED, StopRequest, common_status, read_batches
+from training.engine.optimization import build_optimizer, build_scheduler, parameter_groups
+from training.engine.results import load_best, write_results
+from training.engine.run_state import (
     DataIdentity,
     Progress,
     check_folder,
@@ -35,8 +35,8 @@ from engine.run_state import (
     resume,
     save_checkpoint,
 )
-from engine.setup import build_loader
-from engine.tracking import RunLog
+from training.engine.setup import build_loader
+from training.engine.tracking import RunLog
 
 
 LOG_STEPS = 10

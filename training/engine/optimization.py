@@ -71,6 +71,7 @@ def parameter_groups(
 class Muon(pytorch_optimizer.Muon):
     """
     Muon with float32 in its Newton-Schulz steps on a CPU: many CPUs emulate bfloat16, which takes 20 times as long.
+    The library has no option for this dtype, so a private method is overridden.
     """
 
     @staticmethod

@@ -13,8 +13,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch.optim.swa_utils import AveragedModel
 
-from engine.interruption import FAILED, common_status
-from engine.output import remove, sync, write_file
+from training.engine.interruption import FAILED, common_status
+from training.engine.output import remove, sync, write_file
 
 
 CHECKPOINTS = "checkpoint-" + "[0-9]" * 8  # complete ones; the name of one that is being written ends in `.partial`

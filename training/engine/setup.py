@@ -12,15 +12,15 @@ from torch import nn
 from torch.utils.data import DataLoader
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from arguments import RunArguments
-from data.labelled_images import LabelledImages
-from data.loading import find_split, load_images
-from data.streaming import StreamedRows
-from engine.interruption import outlive_interruption
-from engine.memory import keep_freed_memory
-from engine.optimization import STATES
-from engine.output import check_free, open_output
-from engine.run_state import CHECKPOINTS
+from training.arguments import RunArguments
+from training.data.labelled_images import LabelledImages
+from training.data.loading import find_split, load_images
+from training.data.streaming import StreamedRows
+from training.engine.interruption import outlive_interruption
+from training.engine.memory import keep_freed_memory
+from training.engine.optimization import STATES
+from training.engine.output import check_free, open_output
+from training.engine.run_state import CHECKPOINTS
 
 
 OVERHEAD = 2**16  # bytes of a checkpoint beside its weights: headers, random states
@@ -100,7 +100,7 @@ def load_splits(
     The training and the validation split, each with two columns: the image, and the label or mask.
 
     Args:
-        find_columns: returns the names of the two columns of a split; see [`data.loading`].
+        find_columns: returns the names of the two columns of a split; see [`training.data.loading`].
 
     Raises:
         ValueError: if there is no such data set, split or column, or an option does not work with streaming.

@@ -12,8 +12,8 @@ from tqdm.auto import tqdm
 
 from cbsa_hf import SlidingWindowSegmenter
 from cbsa_hf.segmentation.sliding_window import label_names
-from engine.interruption import read_batches
-from evaluation.metrics import Accuracy, MeanIoU, count_pixels
+from training.engine.interruption import read_batches
+from training.evaluation.metrics import Accuracy, MeanIoU, count_pixels
 
 
 @torch.no_grad()

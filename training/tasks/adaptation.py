@@ -9,11 +9,11 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import AutoModelForImageClassification, BaseImageProcessor, PreTrainedModel
 
-from arguments import AdaptationArguments
 from cbsa_hf.conversion.convert import convert_checkpoint
 from cbsa_hf.modeling_cbsa import CBSAForImageClassification
-from tasks.classification import ClassificationLoss, ClassificationTask
-from tasks.heads import load_for_classes
+from training.arguments import AdaptationArguments
+from training.tasks.classification import ClassificationLoss, ClassificationTask
+from training.tasks.heads import load_for_classes
 
 
 class AdaptationLoss(nn.Module):

@@ -9,16 +9,16 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import BaseImageProcessor, PreTrainedModel
 
-from arguments import ClassificationArguments
 from cbsa_hf.interpretability.attention_maps import attention_maps
 from cbsa_hf.interpretability.plots import attention_grid
-from data.classification import TrainingImages, ValidationImages
-from data.labelled_images import check_labels
-from engine.loop import Task
-from engine.setup import build_loader
-from evaluation.scores import evaluate_classifier
-from tasks.distillation import DistillationDataset, prepare_targets
-from tasks.teachers import Teacher, prepare_teacher
+from training.arguments import ClassificationArguments
+from training.data.classification import TrainingImages, ValidationImages
+from training.data.labelled_images import check_labels
+from training.engine.loop import Task
+from training.engine.setup import build_loader
+from training.evaluation.scores import evaluate_classifier
+from training.tasks.distillation import DistillationDataset, prepare_targets
+from training.tasks.teachers import Teacher, prepare_teacher
 
 
 class ClassificationLoss(nn.Module):
