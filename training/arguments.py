@@ -7,7 +7,7 @@ inherits from several groups. Rules about an option's value stand in its annotat
 
 import difflib
 import sys
-from argparse import ArgumentParser
+from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from collections.abc import Iterable
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -176,9 +176,19 @@ class DataArguments:
 
     dataset_name: str = field(metadata={"help": "hub id, local folder or Parquet file"})
     dataset_config_name: str | None = field(default=None, metadata={"help": "configuration, where there are several"})
+    dataset_revision: str | None = field(
+        default=None, metadata={"help": "branch, tag or commit on the Hub, such as refs/convert/parquet"}
+    )
     image_column: str | None = field(default=None, metadata={"help": "column of the images; default: by its type"})
     label_column: str | None = field(
-        default=None, metadata={"help": "column of the classes or masks; default: by its type, masks by their name"}
+        default=None, metadata={"help": "column of the classes or masks; default: by its type and name"}
+    )
+    id2label: str | None = field(
+        default=None,
+        metadata={
+            "help": "JSON file with the names of the classes by number; default: as the column says, or id2label.json "
+            "in the folder of the data"
+        },
     )
     max_corrupt: int = field(default=10, metadata={"help": "unreadable images that are skipped before the run stops"})
 
@@ -189,8 +199,12 @@ class SplitArguments:
 
     _argument_group_name = "splits of the data"
 
-    train_split: str = field(default="train", metadata={"help": "split to train on"})
-    validation_split: str = field(default="validation", metadata={"help": "split to validate on"})
+    train_split: str = field(default="train", metadata={"help": "split to train on, or a part: train[:80%%]"})
+    validation_split: str = field(default="validation", metadata={"help": "split to validate on, or a part of one"})
+    train_val_split: float | None = field(
+        default=None,
+        metadata={"help": "share of the training split to validate on, drawn at random, instead of validation_split"},
+    )
     streaming: bool = field(
         default=False,
         metadata={
@@ -346,9 +360,6 @@ class MaskArguments:
 
     _argument_group_name = "masks, augmentation and loss"
 
-    id2label: str | None = field(
-        default=None, metadata={"help": "JSON file with the names of the classes; default: id2label.json in the data"}
-    )
     reduce_labels: bool = field(
         default=False, metadata={"help": "ignore label 0 and move the others down by one (ADE20K)"}
     )
@@ -416,7 +427,7 @@ class ScoredArguments:
     random_weights: bool = field(
         default=False, metadata={"help": "score the checkpoint's configuration with random weights, seed 0"}
     )
-    split: str = field(default="validation", metadata={"help": "split to score on"})
+    split: str = field(default="validation", metadata={"help": "split to score on, or a part of one"})
     batch_size: Annotated[int, AtLeast(1), OnlyFor(SCORED_TASKS[:1])] = field(
         default=64, metadata={"help": "images per batch, over all processes together"}
     )
@@ -530,9 +541,15 @@ def peek(argv: list[str] | None, *names: str) -> object:
     return parser.parse_known_args(argv)[0]
 
 
-def find_value(name: str, choices: Iterable[str]) -> str:
+def find_value(name: str, choices: Iterable[str], description: str) -> str:
     """
-    The value of an option that decides which other options there are, from the command line or its recipe.
+    The value of an option that decides which other options there are, from the command line or its recipe. With
+    `--help` and without a value, it prints the choices and ends the script.
+
+    Args:
+        name: of the option.
+        choices: its values.
+        description: of the script, for `--help`.
 
     Raises:
         ValueError: if it is not given, or is none of the choices.
@@ -541,6 +558,11 @@ def find_value(name: str, choices: Iterable[str]) -> str:
     value = getattr(given, name)
     if value is None and given.config is not None:
         value = read_recipe(given.config).get(name)
+    if value is None and not {"-h", "--help"}.isdisjoint(sys.argv[1:]):
+        parser = ArgumentParser(description=description, formatter_class=RawDescriptionHelpFormatter)
+        parser.add_argument(f"--{name}", choices=choices, required=True, help="with it, --help shows all options")
+        parser.add_argument("--config", help="YAML file with values for options, which may name it instead")
+        parser.parse_args(["--help"])
     if value not in choices:
         given = "not given" if value is None else value
         raise ValueError(f"`--{name}` is {given}; choose one of {', '.join(choices)}.")

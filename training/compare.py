@@ -119,7 +119,7 @@ def write_table(rows: dict[str, dict], path: Path):
         return f"{statistics.mean(values):.3f}{spread}"
 
     first = next(iter(rows.values()))
-    scored = [name for name in ("accuracy", *METHODS) if name in first]
+    scored = [name for name in ("accuracy", "mean_average_precision", *METHODS) if name in first]
     lines = [f"| member | {' | '.join(scored)} | parameters | GFLOPs | images/s, training | images/s, inference |"]
     lines.append("|---" * (5 + len(scored)) + "|")
     for name, row in rows.items():
@@ -160,7 +160,8 @@ def score_members(
     rows = {}
     for name, paths in folders.items():
         results = [json.loads((path / "results.json").read_text()) for path in paths]
-        rows[name] = {"accuracy": [result["metrics"]["accuracy"] for result in results]}
+        metric = next(iter(results[0]["metrics"]))
+        rows[name] = {metric: [result["metrics"][metric] for result in results]}
         if masks is not None:
             scores = [zero_shot_scores(path, masks) for path in paths]
             rows[name] |= {column: [score[method] for score in scores] for column, method in METHODS.items()}
