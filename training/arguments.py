@@ -26,6 +26,16 @@ OPTIMIZERS = ("adamw", "lion", "muon", "sgd")
 SCHEDULES = ("cosine", "polynomial")
 ADAPTED_TYPES = ("agent", "mita", "cbsa")  # of attention, that `adapt.py` can put in place of softmax attention
 SCORED_TASKS = ("image-classification", "semantic-segmentation", "zero-shot-segmentation")
+# What `compare.py` trains, as options of `pretrain.py`: the white-box operators with ISTA, the others with an MLP.
+FAMILY = {
+    "cbsa": {"attention_type": ["cbsa"], "feed_forward_type": "ista"},
+    "mssa": {"attention_type": ["mssa"], "feed_forward_type": "ista"},
+    "tssa": {"attention_type": ["tssa"], "feed_forward_type": "ista"},
+    "softmax": {"attention_type": ["softmax"], "feed_forward_type": "mlp"},
+    "mita": {"attention_type": ["mita"], "feed_forward_type": "mlp"},
+}
+SHARED = {f"cbsa-{n}-unique": {**FAMILY["cbsa"], "num_unique_layers": n} for n in (6, 4, 2, 1)}
+MEMBERS = FAMILY | SHARED
 MIN_FOREGROUND = 0.02  # share of an image that is foreground, for zero-shot segmentation to score it
 
 
@@ -106,9 +116,15 @@ class OperatorArguments:
     _argument_group_name = "layers of the model"
 
     attention_type: list[str] | None = field(
-        default=None, metadata={"help": "operator, or one for each layer; default: as configured"}
+        default=None, metadata={"help": "operator, or one for each stored layer; default: as configured"}
     )
     feed_forward_type: str | None = field(default=None, metadata={"help": "feed-forward; default: as configured"})
+    num_unique_layers: int | None = field(
+        default=None, metadata={"help": "layers with weights of their own; default: as configured"}
+    )
+    layer_sharing: str | None = field(
+        default=None, metadata={"help": "which layers share weights, `cyclic` or `repeated`; default: as configured"}
+    )
 
 
 @dataclass(kw_only=True)
@@ -375,6 +391,10 @@ class ComparedArguments:
 
     _argument_group_name = "comparison"
 
+    members: list[str] = field(
+        default_factory=lambda: [*FAMILY],
+        metadata={"help": "what to train; default: the family, whose layers share no weights", "choices": [*MEMBERS]},
+    )
     seeds: list[int] = field(default_factory=lambda: [0], metadata={"help": "seeds to train each member with"})
     masks_name: str | None = field(
         default=None, metadata={"help": "images with masks, to score zero-shot segmentation on; default: not scored"}

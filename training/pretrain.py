@@ -28,7 +28,15 @@ from training.engine.setup import check_room, empty_model, load_splits, start_ru
 from training.tasks.classification import ClassificationTask
 
 
-CHANGES = ("num_register_tokens", "feed_forward_type", "patch_embedding_type", "image_size", "patch_size")
+CHANGES = (
+    "num_unique_layers",
+    "layer_sharing",
+    "num_register_tokens",
+    "feed_forward_type",
+    "patch_embedding_type",
+    "image_size",
+    "patch_size",
+)
 
 
 def build_config(

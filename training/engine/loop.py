@@ -153,7 +153,8 @@ class TrainingRun:
         losses = task.losses
         encoder = getattr(losses.model.config, "backbone_config", None) or losses.model.config
         num_layers = getattr(encoder, "num_hidden_layers", losses.model.config.num_hidden_layers)
-        groups = parameter_groups(losses, num_layers, args.learning_rate, args.weight_decay, args.layer_decay)
+        layer_indices = getattr(encoder, "layer_indices", range(num_layers))  # a backbone shares no layers
+        groups = parameter_groups(losses, layer_indices, args.learning_rate, args.weight_decay, args.layer_decay)
         optimizer = build_optimizer(args.optimizer, groups, args.learning_rate)
         warmup_steps = args.warmup_epochs * self.steps_per_epoch
         scheduler = build_scheduler(args.schedule, optimizer, self.num_steps, warmup_steps)
