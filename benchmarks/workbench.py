@@ -61,9 +61,11 @@ class Workbench:
     def validation_set(self) -> Thumbnails:
         return self.thumbnails("validation")
 
-    def photos(self, processor: BaseImageProcessor, count: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """Validation images at even distances, in batches of 16, and their labels."""
-        dataset = find_split(self.splits, "validation")
+    def photos(
+        self, processor: BaseImageProcessor, count: int, split: str = "validation"
+    ) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """Images at even distances, in batches of 16, and their labels."""
+        dataset = find_split(self.splits, split)
         image_column, label_column = find_columns(dataset)
         rows = dataset[range(0, len(dataset), max(1, len(dataset) // count))]
         images = [image.convert("RGB") for image in rows[image_column][:count]]
