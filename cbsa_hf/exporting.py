@@ -121,11 +121,14 @@ def write_aoti(program: ExportedProgram, name: str, path: Path):
     Raises ValueError if there is no C++ compiler.
     """
     from torch import _inductor  # a second that others need not wait for
+    from torch._inductor.cpp_builder import get_cpp_compiler
+    from torch._inductor.exc import InvalidCxxCompiler
 
     try:
-        _inductor.aoti_compile_and_package(program, package_path=str(path), inductor_configs={"freezing": True})
-    except _inductor.exc.InvalidCxxCompiler as error:
+        get_cpp_compiler()
+    except InvalidCxxCompiler as error:
         raise ValueError("The format 'aoti' needs a C++ compiler, such as g++.") from error
+    _inductor.aoti_compile_and_package(program, package_path=str(path), inductor_configs={"freezing": True})
 
 
 def open_aoti(path: Path) -> Engine:

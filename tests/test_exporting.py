@@ -107,3 +107,10 @@ def test_what_cannot_be_exported_or_opened(tiny_model, tmp_path):
         open_export(tmp_path, "float8")
     with pytest.raises(ValueError, match="'onnx' has the precision float32 alone"):
         open_export(tmp_path, "bfloat16")
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="the compiler is named otherwise")
+@inductor_config.patch({"cpp.cxx": ("no-such-compiler",)})
+def test_a_missing_compiler(tmp_path):
+    with pytest.raises(ValueError, match="'aoti' needs a C"):
+        exporting.write_aoti(None, "logits", tmp_path / "model.pt2")
