@@ -7,6 +7,7 @@ import threading
 
 
 def main() -> int:
+    """Run `cbsa_hf.cli.main` and return its exit status, which is 130 after Ctrl-C at any time."""
     asked = []
 
     def interrupt(number, frame):

@@ -1,13 +1,13 @@
 """
-Check the claims of the paper at a size that two cores can do, and write what was found to `docs/claims.md`.
+Check the claims of the paper with small models on two CPU cores, and write the results to `docs/claims.md`.
 
     python benchmarks/claims.py --dataset_name ../shared/data/imagenette-128 --masks_name ../shared/data/coco128-seg \
         --checkpoints FOLDER
 
-FOLDER is what `training/compare.py` writes: classifiers trained alike but for their attention, in subfolders `cbsa-0`,
-`mssa-0`, `tssa-0` and `softmax-0`.
-What is not given is not run; the page says so, or has what was found before. Trained models and scores are kept in
-`--cache_dir`, so that a run that was interrupted goes on where it was.
+FOLDER is the output of `training/compare.py`: classifiers that differ only in their attention, in the subfolders
+`cbsa-0`, `mssa-0`, `tssa-0` and `softmax-0`. Claims whose data or checkpoints are not given are not checked. For them
+the page keeps the earlier result, or says "not run". Trained models and scores are kept in `--cache_dir`, so an
+interrupted run continues where it stopped.
 """
 
 import json
@@ -23,12 +23,9 @@ import transformers
 from PIL import Image
 from transformers import HfArgumentParser
 
-
-sys.path.append(str(Path(__file__).resolve().parents[1] / "training"))
-
-from model_claims import adaptation, objective, pooled_representatives, robustness, zero_shot_segmentation
-from operator_claims import linear_cost, union_of_subspaces
-from workbench import NOT_RUN, Finding, Workbench, table
+from benchmarks.model_claims import adaptation, objective, pooled_representatives, robustness, zero_shot_segmentation
+from benchmarks.operator_claims import linear_cost, union_of_subspaces
+from benchmarks.workbench import NOT_RUN, Finding, Workbench, table
 
 
 CLAIMS = {
@@ -65,6 +62,8 @@ CLAIMS = {
 
 @dataclass
 class Arguments:
+    """The options of this script."""
+
     dataset_name: str | None = field(
         default=None, metadata={"help": "labelled images with a `train` and a `validation` split: claims 2, 3, 4, 7"}
     )
@@ -73,13 +72,14 @@ class Arguments:
         default=None, metadata={"help": "`--output_dir` of `training/compare.py`: claims 1, 2, 4"}
     )
     claims: list[int] = field(
-        default_factory=lambda: list(CLAIMS), metadata={"help": "which to check; of the others, what was found last"}
+        default_factory=lambda: list(CLAIMS), metadata={"help": "which to check; the others keep their last results"}
     )
     output: str = field(default="docs/claims.md", metadata={"help": "page to write; pictures go beside it"})
-    cache_dir: str = field(default="runs/claims", metadata={"help": "where trained models and findings are kept"})
+    cache_dir: str = field(default="runs/claims", metadata={"help": "folder for trained models and results"})
 
 
 def describe_machine() -> str:
+    """Versions and CPU cores, for the page."""
     return (
         f"torch {torch.__version__.split('+')[0]}, transformers {transformers.__version__}, "
         f"Python {platform.python_version()}, {os.cpu_count()} CPU cores"
@@ -87,7 +87,7 @@ def describe_machine() -> str:
 
 
 def save_finding(number: int, finding: Finding, seconds: float, cache: Path, docs: Path):
-    """The picture beside the page; the rest as JSON in the cache, from which the page is made."""
+    """Save the picture beside the page, and everything else as JSON in the cache. [`write_page`] reads both."""
     picture = None
     if finding.picture is not None:
         caption, image = finding.picture
@@ -109,7 +109,7 @@ def save_finding(number: int, finding: Finding, seconds: float, cache: Path, doc
 
 
 def write_page(output: Path, cache: Path):
-    """`docs/claims.md` from the findings in the cache."""
+    """Write the page from the findings in the cache."""
     summary, sections = [], []
     for number, (claim, _) in CLAIMS.items():
         path = cache / f"claim-{number}.json"
@@ -142,6 +142,12 @@ def write_page(output: Path, cache: Path):
 
 
 def main(args: Arguments):
+    """
+    Check the chosen claims, save the findings, and write the page.
+
+    Raises:
+        ValueError: if a claim or a folder does not exist.
+    """
     unknown = [number for number in args.claims if number not in CLAIMS]
     if unknown:
         raise ValueError(f"There is no claim {unknown[0]}; they are {', '.join(map(str, CLAIMS))}.")
@@ -158,7 +164,9 @@ def main(args: Arguments):
     for number in args.claims:
         started = time.time()
         finding = CLAIMS[number][1](bench)
-        if finding.run or not (cache / f"claim-{number}.json").is_file():  # what was found before stays
+        if (
+            finding.run or not (cache / f"claim-{number}.json").is_file()
+        ):  # an earlier finding is not replaced by "not run"
             save_finding(number, finding, time.time() - started, cache, output.parent)
         for part, (verdict, reason) in finding.verdicts.items():
             print(f"{number}. {part}: {verdict}; {reason}", flush=True)

@@ -9,24 +9,20 @@ classifies validation images. The contestants take turns, batch by batch; read t
 
 import argparse
 import statistics
-import sys
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import numpy as np
 import torch
 
-
-sys.path.append(str(Path(__file__).resolve().parents[1] / "training"))
-
-from speed import describe_machine, seconds_of
-from workbench import Workbench, table
-
+from benchmarks.speed import describe_machine, seconds_of
+from benchmarks.workbench import Workbench, table
 from cbsa_hf import export_model, load_checkpoint, open_export
 
 
 @torch.no_grad()
 def main():
+    """Export, classify, and print the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[1])
     parser.add_argument("--dataset_name", required=True, help="labelled images, with the splits train and validation")
     parser.add_argument("--count", type=int, default=960, help="of validation images (%(default)s)")

@@ -1,4 +1,4 @@
-"""The claims about trained models: 1, 2, 3, 4 and 7. A workbench in, a finding out."""
+"""The claims about trained models: 1, 2, 3, 4 and 7. Each function takes a workbench and returns a finding."""
 
 import hashlib
 import json
@@ -8,10 +8,22 @@ from pathlib import Path
 
 import torch
 from PIL import Image
-from small_models import accuracy, with_attention
 from transformers import PreTrainedModel
-from workbench import FAILS, FAMILY, HOLDS, NOT_RUN, OPEN, Finding, Workbench, not_run, sign_verdict, spread, table
 
+from benchmarks.small_models import accuracy, with_attention
+from benchmarks.workbench import (
+    FAILS,
+    FAMILY,
+    HOLDS,
+    NOT_RUN,
+    OPEN,
+    Finding,
+    Workbench,
+    not_run,
+    sign_verdict,
+    spread,
+    table,
+)
 from cbsa_hf import default_checkpoint, load_checkpoint
 from cbsa_hf.interpretability.measures import LayerMeasures, accuracy_under_noise, measure_layers, noisy_projections
 from cbsa_hf.interpretability.plots import line_panels
@@ -22,11 +34,12 @@ NO_DATA = "no `--dataset_name` was given."
 
 
 def digest_of(text: str, *paths: Path) -> str:
+    """Twelve hexadecimal digits that depend on the text and on the content of the files."""
     return hashlib.sha256(b"".join([text.encode(), *(path.read_bytes() for path in paths)])).hexdigest()[:12]
 
 
 def score_masks(bench: Workbench, name: str, checkpoint: str) -> dict[str, float]:
-    """What `training/score.py` says of a checkpoint's masks; from the cache unless data, weights or code changed."""
+    """The scores of `training/score.py` for a checkpoint; from the cache unless data, weights or code have changed."""
     code = [ROOT / "training" / name for name in ("score.py", "evaluation/zero_shot.py")]
     code += sorted((ROOT / "cbsa_hf").rglob("*.py"))
     weights = [Path(checkpoint) / name for name in ("model.safetensors", "config.json")]
@@ -44,7 +57,7 @@ def score_masks(bench: Workbench, name: str, checkpoint: str) -> dict[str, float
 
 
 def zero_shot_segmentation(bench: Workbench) -> Finding:
-    """Claim 1."""
+    """Check claim 1."""
     parts = (
         "Attention maps segment objects, better than trivial masks",
         "CBT is ahead of CRATE and softmax attention",
@@ -80,7 +93,7 @@ RATES = ("normalised_coding_rate", "coding_rate")  # the fields of `LayerMeasure
 
 
 def measure_objective(bench: Workbench) -> dict[str, LayerMeasures]:
-    """The measures of the shipped model, of the checkpoints compared and of small models, by the model's name."""
+    """Measures of the shipped model, of the compared checkpoints and of the small models, by name of the model."""
     models = {"shipped": load_checkpoint()}
     models |= {name: load_checkpoint(folder) for name, folder in bench.compared().items() if name != "softmax"}
     measured = {}
@@ -96,17 +109,17 @@ def measure_objective(bench: Workbench) -> dict[str, LayerMeasures]:
 
 
 def rate_changes(found: LayerMeasures) -> dict[str, torch.Tensor]:
-    """The change of each of `RATES` by the attention step, (images, layers, heads)."""
+    """How much the attention step changes each of `RATES`, (images, layers, heads)."""
     return {kind: getattr(found, f"{kind}_after") - getattr(found, f"{kind}_before") for kind in RATES}
 
 
 def share_of_falls(found: LayerMeasures) -> dict[str, float]:
-    """The share of layers and heads in which each of `RATES` falls, by the mean over images."""
+    """Share of the heads of all layers in which the mean over images of each of `RATES` falls."""
     return {kind: (change.mean(0) < 0).double().mean().item() for kind, change in rate_changes(found).items()}
 
 
 def objective_row(name: str, found: LayerMeasures) -> list[str]:
-    """The row of a model in the table of claim 2."""
+    """One row of the table of claim 2."""
     return [
         name,
         *(f"{change.mean():+.2f} ± {change.mean((1, 2)).std():.2f}" for change in rate_changes(found).values()),
@@ -128,7 +141,7 @@ def eps_table(bench: Workbench) -> str:
 
 
 def objective_verdicts(measured: dict[str, LayerMeasures], parts: tuple[str, str, str]) -> dict[str, tuple[str, str]]:
-    """The verdicts of claim 2, by the models with `cbsa`."""
+    """The verdicts of claim 2; only the models with `cbsa` count."""
     verdicts, shipped = {}, measured["shipped"]
     ours = [name for name in measured if name in ("shipped", "cbsa") or name.startswith("small cbsa")]
     for part, kind in zip(parts, RATES, strict=False):
@@ -144,7 +157,7 @@ def objective_verdicts(measured: dict[str, LayerMeasures], parts: tuple[str, str
 
 
 def draw_objective(found: LayerMeasures) -> Image.Image:
-    """Change of the coding rates, zeros and sparsity over the layers of a model."""
+    """Draw the change of the coding rates, the zeros and the sparsity over the layers of a model."""
     changes = zip(("normalised", "as they are"), rate_changes(found).values(), strict=True)
     panels = [
         {
@@ -164,7 +177,7 @@ def draw_objective(found: LayerMeasures) -> Image.Image:
 
 
 def objective(bench: Workbench) -> Finding:
-    """Claim 2."""
+    """Check claim 2."""
     parts = (
         "Attention lowers the coding rate, tokens normalised as the operator is given them",
         "Attention lowers the coding rate, tokens as the residual stream has them",
@@ -186,9 +199,9 @@ def objective(bench: Workbench) -> Finding:
 
 
 def pooled_representatives(bench: Workbench) -> Finding:
-    """Claim 3."""
+    """Check claim 3."""
     claim = "Pooled representatives keep the attention at a higher rank than learned ones"
-    stds = (1.0, 0.02)  # this library's start, and the usual one of weights in vision transformers
+    stds = (1.0, 0.02)  # the initial one of this library, and the usual one of vision transformers
     parts = {std: f"{claim} that start with a standard deviation of {std:g}" for std in stds}
     if bench.dataset_name is None:
         return not_run(NO_DATA, *parts.values())
@@ -197,16 +210,17 @@ def pooled_representatives(bench: Workbench) -> Finding:
     for std in stds:
         values = {"name": f"cbsa-learned-{std:g}", "representatives_type": "learned", "learned_std": std}
         kinds[f"learned, from {std:g}"] = values
+    matrices = {"representative_attention": "A", "map": "A^T A"}
     ranks, rows = {}, []
     for kind, values in kinds.items():
         models = [bench.small(seed=seed, attention_type="cbsa", **values) for seed in bench.seeds]
         measured = [measure_layers(model, images) for model in models]
         ranks[kind] = {
             matrix: torch.stack([getattr(found, f"{matrix}_rank").mean((0, 2)) for found in measured])  # seeds, layers
-            for matrix in ("factor", "map")
+            for matrix in matrices
         }
         scores = spread(accuracy(model, bench.validation_set) for model in models)
-        rows.append([kind, *(spread(ranks[kind][matrix].mean(1), 2) for matrix in ("factor", "map")), scores])
+        rows.append([kind, *(spread(ranks[kind][matrix].mean(1), 2) for matrix in matrices), scores])
     verdicts = {}
     for std, part in parts.items():
         differences = (ranks["pooled"]["map"] - ranks[f"learned, from {std:g}"]["map"]).mean(1).tolist()
@@ -214,16 +228,16 @@ def pooled_representatives(bench: Workbench) -> Finding:
         verdicts[part] = (sign_verdict(differences), f"pooled minus learned, rank of A^T A, per seed: {listed}.")
     panels = [
         {
-            "title": f"effective rank of {title}",
+            "title": f"effective rank of ${title}$",
             "x": "layer",
             "y": f"of at most {bench.recipe.representatives_size**2}",
             "positions": list(range(bench.recipe.num_layers)),
             "lines": {kind: found[matrix].numpy() for kind, found in ranks.items()},
         }
-        for matrix, title in (("factor", "A"), ("map", "$A^T A$"))
+        for matrix, title in matrices.items()
     ]
     run = f"Effective rank (exponential of the entropy of the singular values) on 256 images. {bench.describe_small()}"
-    header = ["representatives", "rank of A", "rank of A^T A", "accuracy"]
+    header = ["representatives", *(f"rank of {title}" for title in matrices.values()), "accuracy"]
     picture = ("Mean and standard deviation over seeds.", line_panels(panels))
     return Finding(run, verdicts, [table(header, rows)], picture)
 
@@ -232,27 +246,27 @@ NOISE_SCALES = (0.25, 0.5, 0.75, 1.0, 1.5)  # of claim 4, relative to the weight
 
 
 def noise_curves(model: PreTrainedModel, batches: list[tuple[torch.Tensor, torch.Tensor]]) -> torch.Tensor:
-    """Accuracy without noise and at each of `NOISE_SCALES`, for three draws of the noise: (draws, 1 + scales)."""
+    """Accuracy without noise and at each of `NOISE_SCALES`, for three draws of the noise; (draws, 1 + scales)."""
     scales = (0, *NOISE_SCALES)
     return torch.tensor([accuracy_under_noise(model, batches, scales, seed=draw) for draw in range(3)])
 
 
 def share_kept(name: str, curves: torch.Tensor) -> torch.Tensor:
-    """Accuracy at each noise scale divided by that without noise, (samples, scales). `curves` are [`noise_curves`]."""
+    """Accuracy at each noise scale divided by the accuracy without noise, (samples, scales), from [`noise_curves`]."""
     if (curves[:, 0] == 0).any():
         raise ValueError(f"The {name} gets no image right; does it know the classes of the data set?")
     return curves[:, 1:] / curves[:, :1]
 
 
 def robustness_row(name: str, model: PreTrainedModel, curves: torch.Tensor) -> list[str]:
-    """The row of a model in the table of claim 4."""
+    """One row of the table of claim 4."""
     sizes = [weight.square().mean().sqrt().item() for weight in noisy_projections(model, 0).values()]
     kept = share_kept(name, curves)
     return [name, spread(curves[:, 0]), spread(sizes), *(spread(column, 2) for column in kept.T)]
 
 
 def draw_robustness(groups: dict[str, dict[str, torch.Tensor]]) -> Image.Image:
-    """The share of the accuracy kept against the scale of the noise: a panel for each title of `groups`."""
+    """Draw the share of the accuracy that is kept against the scale of the noise, one panel for each group."""
     panels = [
         {
             "title": title,
@@ -268,7 +282,7 @@ def draw_robustness(groups: dict[str, dict[str, torch.Tensor]]) -> Image.Image:
 
 
 def robustness(bench: Workbench) -> Finding:
-    """Claim 4."""
+    """Check claim 4."""
     parts = ("cbsa loses less accuracy than softmax, small models", "the same, checkpoints of the comparison")
     if bench.dataset_name is None:
         return not_run(NO_DATA, *parts)
@@ -295,8 +309,8 @@ def robustness(bench: Workbench) -> Finding:
         verdicts[parts[1]] = (sign_verdict(lead), f"the same, per draw of the noise: {listed}; one training seed.")
     run = (
         "`accuracy_under_noise`: Gaussian noise on the matrices that project to queries, keys and values (one for the "
-        "white-box operators, three for softmax), its standard deviation the scale times each matrix's root mean "
-        f"square; three draws. Small models on {len(batches) * 256} images at most, checkpoints on "
+        "white-box operators, three for softmax). Its standard deviation is the scale times the root mean square of "
+        f"the matrix. Three draws. Small models on {len(batches) * 256} images at most, checkpoints on "
         f"{2 * bench.num_images}. {bench.describe_small()}"
     )
     header = ["model", "accuracy", "root mean square of the weights", *(f"kept at {scale}" for scale in NOISE_SCALES)]
@@ -305,7 +319,7 @@ def robustness(bench: Workbench) -> Finding:
 
 
 def adaptation(bench: Workbench) -> Finding:
-    """Claim 7."""
+    """Check claim 7."""
     part = "Replacing the attention of a trained softmax model and fine-tuning loses little"
     if bench.dataset_name is None:
         return not_run(NO_DATA, part)
@@ -330,9 +344,9 @@ def adaptation(bench: Workbench) -> Finding:
         "softmax tuned": "softmax, fine-tuned as long",
     }
     run = (
-        "A small softmax model, trained from scratch on the same images where the paper has a pretrained ViT; `agent` "
-        "takes its attention's place with the same weights, and is fine-tuned for half as many epochs as it was "
-        f"trained, at a quarter of the rate. {bench.describe_small()}"
+        "A small softmax model is trained from scratch on the same images; the paper takes a pretrained ViT. Then "
+        "`agent` replaces its attention, with the same weights, and the model is fine-tuned for half as many epochs "
+        f"at a quarter of the learning rate. {bench.describe_small()}"
     )
     rows = [[names[name], spread(found)] for name, found in scores.items()]
     return Finding(run, {part: (verdict, reason)}, [table(["model", "accuracy"], rows)])

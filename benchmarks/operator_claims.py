@@ -1,4 +1,4 @@
-"""The claims about the operator alone: 5 and 6. A workbench in, a finding out."""
+"""The claims about the operator alone: 5 and 6. Each function takes a workbench and returns a finding."""
 
 import math
 import time
@@ -7,31 +7,31 @@ from dataclasses import dataclass
 import torch
 from matplotlib.figure import Figure
 from PIL import Image
-from synthetic import (
+from torch.utils.flop_counter import FlopCounterMode
+
+from benchmarks.synthetic import (
     distance_to_subspaces,
     draw_union_of_subspaces,
     iterate_operator,
     operator_of_bases,
 )
-from torch.utils.flop_counter import FlopCounterMode
-from workbench import FAILS, HOLDS, OPEN, Finding, Workbench, spread, table
-
+from benchmarks.workbench import FAILS, HOLDS, OPEN, Finding, Workbench, spread, table
 from cbsa_hf.attention_cbsa import ATTENTIONS, PooledRepresentatives, SelfAttention
 from cbsa_hf.interpretability.measures import coding_rate
 from cbsa_hf.interpretability.plots import line_panels, render
 
 
-SIDES, TIMED_SIDES = (8, 16, 32, 64, 128), (8, 16, 32, 64)  # of the grids of claim 5, in patches
-NUM_STEPS = 12  # of claim 6
+SIDES, TIMED_SIDES = (8, 16, 32, 64, 128), (8, 16, 32, 64)  # claim 5: sides of the grids, in patches
+NUM_STEPS = 12  # claim 6
 
 
 def build_operator(name: str) -> SelfAttention:
-    """An operator of width 192 with 3 heads, and with 8 x 8 representatives, `mita` with 5 x 5, if it has any."""
+    """An operator with width 192 and 3 heads. If it has representatives, they are 8 x 8; 5 x 5 for `mita`."""
     return ATTENTIONS[name](192, 3, 64, PooledRepresentatives(5 if name == "mita" else 8, 1))
 
 
 def count_operations(name: str, side: int) -> float:
-    """Multiply-adds of one operator for CLS and side x side patches."""
+    """Multiply-adds of one operator on CLS and side x side patches."""
     with torch.device("meta"), FlopCounterMode(display=False) as counter:
         build_operator(name)(torch.empty(1, 1 + side**2, 192), (side, side))
     return counter.get_total_flops() / 2
@@ -39,7 +39,7 @@ def count_operations(name: str, side: int) -> float:
 
 @torch.no_grad()
 def time_operator(operator: SelfAttention, side: int) -> list[float]:
-    """Milliseconds of five runs, after two that are not counted, for CLS and side x side patches."""
+    """Milliseconds of five runs on CLS and side x side patches, after two runs that do not count."""
     tokens, samples = torch.randn(1, 1 + side**2, 192), []
     for _ in range(7):
         started = time.perf_counter()
@@ -49,7 +49,7 @@ def time_operator(operator: SelfAttention, side: int) -> list[float]:
 
 
 def cost_panels(counts: dict[str, list[float]], milliseconds: dict[str, list[list[float]]]) -> Image.Image:
-    """Multiply-adds and time of each operator against the number of tokens."""
+    """Draw multiply-adds and time of each operator against the number of tokens."""
     shared = {"x": "tokens", "scale": "log"}
     panels = [
         {
@@ -69,7 +69,7 @@ def cost_panels(counts: dict[str, list[float]], milliseconds: dict[str, list[lis
 
 
 def linear_cost(bench: Workbench) -> Finding:
-    """Claim 5."""
+    """Check claim 5."""
     counts = {name: [count_operations(name, side) for side in SIDES] for name in ATTENTIONS}
     torch.manual_seed(0)
     operators = {name: build_operator(name) for name in ("cbsa", "softmax")}
@@ -107,8 +107,8 @@ def linear_cost(bench: Workbench) -> Finding:
 
 def plane_panels(states: torch.Tensor, bases: torch.Tensor, labels: torch.Tensor, steps: list[int]) -> Image.Image:
     """
-    Tokens around two planes in three dimensions, a panel per step, seen nearly along the
-    planes' common line; the circles are where the planes meet the sphere that the tokens are on.
+    Draw tokens around two planes in three dimensions, one panel for each step. The view is nearly along the line where
+    the planes meet. The circles show where the planes cut the sphere of the tokens.
     """
     normals = torch.linalg.cross(bases[:, 0], bases[:, 1])
     x, y, z = torch.linalg.cross(*normals).tolist()
@@ -131,6 +131,7 @@ def plane_panels(states: torch.Tensor, bases: torch.Tensor, labels: torch.Tensor
 
 
 def stack_pictures(upper: Image.Image, lower: Image.Image) -> Image.Image:
+    """Put one picture above the other, on white."""
     picture = Image.new("RGB", (max(upper.width, lower.width), upper.height + lower.height), "white")
     picture.paste(upper, (0, 0))
     picture.paste(lower, (0, upper.height))
@@ -140,12 +141,12 @@ def stack_pictures(upper: Image.Image, lower: Image.Image) -> Image.Image:
 @dataclass
 class Compression:
     """
-    What iterating the operator does to tokens around subspaces, one row for each seed.
+    What the iterated operator does to tokens around subspaces.
 
     Args:
         distances: (seeds, 1 + steps), sine of the angle between a token and its own subspace, mean over tokens.
         rates: (seeds, 1 + steps), coding rate in nats, sum over the bases.
-        kept: (seeds,), share of the tokens that are still nearest to their own subspace after the last step.
+        kept: (seeds,), share of the tokens whose nearest subspace is still their own after the last step.
     """
 
     distances: torch.Tensor
@@ -158,10 +159,10 @@ def compress(shape: tuple[int, int, int], size: int, interleaved: bool, seeds: t
     Iterate the operator with the true bases on 256 tokens.
 
     Args:
-        shape: number and dimension of the subspaces, and dimension of the space.
+        shape: number of subspaces, their dimension, and the dimension of the space.
         size: side of the grid of representatives.
-        interleaved: whether tokens of all subspaces lie side by side.
-        seeds: of the tokens.
+        interleaved: whether tokens of different subspaces are mixed on the grid.
+        seeds: seeds of the tokens.
     """
     distances, rates, kept = [], [], []
     for seed in seeds:
@@ -176,7 +177,7 @@ def compress(shape: tuple[int, int, int], size: int, interleaved: bool, seeds: t
 
 
 def draw_compression(found: dict[str, Compression]) -> Image.Image:
-    """Above: tokens around two planes, step by step. Below: distances and coding rates of all settings."""
+    """Draw tokens around two planes, step by step, and below them distances and coding rates of all settings."""
     tokens, bases, labels = draw_union_of_subspaces(2, 2, 3, 256, 0.4, torch.Generator().manual_seed(4))
     states = iterate_operator(operator_of_bases(bases, 16), tokens, (16, 16), 8, length=9.0)
     panels = [
@@ -196,7 +197,7 @@ def draw_compression(found: dict[str, Compression]) -> Image.Image:
 
 
 def union_of_subspaces(bench: Workbench) -> Finding:
-    """Claim 6."""
+    """Check claim 6."""
     found = {
         "4 subspaces of 4 dimensions in 64": compress((4, 4, 64), 8, True, bench.seeds),
         "the same, 16 x 16 representatives": compress((4, 4, 64), 16, True, bench.seeds),
@@ -217,8 +218,8 @@ def union_of_subspaces(bench: Workbench) -> Finding:
     verdict = HOLDS if ratio < 0.5 else OPEN if ratio < 1 else FAILS
     reason = (
         f"the distance falls to {spread(paths[:, -1] / paths[:, 0], 2)} of what it was, every seed below {ratio:.2f}. "
-        "Less so where representatives are pooled from one subspace each, and where the subspaces fill the space; and "
-        "there tokens go over to other subspaces."
+        "It falls less where each representative is pooled from one subspace, and where the subspaces fill the space. "
+        "In both cases some tokens go over to another subspace."
     )
     run = (
         "`ContractAndBroadcastSelfAttention` with the true bases as projections and their transposes as output, steps "

@@ -1,30 +1,24 @@
 """
-Score a classifier at several sizes, with the size factor N / N0 of its attention and without it, and draw both.
+Measure the accuracy of a classifier at several image sizes, with and without the size factor N / N0, and draw both.
 
     python benchmarks/size_factor.py --dataset_name ../shared/data/imagenette-128
 
-The factor is the configuration's `size_factor`; the weights are the same in both. `docs/size-factor.md` says what it
-means.
+Both models have the same weights; only the configuration's `size_factor` differs. `docs/size-factor.md` explains the
+factor.
 """
 
-import sys
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from accelerate import Accelerator
 from torch.utils.data import DataLoader
 from transformers import HfArgumentParser
 
-
-sys.path.append(str(Path(__file__).resolve().parents[1] / "training"))
-
-from workbench import table
-
+from benchmarks.workbench import table
 from cbsa_hf import CBSAForImageClassification, load_checkpoint
 from cbsa_hf.interpretability.plots import line_panels
-from data.classification import ValidationImages
-from data.loading import find_columns, find_split, load_images
-from evaluation.scores import evaluate_classifier
+from training.data.classification import ValidationImages
+from training.data.loading import find_columns, find_split, load_images
+from training.evaluation.scores import evaluate_classifier
 
 
 TITLES = {True: "with N / N0", False: "without, as the reference implementation"}
@@ -32,17 +26,20 @@ TITLES = {True: "with N / N0", False: "without, as the reference implementation"
 
 @dataclass
 class Arguments:
+    """The options of this script."""
+
     dataset_name: str = field(metadata={"help": "labelled images, by hub id or folder"})
     split: str = field(default="validation", metadata={"help": "split to score on"})
     checkpoint: str | None = field(default=None, metadata={"help": "folder or hub id; default: the shipped one"})
     sizes: list[int] = field(
         default_factory=lambda: [96, 128, 160, 192, 224, 256], metadata={"help": "sides of the images in pixels"}
     )
-    every: int = field(default=1, metadata={"help": "take every n-th image, to be done sooner"})
+    every: int = field(default=1, metadata={"help": "use every n-th image, which takes less time"})
     output: str = field(default="docs/size-factor.png", metadata={"help": "picture to write"})
 
 
 def main(args: Arguments):
+    """Print a table of the accuracy at each image size, with and without the size factor."""
     model, processor = load_checkpoint(args.checkpoint, "image-classification")
     dataset = find_split(load_images(args.dataset_name), args.split)
     dataset = dataset.select_columns(find_columns(dataset)).select(range(0, len(dataset), args.every))

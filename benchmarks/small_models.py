@@ -1,4 +1,4 @@
-"""Models small enough to train many of them on two cores: thumbnails in memory, one plain loop."""
+"""Small models, of which two cores can train many: images in memory, and one plain training loop."""
 
 import hashlib
 import json
@@ -18,7 +18,7 @@ from cbsa_hf.attention_cbsa import LearnedRepresentatives
 
 @dataclass(frozen=True)
 class Recipe:
-    """How every small model is built and trained; the published CBT, shrunk, on thumbnails."""
+    """How every small model is built and trained: a smaller copy of the published CBT, on small images."""
 
     image_size: int = 32
     patch_size: int = 4
@@ -32,6 +32,7 @@ class Recipe:
     weight_decay: float = 0.05
 
     def config(self, num_labels: int, **values) -> CBSAConfig:
+        """The configuration of a small model; `values` are more of its fields."""
         return CBSAConfig(
             hidden_size=self.hidden_size,
             num_hidden_layers=self.num_layers,
@@ -47,8 +48,13 @@ class Recipe:
 @dataclass
 class Thumbnails:
     """
-    `pixel_values` (images, 3, size, size) from -1 to 1, `labels` (images,), how many classes there are, and what tells
-    these images from others.
+    Labelled images of one size, in memory.
+
+    Args:
+        pixel_values: (images, 3, size, size), from -1 to 1.
+        labels: (images,), class indices.
+        num_labels: number of classes.
+        digest: SHA-256 of images and labels; the cache of trained models depends on it.
     """
 
     pixel_values: torch.Tensor
@@ -56,12 +62,13 @@ class Thumbnails:
     num_labels: int
     digest: str
 
-    def batches(self, size: int = 256) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        return [*zip(self.pixel_values.split(size), self.labels.split(size), strict=True)]
+    def batches(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """Batches of 256 images (batch, 3, height, width) with their labels (batch,); the last one may be smaller."""
+        return [*zip(self.pixel_values.split(256), self.labels.split(256), strict=True)]
 
 
 def make_thumbnails(dataset: Dataset, image_column: str, label_column: str, size: int) -> Thumbnails:
-    """Every image of a labelled data set, squeezed to a square."""
+    """Resize every image of a labelled data set to a square of `size` pixels."""
     pixels = np.stack(
         [np.asarray(row.convert("RGB").resize((size, size), Image.BILINEAR)) for row in dataset[image_column]]
     )
@@ -72,7 +79,7 @@ def make_thumbnails(dataset: Dataset, image_column: str, label_column: str, size
 
 
 def augment(images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """Each image mirrored or not, then all moved by up to an eighth of a side; borders are repeated."""
+    """Mirror each image or not, and shift all by one distance, up to an eighth of a side; borders are repeated."""
     mirrored = torch.rand(len(images), generator=generator) < 0.5
     images = torch.where(mirrored[:, None, None, None], images.flip(3), images)
     reach = images.shape[2] // 8
@@ -84,7 +91,10 @@ def augment(images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
 def train(
     model: CBSAForImageClassification, data: Thumbnails, recipe: Recipe, num_epochs: int, seed: int
 ) -> CBSAForImageClassification:
-    """AdamW under a cosine with a tenth of warm-up; every draw depends on the seed alone. In eval afterwards."""
+    """
+    Train with AdamW and a cosine schedule whose first tenth is warm-up. All random numbers depend on the seed alone.
+    Returns the model in evaluation mode.
+    """
     generator = torch.Generator().manual_seed(seed)
     steps_per_epoch = len(data.labels) // recipe.batch_size
     optimizer = torch.optim.AdamW(model.parameters(), lr=recipe.learning_rate, weight_decay=recipe.weight_decay)
@@ -106,13 +116,14 @@ def train(
 
 
 def accuracy(model: CBSAForImageClassification, data: Thumbnails) -> float:
+    """Share of the images whose most probable class is their label."""
     with torch.no_grad():
         hits = [model(images).logits.argmax(-1) == labels for images, labels in data.batches()]
     return torch.cat(hits).double().mean().item()
 
 
 def remember(folder: Path, key: dict, build) -> CBSAForImageClassification:
-    """The model saved under that key; built and saved, under a temporary name first, when there is none."""
+    """Load the model saved under this key. If there is none, build it and save it, under a temporary name first."""
     digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:12]
     final = folder / f"{key['name']}-{digest}"
     if not final.is_dir():
@@ -127,8 +138,8 @@ def small_model(
     data: Thumbnails, recipe: Recipe, seed: int, folder: Path, name: str, learned_std: float = 1.0, **values
 ) -> CBSAForImageClassification:
     """
-    A model of those configuration values trained from that seed; from the folder if one of that name was trained
-    before. Learned representatives start with that standard deviation.
+    A model with these configuration values, trained from scratch; or from the folder, if it was trained before.
+    `learned_std` is the initial standard deviation of learned representatives.
     """
 
     def build() -> CBSAForImageClassification:
@@ -147,8 +158,8 @@ def fine_tuned(
     model: CBSAForImageClassification, data: Thumbnails, recipe: Recipe, seed: int, folder: Path, name: str, **values
 ) -> CBSAForImageClassification:
     """
-    A model of other configuration values with the weights of a trained one, trained for half as long again at a
-    quarter of the rate; from the folder if it was trained before.
+    A trained model with other configuration values, fine-tuned for half as many epochs at a quarter of the learning
+    rate; or from the folder, if it was fine-tuned before.
     """
 
     def build() -> CBSAForImageClassification:
@@ -161,7 +172,7 @@ def fine_tuned(
 
 
 def with_attention(model: CBSAForImageClassification, **values) -> CBSAForImageClassification:
-    """A model of those configuration values with the very weights of another."""
+    """A model with other configuration values and the same weights."""
     changed = CBSAForImageClassification(CBSAConfig(**{**model.config.to_diff_dict(), "auto_map": None, **values}))
     changed.load_state_dict(model.state_dict())
     return changed.eval()

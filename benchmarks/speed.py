@@ -1,6 +1,6 @@
 """
-How fast the models are: the formula as the reference implementation writes it, this library, folded, compiled and
-exported, a ViT of the same width, and the bare products that nobody can do without.
+Measure how fast the models are: the reference implementation's formulas, this library, the folded model, compiled and
+exported models, a ViT of the same width, and the necessary matrix products alone ("floor").
 
     python benchmarks/speed.py --quick          # two minutes: tiny at 224 pixels, OpenVINO the only engine
     python benchmarks/speed.py --training       # images/s of a training step, and its memory
@@ -8,16 +8,15 @@ exported, a ViT of the same width, and the bare products that nobody can do with
     python benchmarks/speed.py --output table.md    # an hour and more; the figure goes beside it
     python benchmarks/speed.py --device cuda --output gpu.md
 
-All contestants run in one process and take turns, so read the times of a table as ratios; each is a median over the
-rounds, with the distance between the quartiles. With one thread on a CPU, times are processor time, which other
-processes disturb least. Memory is the peak of what torch holds beyond weights and input.
+All models run in one process and take turns; compare the times of a table as ratios. Each time is the median over the
+rounds, with the distance between the quartiles. With one thread on a CPU it is processor time, which other processes
+disturb least. Memory is the peak of what torch allocates beside weights and input.
 """
 
 import argparse
 import os
 import platform
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from copy import deepcopy
@@ -30,28 +29,23 @@ from types import MethodType
 import numpy as np
 import torch
 import transformers
-import zero_shot_cost
 from PIL import Image
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import ViTConfig, ViTForImageClassification
 
+from benchmarks import zero_shot_cost
+from benchmarks.workbench import table
 from cbsa_hf import CBSAConfig, CBSAForImageClassification, fold, preset_path
 from cbsa_hf.attention_cbsa import ContractAndBroadcastSelfAttention
 from cbsa_hf.exporting import FORMATS, OneOutput, open_export, trace
 from cbsa_hf.interpretability.plots import line_panels
 from cbsa_hf.modeling_cbsa import CBSAISTA, CBSAConvStem
+from training.engine.memory import keep_freed_memory
 
 
-sys.path.append(str(Path(__file__).resolve().parents[1] / "training"))
-
-from workbench import table
-
-from engine.memory import keep_freed_memory
-
-
-SECONDS = 20.0  # a forward pass above this is run once; if the last smaller image took more than a quarter, never
+SECONDS = 20.0  # a slower pass runs once; none, if a smaller image took over a quarter of this
 ENGINES = ("torch.compile", "onnx", "openvino")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -60,12 +54,12 @@ Run = Callable[[], object]
 
 
 def reference_stem(self, pixel_values):
-    """The stem as the reference implementation runs it: in the layout of its input."""
+    """The stem of the reference implementation: it keeps the memory layout of its input."""
     return self.layers(pixel_values)
 
 
 def reference_attention(self, hidden_states, grid, output_attentions=False, output_representative_attentions=False):
-    """The operator as the reference implementation writes it: the last step multiplies the update of every token."""
+    """The operator of the reference implementation: it multiplies the update of every token by the last step size."""
     projected, start = self.proj(hidden_states), self.representatives.first_token
     patches = projected[:, start : start + grid[0] * grid[1]].unflatten(1, grid).contiguous().permute(0, 3, 1, 2)
     representatives = F.adaptive_avg_pool2d(patches, self.representatives.size).flatten(2).transpose(1, 2)
@@ -78,7 +72,7 @@ def reference_attention(self, hidden_states, grid, output_attentions=False, outp
 
 
 def reference_ista(self, hidden_states):
-    """ISTA as the reference implementation writes it: three products."""
+    """ISTA of the reference implementation: three matrix products."""
     coded = F.linear(F.linear(hidden_states, self.weight), self.weight.t())
     gradient = F.linear(hidden_states, self.weight.t())
     return F.relu(hidden_states + self.step_size * (gradient - coded) - self.step_size * self.threshold)
@@ -92,7 +86,7 @@ REFERENCE = {
 
 
 def as_reference(model: CBSAForImageClassification) -> CBSAForImageClassification:
-    """The same weights with the reference implementation's formulas; it has no size factor."""
+    """A model with the same weights and the formulas of the reference implementation, which has no size factor."""
     model = deepcopy(model)
     for module in model.modules():
         if type(module) in REFERENCE:
@@ -101,7 +95,7 @@ def as_reference(model: CBSAForImageClassification) -> CBSAForImageClassificatio
 
 
 class Floor(nn.Module):
-    """The convolutions and matrix products of a folded model with its shapes, and nothing else."""
+    """Only the convolutions and matrix products of a folded model, with the same shapes."""
 
     def __init__(self, folded: CBSAForImageClassification):
         super().__init__()
@@ -109,6 +103,7 @@ class Floor(nn.Module):
         self.layers = folded.cbsa.layers
 
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """(batch, 3, height, width) -> (batch, tokens, width)."""
         hidden_states = pixel_values
         for convolution in self.convolutions:
             hidden_states = convolution(hidden_states)
@@ -127,7 +122,7 @@ class Floor(nn.Module):
 
 @dataclass(frozen=True)
 class Cell:
-    """One row of the table: a published size, a side in pixels, images in a batch, and a precision."""
+    """One setting that is measured: published size, side of the images in pixels, batch size, and precision."""
 
     size: str
     pixels: int
@@ -139,10 +134,12 @@ class Cell:
 
     @property
     def config(self) -> CBSAConfig:
+        """The configuration of that size, for that side, with 1000 classes."""
         return CBSAConfig.from_pretrained(preset_path(f"cbt-{self.size}"), image_size=self.pixels, num_labels=1000)
 
     @property
     def num_patches(self) -> int:
+        """Number of patches of an image."""
         return (self.pixels // 16) ** 2
 
 
@@ -159,14 +156,14 @@ def export(model: nn.Module, format: str, pixel_values: np.ndarray, **options) -
 
 
 def build_vit(config: CBSAConfig) -> ViTForImageClassification:
-    """A ViT of the same width, depth, heads and patches."""
+    """A ViT with the same width, depth, number of heads and patch size."""
     names = ("image_size", "patch_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_labels")
     values = {name: getattr(config, name) for name in names}
     return ViTForImageClassification(ViTConfig(**values, intermediate_size=4 * config.hidden_size))
 
 
 def build_models(cell: Cell, device: str) -> dict[str, nn.Module]:
-    """The contestants that are modules, all with random weights, in evaluation mode."""
+    """The models to measure, with random weights, in evaluation mode."""
     config = cell.config
     model = CBSAForImageClassification(config).eval()
     folded = fold(model)
@@ -181,18 +178,19 @@ def build_models(cell: Cell, device: str) -> dict[str, nn.Module]:
 
 
 def example_pixels(cell: Cell, device: str) -> torch.Tensor:
+    """Random images of a cell, (batch, 3, pixels, pixels), the same at every call."""
     generator = torch.Generator().manual_seed(0)
     pixel_values = torch.randn(cell.batch_size, 3, cell.pixels, cell.pixels, generator=generator)
     return pixel_values.to(device, DTYPES[cell.dtype])
 
 
 def build_runs(cell: Cell, models: dict[str, nn.Module], engines: list[str], device: str) -> dict[str, Run]:
-    """What is timed, by name."""
+    """The functions to measure, by name; with `engines` also compiled and exported models."""
     pixel_values = example_pixels(cell, device)
     runs = {name: lambda model=model: model(pixel_values) for name, model in models.items()}
     if "torch.compile" in engines:
         for name in ("reference", "folded", "ViT, sdpa", "floor"):
-            # On a GPU the kernels are chosen by trial; on a CPU the weights are packed once.
+            # On a GPU, Inductor tries kernels and takes the fastest; on a CPU, it packs the weights once ("freezing").
             options = {"mode": "max-autotune"} if device == "cuda" else {"options": {"freezing": True}}
             engine = torch.compile(models[name], **options)
             runs[f"{name}, torch.compile"] = lambda engine=engine: engine(pixel_values)
@@ -209,7 +207,7 @@ def build_runs(cell: Cell, models: dict[str, nn.Module], engines: list[str], dev
 
 
 def now(device: str) -> float:
-    """Seconds: of the processor where one thread computes, else of the clock, when the device has finished."""
+    """Processor time in seconds if one thread computes on a CPU, else wall time, after the GPU has finished."""
     if device == "cuda":
         torch.cuda.synchronize()
         return time.perf_counter()
@@ -217,13 +215,14 @@ def now(device: str) -> float:
 
 
 def seconds_of(run: Run, device: str) -> float:
+    """Seconds of one run; see [`now`]."""
     started = now(device)
     run()
     return now(device) - started
 
 
 def peak_memory(run: Run, device: str) -> float:
-    """MiB."""
+    """Peak memory of one run in MiB, without weights and input."""
     if device == "cpu":
         return zero_shot_cost.peak_memory(run)
     torch.cuda.reset_peak_memory_stats()
@@ -233,6 +232,8 @@ def peak_memory(run: Run, device: str) -> float:
 
 
 def training_step(model: nn.Module, pixel_values: torch.Tensor, labels: torch.Tensor) -> Callable[[], None]:
+    """A function that runs forward and backward, without an optimiser."""
+
     def step():
         model(pixel_values, labels=labels).loss.backward()
         model.zero_grad()
@@ -241,7 +242,7 @@ def training_step(model: nn.Module, pixel_values: torch.Tensor, labels: torch.Te
 
 
 def measure_training(cell: Cell, patch_size: int, rounds: int, device: str) -> str:
-    """Images per second of forward and backward, and the peak memory of a step, as a table in Markdown."""
+    """Measure images per second of forward and backward, and peak memory of a step. Returns a table in Markdown."""
     values = {"image_size": cell.pixels, "patch_size": patch_size, "num_labels": 1000}
     config = CBSAConfig.from_pretrained(preset_path(f"cbt-{cell.size}"), **values)
     model = CBSAForImageClassification(config)
@@ -281,7 +282,7 @@ def measure_tokens(size: str, rounds: int, device: str) -> str:
 
 @torch.no_grad()
 def measure_cell(cell: Cell, rounds: int, engines: list[str], skipped: set[str], device: str) -> dict[str, dict]:
-    """Time, spread, memory and operations of each contestant; the names of those that took too long join `skipped`."""
+    """Time, spread, memory and operations of each model. Names of models that are too slow are added to `skipped`."""
     models = build_models(cell, device)
     runs = {name: run for name, run in build_runs(cell, models, engines, device).items() if name not in skipped}
     found = {}
@@ -350,6 +351,7 @@ def draw(results: dict[Cell, dict[str, dict]]) -> Image.Image:
 
 
 def describe_machine(device: str) -> str:
+    """Processor, GPU if it is used, and versions."""
     name, info = platform.processor() or platform.machine(), Path("/proc/cpuinfo")
     if info.exists():
         name = next(line.split(": ")[1] for line in info.read_text().splitlines() if line.startswith("model name"))
@@ -362,6 +364,7 @@ def describe_machine(device: str) -> str:
 
 
 def write_page(args: argparse.Namespace):
+    """Measure every cell, and write the table and its figure."""
     results, pages = {}, []
     for size in args.sizes:
         for dtype in args.dtypes:
@@ -381,10 +384,11 @@ def write_page(args: argparse.Namespace):
 
 
 def main():
+    """Print a short table, or measure everything and write the page."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[1])
-    parser.add_argument("--quick", action="store_true", help="tiny at 224 pixels alone; nothing is written")
-    parser.add_argument("--training", action="store_true", help="training steps alone; nothing is written")
-    parser.add_argument("--tokens", action="store_true", help="one image of many sizes alone; nothing is written")
+    parser.add_argument("--quick", action="store_true", help="measure only tiny at 224 pixels, and write no file")
+    parser.add_argument("--training", action="store_true", help="measure only training steps, and write no file")
+    parser.add_argument("--tokens", action="store_true", help="measure only images of many sizes, and write no file")
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--engines", nargs="*", default=list(ENGINES), choices=ENGINES, help="beside eager PyTorch")
     parser.add_argument("--sizes", nargs="+", default=["tiny", "small", "base"])
@@ -396,7 +400,7 @@ def main():
     args = parser.parse_args()
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("torch finds no CUDA device here; leave --device out")
-    torch.set_flush_denormal(True)  # the floor's values shrink from layer to layer
+    torch.set_flush_denormal(True)  # the values in `Floor` shrink from layer to layer; denormal numbers are slow
     keep_freed_memory()
     if args.quick:
         args.engines = [engine for engine in args.engines if engine == "openvino"]

@@ -1,6 +1,7 @@
 """
-Synthetic tokens around a union of low-dimensional subspaces, and the operator with the true bases of the subspaces as
-projections. Section 3 of arXiv 2509.16875 derives the operator as a step that compresses tokens onto the subspaces.
+Synthetic tokens around a union of low-dimensional subspaces, and the CBSA operator that has the true bases of the
+subspaces as its projections. Section 3 of arXiv 2509.16875 derives the operator as a step that compresses tokens onto
+such subspaces.
 """
 
 import torch
@@ -44,8 +45,8 @@ def draw_union_of_subspaces(
 
 def operator_of_bases(bases: torch.Tensor, representatives_size: int) -> ContractAndBroadcastSelfAttention:
     """
-    The CBSA operator with one head for each basis, which is the projection and, transposed, the output layer. All step
-    sizes are 1.
+    The CBSA operator with one head for each basis. The basis is the head's projection, and its transpose is the head's
+    part of the output layer. All step sizes are 1.
 
     Args:
         bases: (K, p, d), orthonormal rows.

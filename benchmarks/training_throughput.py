@@ -1,11 +1,11 @@
 """
-How fast the training scripts train, against the bare model: the same model's forward, backward and optimiser's step on
-tensors in memory.
+Compare the speed of the training scripts with that of the bare model: forward, backward and optimiser step of the same
+model, on tensors in memory.
 
     accelerate launch benchmarks/training_throughput.py --dataset_name ../shared/data/imagenette-128
 
-The two take turns, and the median of their turns counts. A turn of training begins when its first batch is there and
-ends when the batch after its last step is; during a turn of the bare model nothing is loaded.
+The two take turns, and the results are medians over the turns. A turn of training begins when its first batch is
+loaded, and ends when the batch after its last step is loaded. During a turn of the bare model nothing is loaded.
 """
 
 import statistics
@@ -14,26 +14,23 @@ import time
 from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 
 import torch
 
-
-sys.path.append(str(Path(__file__).resolve().parents[1] / "training"))
-
-import pretrain
-
-from arguments import DataArguments, PretrainingArguments, parse_arguments
-from data.classification import TrainingImages
-from data.loading import class_names, find_columns
-from engine.loop import take_step
-from engine.optimization import build_optimizer, build_scheduler
-from engine.setup import build_accelerator, build_loader, load_splits
-from tasks.classification import ClassificationLoss
+from training import pretrain
+from training.arguments import DataArguments, PretrainingArguments, parse_arguments
+from training.data.classification import TrainingImages
+from training.data.loading import select_labelled
+from training.engine.loop import take_step
+from training.engine.optimization import build_optimizer, build_scheduler
+from training.engine.setup import build_accelerator, build_loader, load_splits
+from training.tasks.classification import ClassificationLoss
 
 
 @dataclass(kw_only=True)
 class TurnArguments:
+    """What is trained, and for how many steps in a turn."""
+
     _argument_group_name = "what is timed"
 
     config_name: str = field(default="cbt-tiny", metadata={"help": "as in `pretrain.py`"})
@@ -42,7 +39,7 @@ class TurnArguments:
     batch_size: int = field(default=64, metadata={"help": "images per step, over all processes together"})
     num_workers: int = field(default=1, metadata={"help": "processes that load images, per training process"})
     steps: int = field(default=10, metadata={"help": "steps per turn"})
-    turns: int = field(default=4, metadata={"help": "turns of each, after one that warms up"})
+    turns: int = field(default=4, metadata={"help": "turns of each, after one for warming up"})
 
 
 @dataclass(kw_only=True)
@@ -51,22 +48,25 @@ class Arguments(TurnArguments, DataArguments):
 
 
 def synchronised_time() -> float:
-    """Seconds, when the device has done what it was asked for."""
+    """Wall time in seconds, after the GPU has finished its work."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     return time.perf_counter()
 
 
 def build_turns(args: Arguments) -> tuple[Callable[[], tuple[float, float]], Callable[[], float]]:
-    """A turn of training, which returns its seconds and those that it waited for data; and of the bare model."""
+    """
+    Two functions: one turn of training, which returns its seconds and the seconds of waiting for data; and one turn of
+    the bare model, which returns its seconds.
+    """
     values = {name: value for name, value in asdict(args).items() if name not in ("steps", "turns")}
     settings = PretrainingArguments(**values, output_dir="", report_to="none")
     accelerator = build_accelerator(settings)
-    split, _ = load_splits(settings, find_columns)
+    split, _ = load_splits(settings, select_labelled)
     num_images = (args.steps + 1) * args.batch_size
     if len(split) < num_images:
         raise ValueError(f"A turn needs {num_images} images and the training split has {len(split)}: lower `--steps`.")
-    model, processor = pretrain.build_model(settings, class_names(split))
+    model, processor = pretrain.build_model(settings, split)
     images = TrainingImages(
         split.select(range(num_images)),
         args.max_corrupt,
@@ -87,7 +87,7 @@ def build_turns(args: Arguments) -> tuple[Callable[[], tuple[float, float]], Cal
     task = ClassificationLoss(model, settings.label_smoothing)
     bare, bare_optimizer, _ = prepare(deepcopy(task))
     task, optimizer, scheduler = prepare(task)
-    *_, in_memory = loader  # to its end, lest it goes on loading
+    *_, in_memory = loader  # the last batch; the loader has finished, so it loads nothing during the measurement
 
     def train() -> tuple[float, float]:
         batches, waited = iter(loader), 0.0
@@ -112,6 +112,7 @@ def build_turns(args: Arguments) -> tuple[Callable[[], tuple[float, float]], Cal
 
 
 def main(args: Arguments):
+    """Print images per second of training and of the bare model, the medians over the turns."""
     train, run_bare = build_turns(args)
     turns = [(*train(), run_bare()) for _ in range(args.turns + 1)][1:]
     training, waited, bare = (statistics.median(values) for values in zip(*turns, strict=True))

@@ -1,4 +1,4 @@
-"""What the claims are checked with, and what comes out: findings with verdicts, tables and pictures."""
+"""The data and models that the claims are checked with, and the findings: verdicts, tables and pictures."""
 
 import statistics
 from dataclasses import dataclass, field
@@ -7,24 +7,24 @@ from pathlib import Path
 
 import torch
 from PIL import Image
-from small_models import Recipe, Thumbnails, fine_tuned, make_thumbnails, small_model
 from transformers import BaseImageProcessor, PreTrainedModel
 
-from data.loading import find_columns, find_split, load_images
+from benchmarks.small_models import Recipe, Thumbnails, fine_tuned, make_thumbnails, small_model
+from training.data.loading import find_columns, find_split, load_images
 
 
 HOLDS, FAILS, OPEN, NOT_RUN = "holds here", "does not hold here", "cannot tell", "not run"
-FAMILY = ("cbsa", "mssa", "tssa", "softmax")  # what is compared
+FAMILY = ("cbsa", "mssa", "tssa", "softmax")  # the attention types that are compared
 
 
 @dataclass
 class Finding:
     """
     Args:
-        run: what was run, a sentence or more.
-        verdicts: for each part of the claim, its verdict and why.
-        tables: Markdown.
-        picture: what it shows, and the picture.
+        run: what was run, in one or more sentences.
+        verdicts: part of the claim -> its verdict, and the reason.
+        tables: tables in Markdown.
+        picture: caption and picture.
     """
 
     run: str
@@ -35,7 +35,7 @@ class Finding:
 
 @dataclass
 class Workbench:
-    """What the claims are checked with; images are loaded and models trained when they are asked for."""
+    """The data and models that the claims are checked with. They are loaded or trained when they are first used."""
 
     cache: Path
     dataset_name: str | None = None
@@ -47,24 +47,28 @@ class Workbench:
 
     @cached_property
     def splits(self):
+        """The data set, read once."""
         return load_images(self.dataset_name)
 
     def thumbnails(self, split: str) -> Thumbnails:
+        """All images of a split, in the image size of the small models."""
         dataset = find_split(self.splits, split)
         return make_thumbnails(dataset, *find_columns(dataset), self.recipe.image_size)
 
     @cached_property
     def training_set(self) -> Thumbnails:
+        """The thumbnails of the `train` split."""
         return self.thumbnails("train")
 
     @cached_property
     def validation_set(self) -> Thumbnails:
+        """The thumbnails of the `validation` split."""
         return self.thumbnails("validation")
 
     def photos(
         self, processor: BaseImageProcessor, count: int, split: str = "validation"
     ) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """Images at even distances, in batches of 16, and their labels."""
+        """About evenly spaced images of a split with their labels, `count` in all, in batches of 16."""
         dataset = find_split(self.splits, split)
         image_column, label_column = find_columns(dataset)
         rows = dataset[range(0, len(dataset), max(1, len(dataset) // count))]
@@ -73,21 +77,22 @@ class Workbench:
         return [*zip(pixel_values.split(16), torch.tensor(rows[label_column][:count]).split(16), strict=True)]
 
     def small(self, name: str, seed: int, **values) -> PreTrainedModel:
-        """A small model of that name, trained or from the cache."""
+        """The small model with this name and seed. It is trained unless it is in the cache."""
         return small_model(self.training_set, self.recipe, seed, self.cache, name, **values)
 
     def adapted(self, model: PreTrainedModel, name: str, seed: int, **values) -> PreTrainedModel:
-        """The model with that attention, fine-tuned or from the cache."""
+        """The model with other configuration values, fine-tuned. It is trained unless it is in the cache."""
         return fine_tuned(model, self.training_set, self.recipe, seed, self.cache, name, **values)
 
     def compared(self) -> dict[str, str]:
-        """The folders of the comparison that are there, of seed 0, by attention type."""
+        """The folders of the comparison that exist, by attention type; seed 0."""
         if self.checkpoints is None:
             return {}
         folders = {name: self.checkpoints / f"{name}-0" for name in FAMILY}
         return {name: str(folder) for name, folder in folders.items() if folder.is_dir()}
 
     def describe_small(self) -> str:
+        """The recipe of the small models as a sentence for the page."""
         recipe = self.recipe
         return (
             f"Small models: {recipe.num_layers} layers of width {recipe.hidden_size}, {recipe.num_heads} heads, ISTA, "
@@ -99,23 +104,24 @@ class Workbench:
 
 
 def table(header: list[str], rows: list[list]) -> str:
-    """In Markdown."""
+    """A table in Markdown."""
     lines = [header, ["---"] * len(header), *rows]
     return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
 
 
 def spread(values, digits: int = 3) -> str:
-    """Mean ± standard deviation of some numbers."""
+    """Mean ± standard deviation."""
     values = [float(value) for value in values]
     return f"{statistics.mean(values):.{digits}f} ± {statistics.stdev(values) if len(values) > 1 else 0:.{digits}f}"
 
 
 def sign_verdict(differences: list[float]) -> str:
-    """Over seeds: the claim holds where every one says so, and fails where every one says the opposite."""
+    """The verdict over seeds: the claim holds if all differences are positive, and fails if all are negative."""
     if all(difference > 0 for difference in differences):
         return HOLDS
     return FAILS if all(difference < 0 for difference in differences) else OPEN
 
 
 def not_run(reason: str, *parts: str) -> Finding:
+    """The finding of a claim that was not checked, with the same reason for all its parts."""
     return Finding("", dict.fromkeys(parts, (NOT_RUN, reason)))

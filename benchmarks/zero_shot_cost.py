@@ -1,5 +1,5 @@
 """
-What zero-shot segmentation of one photo costs as it grows: the normalised cut in linear time beside the dense one.
+Measure how the cost of zero-shot segmentation grows with the photo: the cut in linear time, and a dense cut.
 
     python benchmarks/zero_shot_cost.py
 """
@@ -18,10 +18,10 @@ from cbsa_hf.segmentation.spectral import cut_dense, cut_factored
 
 
 def peak_memory(run: Callable[[], object]) -> float:
-    """The peak of what torch holds in a run, in MiB, inputs and weights left out."""
+    """The peak of what torch allocates in a run, in MiB, without weights."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
         run()
-    # Every allocation and release in order: the running sum's peak.
+    # The peak is the largest running sum over all allocations and releases.
     held = peak = 0
     for event in record.profiler.kineto_results.events():
         if event.name() == "[memory]":
@@ -39,6 +39,7 @@ def measure(run: Callable[[], object]) -> tuple[float, float]:
 
 
 def main():
+    """Print a table of time and memory, of the segmenter and of the cut alone, by the longer side of the photo."""
     torch.set_num_threads(1)
     model, processor = load_checkpoint()
     photo = Image.fromarray(skimage.data.astronaut())
@@ -48,7 +49,7 @@ def main():
         encoding = segmenter.encode(photo)
         grid, factor = encoding.grid, descriptor_factor(encoding)
         runs = [lambda s=segmenter: s(photo), lambda f=factor: cut_factored(f)]
-        if side < 1024:  # 64 times the time of 512 px, and matrices of 2 GiB each
+        if side < 1024:  # would take 64 times as long as 512 px, with matrices of 2 GiB each
             runs.append(lambda f=factor: cut_dense(f.T @ f))
         cells = [f"{seconds:.3g} s, {memory:.0f} MiB" for seconds, memory in map(measure, runs)]
         rows.append([f"{side} px, {grid[0] * grid[1]} patches", *cells, *["not run"] * (3 - len(cells))])

@@ -48,6 +48,7 @@ register_pipeline(default_checkpoint())
 
 # So that saved models bring their code, and open with `trust_remote_code=True` where this package is not installed.
 CBSAConfig.register_for_auto_class()
+CBSAConfig.pipeline_class = ZeroShotSegmentationPipeline
 CBSAModel.register_for_auto_class("AutoModel")
 CBSAForImageClassification.register_for_auto_class("AutoModelForImageClassification")
 CBSAForSemanticSegmentation.register_for_auto_class("AutoModelForSemanticSegmentation")

@@ -197,6 +197,7 @@ class SharedProjectionSelfAttention(SelfAttention):
     """
 
     def add_weights(self, hidden_size, inner_size):
+        """Creates the shared projection, (d, h * p)."""
         self.proj = nn.Linear(hidden_size, inner_size, bias=self.folded)
 
 
@@ -241,6 +242,7 @@ class ContractAndBroadcastSelfAttention(SharedProjectionSelfAttention):
     map_formula = "$A^T A$"
 
     def add_weights(self, hidden_size, inner_size):
+        """Creates the shared projection and the two step sizes, (h, 1, 1), which start at 1."""
         super().add_weights(hidden_size, inner_size)
         self.step_rep = nn.Parameter(torch.ones(self.num_heads, 1, 1))
         self.step_x = nn.Parameter(torch.ones(self.num_heads, 1, 1))
@@ -279,6 +281,9 @@ class ContractAndBroadcastSelfAttention(SharedProjectionSelfAttention):
         return ContractionSteps(tokens, initial_representatives, attention, representatives, similarity, contracted)
 
     def forward(self, hidden_states, grid, output_attentions=False, output_representative_attentions=False):
+        """
+        The update, the map `A^T A` and A; shapes as in [`SelfAttention`]. A is always returned, since it is at hand.
+        """
         steps = self.steps(hidden_states, grid)
         update = steps.attention.transpose(2, 3) @ (self.step_size(grid) * steps.contracted)
         token_map = steps.attention.transpose(2, 3) @ steps.attention if output_attentions else None
@@ -294,6 +299,7 @@ class MultiHeadSubspaceSelfAttention(SharedProjectionSelfAttention):
     map_formula = "softmax of scaled $W W^T$"
 
     def forward(self, hidden_states, grid, output_attentions=False, output_representative_attentions=False):
+        """The update, the map `softmax(W W^T / sqrt(p))` and None; shapes as in [`SelfAttention`]."""
         tokens = self.split_heads(self.proj(hidden_states))
         if not output_attentions:
             update = F.scaled_dot_product_attention(tokens, tokens, tokens, scale=self.scaling)
@@ -314,10 +320,12 @@ class TokenStatisticsSelfAttention(SharedProjectionSelfAttention):
     map_formula = "softmax over heads of $W W^T$"
 
     def add_weights(self, hidden_size, inner_size):
+        """Creates the shared projection and the temperatures, (h, 1), which start at 1."""
         super().add_weights(hidden_size, inner_size)
         self.temp = nn.Parameter(torch.ones(self.num_heads, 1))
 
     def forward(self, hidden_states, grid, output_attentions=False, output_representative_attentions=False):
+        """The update, the softmax over the heads of `W W^T`, and None; shapes as in [`SelfAttention`]."""
         tokens = self.split_heads(self.proj(hidden_states))
         normalised = F.normalize(tokens, dim=2)  # each channel over the tokens
         membership = torch.softmax(self.temp * normalised.square().sum(-1), dim=1)  # (batch, h, N), over the heads
@@ -342,6 +350,7 @@ class LinearSelfAttention(SharedProjectionSelfAttention):
     map_formula = "$A^T A$"
 
     def forward(self, hidden_states, grid, output_attentions=False, output_representative_attentions=False):
+        """The update, the map `A^T A` and A with p rows instead of m; other shapes as in [`SelfAttention`]."""
         tokens = self.split_heads(self.proj(hidden_states))
         features = F.elu(tokens) + 1
         degrees = features @ features.sum(2).unsqueeze(-1)  # (batch, h, N, 1)
@@ -360,6 +369,7 @@ class SoftmaxSelfAttention(SelfAttention):
     map_formula = "softmax of scaled $Q K^T$"
 
     def add_weights(self, hidden_size, inner_size):
+        """Creates the projections of queries, keys and values, each (d, h * p) with a bias."""
         self.q_proj = nn.Linear(hidden_size, inner_size)
         self.k_proj = nn.Linear(hidden_size, inner_size)
         self.v_proj = nn.Linear(hidden_size, inner_size)
@@ -370,6 +380,7 @@ class SoftmaxSelfAttention(SelfAttention):
         return q, k, v
 
     def forward(self, hidden_states, grid, output_attentions=False, output_representative_attentions=False):
+        """The update, the map `softmax(Q K^T / sqrt(p))` and None; shapes as in [`SelfAttention`]."""
         q, k, v = self.project(hidden_states)
         if not output_attentions:
             return self.merge_heads(F.scaled_dot_product_attention(q, k, v, scale=self.scaling)), None, None
@@ -389,6 +400,9 @@ class AgentSelfAttention(SoftmaxSelfAttention):
     map_formula = "$B A$"
 
     def forward(self, hidden_states, grid, output_attentions=False, output_representative_attentions=False):
+        """
+        The update, the map `B A` and A; shapes as in [`SelfAttention`]. A is None unless it or the map was asked for.
+        """
         q, k, v = self.project(hidden_states)
         representatives = self.representatives(q, grid)
         if not (output_attentions or output_representative_attentions):
@@ -447,6 +461,7 @@ class MixtureOfTopKSelfAttention(SoftmaxSelfAttention):
         return weights[..., :num_landmarks], weights[..., num_landmarks:]
 
     def forward(self, hidden_states, grid, output_attentions=False, output_representative_attentions=False):
+        """The update, the map `B A + C` and A; shapes as in [`SelfAttention`], with m = M."""
         q, k, v = self.project(hidden_states)
         landmarks = self.representatives(q, grid)
         logits = landmarks @ k.transpose(2, 3) * self.scaling

@@ -12,7 +12,14 @@ from PIL import Image
 from tqdm import tqdm
 
 from .checkpoints import load_checkpoint
-from .conversion.convert import ORIGINS, compare_outputs, convert_checkpoint, model_card, save_conversion
+from .conversion.convert import (
+    ORIGINS,
+    compare_outputs,
+    compare_with_original,
+    convert_checkpoint,
+    model_card,
+    save_conversion,
+)
 from .conversion.key_mappings import VIT_ATTENTIONS
 from .exporting import FORMATS, export_model
 from .hub import push_checkpoint
@@ -209,6 +216,14 @@ def convert(args: argparse.Namespace):
             print(f"{name}: differs by {absolute:.1e} at most, {relative:.1e} of the largest value.")
         if not all(relative <= 1e-5 for _, relative in differences.values()):
             raise ValueError("The outputs differ by more than 1e-05 of the largest value; nothing was written.")
+    difference = compare_with_original(conversion, args.source)
+    is_exact = conversion.model.config.attention_type == ORIGINS[conversion.origin].attention_types[0]
+    print(
+        f"Beside the original on one input of noise: differs by {difference:.1e} of the largest output"
+        + ("." if is_exact else ", since its attention was replaced.")
+    )
+    if is_exact and not difference <= 1e-3:  # rounding alone adds up to some 1e-5 in deep models
+        raise ValueError("The model does not compute what the original computes; nothing was written.")
 
     # The card does not show local paths.
     source = Path(args.source).resolve().name if Path(args.source).exists() else args.source
@@ -353,7 +368,7 @@ def add_segment_options(command: argparse.ArgumentParser):
     command.add_argument(
         "--long-side",
         type=at_least(1),
-        help="pixels of the longer side that the model sees; default: 192, or for --task semantic what the image "
+        help="pixels of the longer side that the model sees; default: 256, or for --task semantic what the image "
         "processor says, else the photo's own",
     )
     # Without defaults, so that `plan_segmentation` knows which options were given.

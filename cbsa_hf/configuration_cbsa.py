@@ -4,13 +4,15 @@ import inspect
 import sys
 from collections.abc import Iterable
 from dataclasses import fields
-from typing import Any, Literal, get_args, get_origin
+from pathlib import Path
+from typing import Any, ClassVar, Literal, get_args, get_origin
 
 import torch
 from huggingface_hub.dataclasses import strict
 from huggingface_hub.errors import StrictDataclassFieldValidationError
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 from transformers.backbone_utils import BackboneConfigMixin
+from transformers.dynamic_module_utils import custom_object_save
 
 
 # The names that a configuration may use. Each table of classes, such as `ATTENTIONS`, has the names of one type.
@@ -22,6 +24,7 @@ RepresentativesType = Literal["pool", "learned"]
 PooledTokens = Literal["patches", "all_but_last"]
 PositionInterpolation = Literal["bicubic", "bilinear"]
 DecoderType = Literal["cbsa", "mssa", "softmax", "linear"]
+LayerSharing = Literal["cyclic", "repeated"]
 
 DTYPES = ("float32", "float16", "bfloat16", "float64")
 MAX_LAYERS = 10_000
@@ -33,6 +36,13 @@ AUTO_MAP = {
     "AutoModelForImageClassification": "modeling_cbsa.CBSAForImageClassification",
     "AutoModelForSemanticSegmentation": "modeling_cbsa.CBSAForSemanticSegmentation",
     "AutoBackbone": "modeling_cbsa.CBSABackbone",
+}
+PIPELINES = {  # of classifiers, in the form of `config.json`
+    "cbsa-zero-shot-segmentation": {
+        "impl": "pipeline_cbsa.ZeroShotSegmentationPipeline",
+        "pt": ["AutoModelForImageClassification"],
+        "type": "image",
+    }
 }
 
 
@@ -100,12 +110,19 @@ class CBSAConfig(BackboneConfigMixin, PreTrainedConfig):
     Args:
         hidden_size (`int`, defaults to 192): Width of the tokens.
         num_hidden_layers (`int`, defaults to 12): Number of layers.
+        num_unique_layers (`int`, *optional*):
+            Number of layers that have weights of their own; all when not given. With fewer, layers share weights,
+            which are stored once and used several times.
+        layer_sharing (`str`, defaults to `"cyclic"`):
+            Which layers share: with 2 of 6 unique, `"cyclic"` uses 0 1 0 1 0 1, as the universal transformer (arXiv
+            1807.03819) repeats its block, and `"repeated"` uses 0 0 0 1 1 1, as the groups of ALBERT (arXiv
+            1909.11942).
         num_attention_heads (`int`, defaults to 3): Number of heads.
         head_dim (`int`, *optional*): Dimension p of one head; `hidden_size // num_attention_heads` when not given.
         attention_type (`str` or `list[str]`, defaults to `"cbsa"`):
             `"cbsa"`; `"mssa"` (CRATE), `"tssa"` (ToST), `"linear"`, `"softmax"` (ViT), `"agent"` (a ViT's attention
             through representatives), or `"mita"` (through landmarks and the tokens that they select); a list names one
-            for each layer. `attention_cbsa.py` defines each.
+            for each layer that is stored. `attention_cbsa.py` defines each.
         feed_forward_type (`str`, defaults to `"ista"`):
             `"ista"`, without a skip connection; `"odl"`, two steps in an overcomplete dictionary (CRATE-alpha), and
             `"mlp"` with GELU (ViT), both with a skip connection; or `"none"`, attention only.
@@ -189,9 +206,12 @@ class CBSAConfig(BackboneConfigMixin, PreTrainedConfig):
 
     model_type = "cbsa"
     sub_configs = {"backbone_config": AutoConfig}
+    pipeline_class: ClassVar[type | None] = None  # of [`PIPELINES`]; None where this file is remote code
 
     hidden_size: int = 192
     num_hidden_layers: int = 12
+    num_unique_layers: int | None = None
+    layer_sharing: LayerSharing = "cyclic"
     num_attention_heads: int = 3
     head_dim: int | None = None
     attention_type: AttentionType | list[AttentionType] | tuple[AttentionType, ...] = "cbsa"
@@ -232,6 +252,7 @@ class CBSAConfig(BackboneConfigMixin, PreTrainedConfig):
 
     def __post_init__(self, **kwargs):
         self.check_values(kwargs)
+        pipelines = kwargs.pop("custom_pipelines", None)
         if self.head_dim is None and self.num_attention_heads > 0:
             self.head_dim = self.hidden_size // self.num_attention_heads
         if self.intermediate_size is None:
@@ -244,7 +265,11 @@ class CBSAConfig(BackboneConfigMixin, PreTrainedConfig):
                 out_indices=kwargs.pop("out_indices", None), out_features=kwargs.pop("out_features", None)
             )
             super().__post_init__(**kwargs)
-        except (AttributeError, LookupError, TypeError) as error:  # Transformers uses some values without a look
+            if self.pipeline_class is not None:
+                # This package knows the task by itself: `pipeline` need not ask whether it may run the saved code.
+                pipelines = self.other_pipelines(pipelines)
+            self.set_pipelines(pipelines)
+        except (AttributeError, LookupError, TypeError) as error:  # Transformers does not check some values
             raise ValueError(f"The configuration has a value of the wrong type: {error}") from error
 
     def check_values(self, others: dict):
@@ -297,16 +322,29 @@ class CBSAConfig(BackboneConfigMixin, PreTrainedConfig):
             )
         try:
             return CONFIG_MAPPING[model_type].from_dict(values)
-        except Exception as error:  # each of its classes looks at its values in its own way, or not at all
+        except Exception as error:  # every backbone checks its values in its own way, or not at all
             reason = " ".join(str(error).split())
             raise ValueError(f"`backbone_config` is no configuration of a {model_type!r} model: {reason}") from error
 
     @property
+    def layer_indices(self) -> list[int]:
+        """The index of the stored layer that every layer uses: 0, 1, 2, ... if no layers share weights."""
+        depth, stored = self.num_hidden_layers, self.num_unique_layers or self.num_hidden_layers
+        if self.layer_sharing == "cyclic":
+            return [i % stored for i in range(depth)]
+        return [i * stored // depth for i in range(depth)]
+
+    @property
+    def stored_attention_types(self) -> list[str]:
+        """The attention type of every stored layer."""
+        if isinstance(self.attention_type, str):
+            return [self.attention_type] * (self.num_unique_layers or self.num_hidden_layers)
+        return list(self.attention_type)
+
+    @property
     def layer_attention_types(self) -> list[str]:
         """The attention type of every layer."""
-        if isinstance(self.attention_type, str):
-            return [self.attention_type] * self.num_hidden_layers
-        return list(self.attention_type)
+        return [self.stored_attention_types[index] for index in self.layer_indices]
 
     def patch_grid(self, height: int, width: int) -> tuple[int, int]:
         """
@@ -319,10 +357,30 @@ class CBSAConfig(BackboneConfigMixin, PreTrainedConfig):
     def save_pretrained(self, save_directory, **kwargs):
         """
         Writes `config.json`, with every model class of this library in `auto_map`. Transformers enters only the class
-        that is saved; with all of them, `AutoModel` opens a saved classifier too.
+        that is saved; with all of them, `AutoModel` opens a saved classifier too. With a classifier goes the code of
+        [`pipeline_class`], which `custom_pipelines` names.
         """
         self.auto_map = AUTO_MAP | (getattr(self, "auto_map", None) or {})
+        others = self.other_pipelines(getattr(self, "custom_pipelines", None))
+        if self.pipeline_class is not None and "CBSAForImageClassification" in (self.architectures or []):
+            Path(save_directory).mkdir(parents=True, exist_ok=True)
+            custom_object_save(self.pipeline_class, save_directory)
+        saved = PIPELINES if (Path(save_directory) / "pipeline_cbsa.py").is_file() else {}
+        self.set_pipelines(saved | others)
         super().save_pretrained(save_directory, **kwargs)
+        self.set_pipelines(others)
+
+    def set_pipelines(self, pipelines: object):
+        """Set `custom_pipelines`, which a configuration without any does not have."""
+        vars(self).pop("custom_pipelines", None)
+        if pipelines:
+            self.custom_pipelines = pipelines
+
+    @staticmethod
+    def other_pipelines(pipelines: object) -> dict:
+        """The custom pipelines of a `config.json` that are not this library's."""
+        known = pipelines if isinstance(pipelines, dict) else {}
+        return {task: entry for task, entry in known.items() if task not in PIPELINES}
 
     def validate_sizes(self):
         """Counts are at least 1, and sizes are one side or a pair."""
@@ -356,18 +414,24 @@ class CBSAConfig(BackboneConfigMixin, PreTrainedConfig):
         if self.num_register_tokens < 0:
             raise ValueError(f"`num_register_tokens` is {self.num_register_tokens}, and must not be negative.")
 
-    def validate_types(self):
-        """A list of attention types has one for each layer."""
-        if len(self.layer_attention_types) != self.num_hidden_layers:
+    def validate_layers(self):
+        """There are no more unique layers than layers, and a list of attention types has one for each unique layer."""
+        stored = self.num_hidden_layers if self.num_unique_layers is None else self.num_unique_layers
+        if not 1 <= stored <= self.num_hidden_layers:
             raise ValueError(
-                f"`attention_type` lists {len(self.attention_type)} types for {self.num_hidden_layers} layers; give "
-                "one for each layer, or one name for all."
+                f"`num_unique_layers` is {stored}, and has to be from 1 to the number of layers, "
+                f"{self.num_hidden_layers}."
+            )
+        if len(self.stored_attention_types) != stored:
+            raise ValueError(
+                f"`attention_type` lists {len(self.attention_type)} types for {stored} layers with weights of their "
+                "own; give one for each, or one name for all."
             )
 
     def validate_representatives(self):
         """Options for representatives fit together, and need an attention type that has representatives."""
         names = get_args(RepresentativeAttentionType)
-        if not set(self.layer_attention_types) & set(names):
+        if not set(self.stored_attention_types) & set(names):
             for name, default in (("representatives_type", "pool"), ("pooled_tokens", "patches")):
                 if getattr(self, name) != default:
                     raise ValueError(

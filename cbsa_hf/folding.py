@@ -1,4 +1,4 @@
-"""Folding for inference: fewer products and no passes over the tokens that a layer's weights can do instead."""
+"""Folding for inference: norms, step sizes and the product of ISTA become part of the weights around them."""
 
 from copy import deepcopy
 from functools import singledispatch

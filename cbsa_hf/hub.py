@@ -30,17 +30,19 @@ def load_card(checkpoint: str) -> ModelCard:
     return card
 
 
-def load_by_id(text: str, folder: str, name: str, auto_class: str) -> str:
+def load_by_id(text: str, former: str, name: str, auto_class: str) -> str:
     """
     The text of a model card with its example loading the model by its hub id; an example is added if there is none.
 
     Args:
         text: Markdown.
-        folder: name of the folder that the example loads from now.
+        former: folder or hub id that the example may load from now; of a path, the last part counts too.
         name: the hub id.
         auto_class: name of the Auto class, for the example that is added.
     """
-    text = text.replace(f'from_pretrained("{folder}"', f'from_pretrained("{name}"')
+    for known in (former, Path(former).resolve().name):
+        for loads in ("from_pretrained(", "model="):
+            text = text.replace(f'{loads}"{known}"', f'{loads}"{name}"')
     if f'from_pretrained("{name}"' in text:
         return text
     return f"{text.rstrip()}\n\n## From the Hub\n\n{loading_example(name, auto_class)}\n"
@@ -65,7 +67,7 @@ def push_checkpoint(name: str, checkpoint: str | None = None, private: bool = Fa
     checkpoint = default_checkpoint() if checkpoint is None else checkpoint
     model, processor = load_checkpoint(checkpoint)
     card = load_card(checkpoint)
-    card.text = load_by_id(card.text, Path(checkpoint).name, name, auto_class_of(model))
+    card.text = load_by_id(card.text, checkpoint, name, auto_class_of(model))
     with TemporaryDirectory() as folder:
         model.save_pretrained(folder)
         processor.save_pretrained(folder)

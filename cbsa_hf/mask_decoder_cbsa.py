@@ -59,6 +59,7 @@ class LinearMaskDecoder(MaskDecoder):
         self.classifier = nn.Linear(hidden_size, config.num_labels)
 
     def forward(self, hidden_states, grid, output_attentions=False):
+        """The logits of the masks (batch, K, *grid), and None: there are no class tokens."""
         return self.classifier(hidden_states).transpose(1, 2).unflatten(2, grid), None
 
 
@@ -182,6 +183,7 @@ class ClassTokenMaskDecoder(MaskDecoder):
         return F.normalize(patches, dim=-1) @ F.normalize(classes, dim=-1).transpose(1, 2)
 
     def forward(self, hidden_states, grid, output_attentions=False):
+        """The logits of the masks and the attention of the class tokens; shapes as in [`MaskDecoder`]."""
         class_tokens = self.class_embeddings.expand(hidden_states.shape[0], -1, -1)
         hidden_states = torch.cat([hidden_states, class_tokens], dim=1)
         attentions = ()
@@ -225,9 +227,11 @@ class SegmenterMaskDecoder(ClassTokenMaskDecoder):
         self.class_proj = nn.Linear(hidden_size, hidden_size, bias=False)
 
     def compare(self, patches, classes):
+        """Cosine similarities after a linear layer each: (batch, patches, d), (batch, K, d) -> (batch, patches, K)."""
         return super().compare(self.patch_proj(patches), self.class_proj(classes))
 
     def forward(self, hidden_states, grid, output_attentions=False):
+        """The logits of the masks and the attention of the class tokens; shapes as in [`MaskDecoder`]."""
         return super().forward(self.input_proj(hidden_states), grid, output_attentions)
 
 

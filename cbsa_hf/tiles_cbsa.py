@@ -16,6 +16,7 @@ TILE_VALUES = 2**18  # of a tile of tokens: 1 MiB in float32
 def is_watched(layer: nn.Module) -> bool:
     """Whether something inside a layer has a hook, or an operator's `steps` were replaced to record them."""
     for module in layer.modules():
+        # torch has no public list of a module's hooks.
         hooks = [] if module is layer else [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
         # The hooks with which Transformers captures outputs do nothing when none are asked for.
         if any(hook.__module__ != "transformers.utils.output_capturing" for hook in hooks) or "steps" in vars(module):

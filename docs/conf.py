@@ -8,16 +8,16 @@ Pages are Markdown (MyST); the notebook is executed; the API page comes from the
 
 import os
 import re
-import sys
 import tomllib
 from pathlib import Path
 
 
 os.environ["HF_HUB_OFFLINE"] = "1"
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
 
-import cbsa_hf  # noqa: E402
+import cbsa_hf
+
+
+ROOT = Path(__file__).resolve().parents[1]
 
 
 project = "cbsa-hf"
@@ -30,6 +30,8 @@ suppress_warnings = ["config.cache"]
 
 html_theme = "furo"
 html_title = "cbsa-hf"
+html_static_path = ["_static"]
+html_css_files = ["site.css"]
 html_show_copyright = False
 # The address of the repository, once there is one, stands in `[project.urls]` of pyproject.toml and nowhere else.
 urls = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"].get("urls", {})
@@ -60,5 +62,6 @@ def to_restructured_text(app, what, name, obj, options, lines: list[str]):
 
 
 def setup(app):
+    """Connect the conversion of docstrings; Sphinx calls this."""
     # Before napoleon, which is at 500.
     app.connect("autodoc-process-docstring", to_restructured_text, priority=400)

@@ -49,6 +49,7 @@ def frame_tile(axis: Axes, photo: Image.Image, row: int, column: int):
 
 
 def show(axis: Axes, picture: Image.Image | np.ndarray, title: str, **style):
+    """Draw a picture without axes, with a title."""
     axis.imshow(picture, **style)
     axis.set_title(title, fontsize=10)
     axis.set(xticks=[], yticks=[])
@@ -94,6 +95,7 @@ def draw_steps(photo: Image.Image, found, contraction: np.ndarray) -> Image.Imag
 
 @torch.inference_mode()
 def main():
+    """Draw the pictures of the documentation, and write them beside this file."""
     model, processor = load_checkpoint()
     photo = Image.fromarray(skimage.data.astronaut())
     pixel_values = processor(photo, size={"height": SIDE, "width": SIDE}, return_tensors="pt")["pixel_values"]

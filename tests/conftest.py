@@ -153,10 +153,10 @@ def labelled():
 @pytest.fixture
 def start(training, labelled, tmp_path):
     """Starts runs of `pretrain.py` in this process on those pictures, in `tmp_path / "data"`."""
-    import pretrain
     from accelerate.state import AcceleratorState
 
-    from arguments import PretrainingArguments
+    from training import pretrain
+    from training.arguments import PretrainingArguments
 
     folder = tmp_path / "data"
     folder.mkdir()

@@ -165,8 +165,8 @@ def test_inspect(photo, photo_file, shipped, tmp_path, capsys, patch):
     assert report["exact_map"]["exact"] is True
     np.testing.assert_allclose(report["exact_map"]["values"], dense, rtol=1e-3, atol=1e-5)
     peaks = np.asarray(report["representatives"]["reads"][7]["peak"])
-    factor = exact_maps(model, pixel_values)[7].representative_attentions[0, ..., 1:]
-    assert (peaks @ [8, 1] == factor.argmax(-1).numpy()).all()
+    attention = exact_maps(model, pixel_values)[7].representative_attentions[0, ..., 1:]
+    assert (peaks @ [8, 1] == attention.argmax(-1).numpy()).all()
     assert np.asarray(report["measures"]["coding_rate_after"]).shape == (12, 3)
 
 

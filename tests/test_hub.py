@@ -1,6 +1,10 @@
 """`cbsa push` and `--push_to_hub` of the training scripts, up to the upload."""
 
+import ast
 import json
+import os
+import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -11,17 +15,29 @@ import transformers
 from datasets import ClassLabel, Dataset, Features, Image
 from huggingface_hub import HfApi, ModelCard
 from PIL import Image as PILImage
-from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassification
+from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassification, Trainer, TrainingArguments
 
+from cbsa_hf import ZeroShotSegmenter, default_checkpoint, load_checkpoint
+from cbsa_hf.checkpoints.model_cards import base_model_of
 from cbsa_hf.cli import main
 
 
 CODE = {"attention_cbsa.py", "configuration_cbsa.py", "mask_decoder_cbsa.py", "modeling_cbsa.py", "tiles_cbsa.py"}
+PIPELINE = {"images.py", "image_files.py", "inference.py", "memory.py", "patch_grouping.py", "pipeline_cbsa.py"}
+PIPELINE |= {"spectral.py", "zero_shot.py"}
 FILES = {"README.md", "config.json", "model.safetensors", "preprocessor_config.json"} | CODE
+STRANGER = """
+import sys
+
+sys.modules["cbsa_hf"] = None  # importing it raises ImportError
+with open("README.md") as card:
+    example = card.read().rpartition("```python\\n")[2].partition("```")[0]
+exec(example)
+"""
 
 
 @pytest.fixture
-def hub(monkeypatch):
+def hub(monkeypatch, tmp_path):
     """Stands in for the network: what would be created and uploaded."""
     calls = {}
 
@@ -31,6 +47,7 @@ def hub(monkeypatch):
 
     def upload_folder(self, *, repo_id, folder_path, commit_message):
         calls["files"] = {path.name for path in Path(folder_path).iterdir()}
+        calls["folder"] = shutil.copytree(folder_path, tmp_path / "hub" / repo_id)
         (architecture,) = AutoConfig.from_pretrained(folder_path).architectures
         auto_class = getattr(transformers, f"AutoModel{architecture.removeprefix('CBSA').removeprefix('Model')}")
         calls["model"] = auto_class.from_pretrained(folder_path).eval()
@@ -42,11 +59,27 @@ def hub(monkeypatch):
     return calls
 
 
+def run_example(folder: Path, photo: PILImage.Image) -> str:
+    """
+    What the last example of the model card prints in a process without this package, started beside the folder, so
+    that the hub id is its path.
+    """
+    photo.save(folder / "photo.jpg")
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    environment["HF_MODULES_CACHE"] = str(folder / "modules")
+    (folder / folder.parent.name).mkdir()
+    (folder / folder.parent.name / folder.name).symlink_to(folder)
+    command = [sys.executable, "-c", STRANGER]
+    process = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+    assert process.returncode == 0, process.stderr
+    return process.stdout.strip()
+
+
 def test_push(hub, shipped, photo, capsys):
     assert main(["push", "somebody/cbsa-tiny-imagenette", "--private"]) == 0
     assert capsys.readouterr().out == "https://hub/somebody/cbsa-tiny-imagenette\n"
     assert hub["repo"] == ("somebody/cbsa-tiny-imagenette", True, True)
-    assert hub["files"] == FILES
+    assert hub["files"] == FILES | PIPELINE
     metadata = hub["card"].data
     assert (metadata.library_name, metadata.pipeline_tag) == ("transformers", "image-classification")
     assert metadata.eval_results[0].metric_type == "accuracy"
@@ -56,7 +89,24 @@ def test_push(hub, shipped, photo, capsys):
     assert f"\nmodel = {loaded}\n" in hub["card"].text
     inputs = hub["processor"](photo, return_tensors="pt")
     with torch.no_grad():
-        torch.testing.assert_close(hub["model"](**inputs).logits, shipped[0](**inputs).logits)
+        logits = shipped[0](**inputs).logits
+        torch.testing.assert_close(hub["model"](**inputs).logits, logits)
+    assert run_example(hub["folder"], photo) == shipped[0].config.id2label[logits.argmax().item()]
+    found = np.asarray(PILImage.open(hub["folder"] / "foreground.png")) > 0
+    reread = PILImage.open(hub["folder"] / "photo.jpg")
+    assert np.array_equal(found, ZeroShotSegmenter(*shipped)(reread).mask)
+
+
+def test_push_of_the_shipped_segmenter(hub, photo):
+    assert main(["push", "somebody/streets", "--checkpoint", default_checkpoint("semantic-segmentation")]) == 0
+    assert hub["files"] == FILES
+    names = ast.literal_eval(run_example(hub["folder"], photo))
+    model, processor = load_checkpoint(task="semantic-segmentation")
+    reread = PILImage.open(hub["folder"] / "photo.jpg")
+    with torch.no_grad():
+        logits = model(**processor(reread, return_tensors="pt")).logits
+    labels = torch.nn.functional.interpolate(logits, reread.size[::-1], mode="bilinear").argmax(1)
+    assert names == {model.config.id2label[label] for label in labels.unique().tolist()}
 
 
 def test_push_of_a_segmenter(hub, tiny_segmenter, saved_segmenter):
@@ -84,9 +134,8 @@ def test_push_of_an_encoder(hub, tiny_model, shipped, tmp_path):
 
 
 def test_push_at_the_end_of_a_run(hub, training, tmp_path, monkeypatch):
-    import pretrain
-
-    from arguments import PretrainingArguments
+    from training import pretrain
+    from training.arguments import PretrainingArguments
 
     random = np.random.default_rng(0)
     pictures = [PILImage.fromarray(random.integers(0, 256, (16, 16, 3), dtype=np.uint8)) for _ in range(4)]
@@ -105,7 +154,8 @@ def test_push_at_the_end_of_a_run(hub, training, tmp_path, monkeypatch):
     pretrain.main(PretrainingArguments(**names, **settings, push_to_hub="somebody/trained"))
 
     assert hub["repo"][0] == "somebody/trained"
-    assert hub["files"] == FILES
+    assert hub["files"] == FILES | PIPELINE
+    assert run_example(hub["folder"], pictures[0]) in ("a", "b")
     inputs = hub["processor"](pictures, return_tensors="pt")
     trained = AutoModelForImageClassification.from_pretrained(run).eval()
     with torch.no_grad():
@@ -137,3 +187,26 @@ def test_the_hub_out_of_reach_is_one_sentence(capsys):
     error = capsys.readouterr().err
     assert error.startswith("cbsa: The Hub did not take somebody/model")
     assert error.count("\n") == 1
+
+
+def test_what_the_trainer_saves(shipped, tmp_path):
+    """What its `push_to_hub` uploads, with `base_model` and without a path of this machine."""
+    arguments = TrainingArguments(tmp_path / "run", report_to="none", use_cpu=True)
+    trainer = Trainer(shipped[0], arguments, processing_class=shipped[1])
+    trainer.save_model()
+    trainer.create_model_card(finetuned_from="somebody/model")
+    folder = tmp_path / "run"
+    assert {path.name for path in folder.iterdir()} == FILES | PIPELINE | {"training_args.bin"}
+    assert ModelCard.load(folder / "README.md").data.base_model == "somebody/model"
+    for path in [*folder.glob("*.json"), folder / "README.md"]:
+        assert str(tmp_path) not in path.read_text()
+        assert default_checkpoint() not in path.read_text()
+
+
+def test_base_model(tmp_path):
+    assert base_model_of("somebody/model") == "somebody/model"
+    assert base_model_of("model") is base_model_of(str(tmp_path)) is None
+    (tmp_path / "README.md").write_text("---\nbase_model: somebody/else\n---\n")
+    assert base_model_of(str(tmp_path)) == "somebody/else"
+    (tmp_path / "README.md").write_text("---\n[\n---\n")
+    assert base_model_of(str(tmp_path)) is None

@@ -6,7 +6,7 @@ import sys
 import pytest
 import torch
 
-from cbsa_hf import exact_maps
+from cbsa_hf import exact_maps, measure_layers
 
 
 @pytest.mark.parametrize(
@@ -25,4 +25,11 @@ def test_old_module_paths(old, new, name):
 
 def test_old_name_of_the_representative_attentions(tiny_model):
     found = exact_maps(tiny_model, torch.randn(1, 3, 32, 48))[0]
-    assert found.factor is found.representative_attentions
+    with pytest.warns(FutureWarning, match="`factor` is now `representative_attentions`"):
+        assert found.factor is found.representative_attentions
+
+
+def test_old_name_of_their_rank(tiny_model):
+    measures = measure_layers(tiny_model, [torch.randn(1, 3, 32, 48)])
+    with pytest.warns(FutureWarning, match="`factor_rank` is now `representative_attention_rank`"):
+        assert measures.factor_rank is measures.representative_attention_rank

@@ -63,6 +63,6 @@ assert_type(to_image(pixels, num_channels=13), Image.Image | np.ndarray)
 
 assert_type(attention_maps(classifier, torch.zeros(1, 3, 64, 64)), torch.Tensor)
 assert_type(accuracy_under_noise(classifier, [], [0.1]), list[float])
-assert_type(measure_layers(classifier, []).factor_rank, torch.Tensor | None)
+assert_type(measure_layers(classifier, []).representative_attention_rank, torch.Tensor | None)
 assert_type(default_checkpoint(), str)
 assert_type(CBSAConfig.from_pretrained(preset_path(next(iter(PRESETS)))), CBSAConfig)

@@ -1,14 +1,15 @@
 """
-Gives the library damaged, odd and hostile input, and counts what becomes of it.
+Give the library damaged, odd and hostile input, and count how each case ends.
 
     python tools/fuzz.py images checkpoints masks datasets commands --count 200 --seed 1
     python tools/fuzz.py images --seed 1 --only 417
 
-Right ends are a result, where the input is sound, and one sentence that says what is wrong. All else is a fault: a
-traceback, a hang, a crash, memory beyond a bound, a file written or changed outside the output, a program run, a
-question asked, a result of input that cannot have one, a refusal of sound input, a sentence that does not name the
-file. The status is 1 if there was a fault. The case of a number is the same at every run with that seed; `--only` runs
-one again and prints all that it printed.
+A case may end in two ways: sound input gives a result, and other input gives one sentence that says what is wrong.
+Everything else is a fault: a traceback, a hang, a crash, memory above the bound, a file written or changed outside the
+output folder, a program started, a question to the user, a result for input that cannot have one, a refusal of sound
+input, or a sentence that does not name the file. The exit status is 1 if there was a fault.
+
+A seed and a number always give the same case. `--only` repeats one case and prints its whole output.
 
 Needs Linux and the packages of the extras `test` and `train`.
 """
@@ -38,7 +39,7 @@ KINDS = {
 
 
 def print_table(found: dict[str, list[Outcome]]):
-    """Counts of each verdict, and the largest of what is bounded."""
+    """Print how often each verdict occurred, and the largest time and memory of a case."""
     columns = ("kind", "cases", *(f"{verdict}s" for verdict in RIGHT), *FAULTS, "most s", "most MB")
     print("| " + " | ".join(columns) + " |\n|" + "---|" * len(columns))
     for kind, outcomes in found.items():
@@ -49,7 +50,7 @@ def print_table(found: dict[str, list[Outcome]]):
 
 
 def print_faults(kind: str, seed: int, outcomes: list[Outcome]):
-    """Each sort once, with its cases and the end of what the first of them printed."""
+    """Print each kind of fault once, with the numbers of its cases and the last lines that the first case printed."""
     sorts: dict[tuple[str, str], list[Outcome]] = {}
     for outcome in outcomes:
         if outcome.verdict not in RIGHT:
@@ -62,14 +63,14 @@ def print_faults(kind: str, seed: int, outcomes: list[Outcome]):
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Try cases of the kinds wanted; 1 if there was a fault."""
+    """Try cases of the chosen kinds. Returns 1 if there was a fault, else 0."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("kinds", nargs="+", choices=list(KINDS), help="what to try")
     parser.add_argument("--count", type=int, default=100, help="cases of each kind (%(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="of all that is drawn (%(default)s)")
-    parser.add_argument("--only", type=int, help="try the case of that number alone, and print what it prints")
-    parser.add_argument("--seconds", type=float, default=20, help="that a case may compute and sleep (%(default)s)")
-    parser.add_argument("--memory", type=float, default=2048, help="megabytes that a case may take (%(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of all random numbers (%(default)s)")
+    parser.add_argument("--only", type=int, help="try only the case with this number, and print its output")
+    parser.add_argument("--seconds", type=float, default=20, help="that a case may compute or sleep (%(default)s)")
+    parser.add_argument("--memory", type=float, default=2048, help="megabytes that a case may use (%(default)s)")
     args = parser.parse_args(argv)
     found = {}
     try:

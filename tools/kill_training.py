@@ -1,18 +1,20 @@
 """
-Kills training runs with SIGKILL, resumes them, and compares their ends with that of a run that was left alone.
+Kill training runs with SIGKILL, resume them, and compare their results with those of an undisturbed run.
 
     python tools/kill_training.py --kills 50 --seed 1
     python tools/kill_training.py --kills 10 --processes 2
 
-A run is killed at a random time or at an aimed moment: while a file of a checkpoint is written, before one of the
-steps of renaming and removing, during a validation, while the results are written. What is killed is one of its
-processes, its launcher, or all of them at once, as when a machine fails. It is resumed from its last checkpoint,
-killed again now and then, and at last left to end. Faults are: weights or metrics other than those of the run that was
-left alone; a checkpoint that was whole and is not any more; a run that does not go on; checkpoints or temporary files
-that should have been removed; a process that outlives its run. The status is 1 if there was one.
+A run is killed at a random time or at a chosen moment: while a file of a checkpoint is written, before a file is
+renamed or removed, during a validation, or while the results are written. The signal goes to one of the run's
+processes, to its launcher, or to all of them at once, as when a machine fails. The run is then resumed from its last
+checkpoint. It may be killed again, and finally it is left to end. Faults are: weights or metrics that differ from
+those of the undisturbed run; a checkpoint that was complete and is not any more; a run that does not resume;
+checkpoints or temporary files that should have been removed; a process that is still there after its run. The exit
+status is 1 if there was a fault.
 
-A single process is forked from one that has imported everything; two are started by `accelerate launch`. The data, the
-model and the runs are small: a run is some seconds. Needs Linux and the packages of the extra `train`.
+A run with one process is forked from this process, which has imported everything. A run with two processes is started
+by `accelerate launch`. Data, model and runs are small: a run takes a few seconds. Needs Linux and the packages of the
+extra `train`.
 """
 
 import argparse
@@ -35,11 +37,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 
-# Before any import of the libraries.
+# The libraries read these variables when they are imported.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["ACCELERATE_USE_CPU"] = "true"
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "training"))
 
 import numpy as np
 from processes import Stopwatch, find_argument, find_session
@@ -47,7 +48,7 @@ from processes import Stopwatch, find_argument, find_session
 
 TRAINING = Path(__file__).resolve().parents[1] / "training"
 CHECKPOINTS = "checkpoint-" + "[0-9]" * 8
-PATIENCE = 120  # seconds that a run may compute and sleep
+PATIENCE = 120  # seconds of computing and sleeping after which a run counts as hanging
 NUM_ROWS = {"train": 12, "validation": 5}
 SETTINGS = ["--batch_size=4", "--num_epochs=3", "--warmup_epochs=0", "--learning_rate=3e-3", "--drop_path_rate=0.2"]
 CLASSIFIER = ["--image_size=32", "--patch_size=8", "--crop_sizes=24"]
@@ -57,8 +58,8 @@ CLASSIFIER = ["--image_size=32", "--patch_size=8", "--crop_sizes=24"]
 class Variant:
     """
     Args:
-        script: of training.
-        options: what else it is told.
+        script: the training script.
+        options: its options, beside those of every run.
     """
 
     script: str
@@ -96,15 +97,15 @@ VARIANTS = {
 @dataclass
 class Aim:
     """
-    The moment of a kill: some time after an event, of Python's audit events, has happened a number of times.
+    The moment of a kill: some time after an event has happened a number of times.
 
     Args:
-        event: its name; `time` for none: the time counts from the first step on.
-        path: part of the path that it is about.
-        count: how many of them go before.
-        delay: seconds.
-        rank: of the process that it happens in.
-        victim: one of [`VICTIMS`].
+        event: name of a Python audit event, `validation`, `results`, or `time`: the start of the script.
+        path: text that the path of the event contains.
+        count: number of such events to let pass first.
+        delay: seconds between the event and the kill.
+        rank: rank of the process in which the events are counted.
+        victim: what is killed, one of [`VICTIMS`].
     """
 
     event: str
@@ -116,7 +117,7 @@ class Aim:
 
 
 VICTIMS = ("process", "launcher", "all")
-EVERYWHERE = ("time", "validation")  # events of all processes, not of the main one alone
+EVERYWHERE = ("time", "validation")  # events of all processes; the others happen in the main process alone
 
 
 AIMS = {
@@ -132,7 +133,7 @@ AIMS = {
 
 
 def describe(event: str, args: tuple) -> tuple[str, str]:
-    """An audit event as an [`Aim`] names it, and its path."""
+    """The name that an [`Aim`] uses for an audit event, and the path of the event."""
     path = str(args[0]) if args else ""
     if event == "open" and isinstance(args[1], str) and set(args[1]) & set("wax+"):
         name = Path(path).name
@@ -147,14 +148,14 @@ def describe(event: str, args: tuple) -> tuple[str, str]:
 
 
 def draw_aim(draw: random.Random, moment: str, processes: int) -> Aim:
-    """Where a run of so many processes is killed."""
+    """Draw when a run with that number of processes is killed, and what is killed."""
     aim = AIMS[moment](draw)
     rank = draw.randrange(processes) if aim.event in EVERYWHERE else 0
     return replace(aim, rank=rank, victim=draw.choice(VICTIMS if processes > 1 else ("process", "all")))
 
 
 def kill(victim: str, folder: str):
-    """This process, its launcher, or all that train into the folder, this one last."""
+    """Kill this process, its launcher, or all processes that train into the folder (this one last)."""
     if victim == "launcher":
         os.kill(os.getppid(), signal.SIGKILL)
         return
@@ -167,7 +168,7 @@ def kill(victim: str, folder: str):
 
 
 def arm(aim: Aim, folder: str):
-    """Kill at that moment."""
+    """Prepare this process to kill at that moment."""
     seen = Counter()
 
     def strike():
@@ -193,9 +194,9 @@ def arm(aim: Aim, folder: str):
 
 
 def watch_validation(tell: Callable[[], None]):
-    """Call that whenever the loop starts to validate."""
-    from tasks.classification import ClassificationTask
-    from tasks.segmentation import SegmentationTask
+    """Call `tell` whenever the training loop starts a validation."""
+    from training.tasks.classification import ClassificationTask
+    from training.tasks.segmentation import SegmentationTask
 
     for task in (ClassificationTask, SegmentationTask):
         evaluate = task.evaluate
@@ -208,7 +209,7 @@ def watch_validation(tell: Callable[[], None]):
 
 
 def run_script(script: str, argv: list[str], aim: Aim | None):
-    """In this process, as it is started by hand."""
+    """Run a training script in this process as `python SCRIPT` would, with an [`Aim`] or without one."""
     sys.argv = [script, *argv]
     if aim is not None:
         arm(aim, next(option.removeprefix("--output_dir=") for option in argv if option.startswith("--output_dir=")))
@@ -219,7 +220,7 @@ def run_script(script: str, argv: list[str], aim: Aim | None):
 
 
 def write_data(folder: Path):
-    """Noisy pictures of two classes, with labels and with masks, as Parquet; and a small configuration."""
+    """Write Parquet files of noisy pictures, one set with labels and one with masks, and a small configuration."""
     from datasets import ClassLabel, Dataset, Features, Image
     from PIL import Image as PILImage
 
@@ -233,7 +234,9 @@ def write_data(folder: Path):
             if kind == "masks":
                 labels = [PILImage.fromarray((np.asarray(image)[..., 0] > 100).astype(np.uint8)) for image in images]
             rows = Dataset.from_dict({"image": images, "label": labels}, features=features)
-            rows.to_parquet(folder / kind / f"{split}-00000-of-00001.parquet")
+            for shard in range(2):  # a stream is divided among processes by its files
+                part = rows.shard(2, shard, contiguous=True)
+                part.to_parquet(folder / kind / f"{split}-0000{shard}-of-00002.parquet")
     (folder / "masks" / "id2label.json").write_text(json.dumps({0: "dark", 1: "light"}))
     sizes = {"hidden_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 32, "patch_size": 8}
     config = {"model_type": "cbsa", "patch_embedding_type": "patchify", **sizes}
@@ -242,7 +245,7 @@ def write_data(folder: Path):
 
 
 def build_model(folder: Path):
-    """Weights for a run that begins with some."""
+    """Save a small model with random weights, for runs that fine-tune."""
     import torch
     from transformers import ViTImageProcessorPil
 
@@ -256,13 +259,13 @@ def build_model(folder: Path):
 @dataclass
 class Run:
     """
-    One output folder, and whatever processes train into it.
+    An output folder, and the processes that train into it.
 
     Args:
-        variant: what is trained.
-        data: from [`write_data`].
+        variant: script and options.
+        data: the folder that [`write_data`] wrote.
         folder: the output folder.
-        processes: how many train.
+        processes: number of training processes.
     """
 
     variant: Variant
@@ -272,6 +275,7 @@ class Run:
     printed: str = field(default="", init=False)
 
     def argv(self) -> list[str]:
+        """The options of the script. The run resumes if it has a complete checkpoint."""
         masks = self.variant.script == "finetune.py"
         model = f"--{'model_name_or_path' if masks else 'config_name'}={self.data / 'model'}"
         argv = [f"--dataset_name={self.data / ('masks' if masks else 'labels')}", f"--output_dir={self.folder}", model]
@@ -279,14 +283,14 @@ class Run:
         return argv + (["--resume_from_checkpoint=last"] if self.whole() else [])
 
     def whole(self) -> list[int]:
-        """Steps of the checkpoints under their final names."""
+        """Steps of the complete checkpoints: those that have their final names."""
         return sorted(int(path.name[-8:]) for path in self.folder.glob(CHECKPOINTS))
 
     def start(self, aim: Aim | None) -> int:
-        """The process id; its session, of all its processes, has the same."""
+        """Start the run in a new session. Returns its process id, which is also the id of the session."""
         log = self.folder.with_suffix(".log")
         if self.processes > 1:
-            # Two processes on CPU start only with this flag and a variable: see the README.
+            # On CPU, two processes start only with `--multi_gpu` and ACCELERATE_USE_CPU: see docs/guides/training.md.
             launcher = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_machines=1"]
             launcher += [f"--num_processes={self.processes}", "--mixed_precision=no", "--dynamo_backend=no"]
             launcher += ["--main_process_port=0"]
@@ -318,7 +322,7 @@ class Run:
             os._exit(status)
 
     def attempt(self, aim: Aim | None) -> str:
-        """Run until it ends or is killed: `ended`, `killed`, or what is wrong."""
+        """Start the run and wait until it ends or is killed. Returns `ended`, `killed`, or what is wrong."""
         pid = self.start(aim)
 
         def find_members() -> list[int]:
@@ -345,7 +349,7 @@ class Run:
 
 
 def end_all(find_members: Callable[[], list[int]]) -> int:
-    """How many there were, which are killed now."""
+    """Kill all of these processes. Returns how many there were."""
     members = find_members()
     for pid in members:
         with suppress(ProcessLookupError):
@@ -357,14 +361,14 @@ def end_all(find_members: Callable[[], list[int]]) -> int:
 
 
 def summarise(folder: Path) -> dict[str, object]:
-    """Of a run that has ended, all that has to be as in another: weights and checkpoints byte by byte, and results."""
+    """What two runs have to have in common at their end: results, and the bytes of all weights and checkpoints."""
     results = json.loads((folder / "results.json").read_text())
     found = {name: results[name] for name in ("step", "metrics", "best", "best_step")}
     return found | {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*.safetensors")}
 
 
 def compare(folder: Path, expected: dict[str, object]) -> str | None:
-    """What is other than expected."""
+    """The first difference from what is expected, or None."""
     found = summarise(folder)
     for name in expected:
         if found.get(name) != expected[name]:
@@ -375,7 +379,9 @@ def compare(folder: Path, expected: dict[str, object]) -> str | None:
 
 
 def kill_run(run: Run, draw: random.Random, moments: list[str]) -> tuple[list[tuple[str, str]], str | None]:
-    """Start it, kill it at some of these moments, let it end: when and what was killed, and what is wrong."""
+    """
+    Start a run, kill it at these moments, and let it end. Returns moment and victim of each kill, and the fault.
+    """
     killed = []
     for moment in moments:
         before = max(run.whole(), default=0)
@@ -393,18 +399,17 @@ def kill_run(run: Run, draw: random.Random, moments: list[str]) -> tuple[list[tu
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Kill as many times as wanted; 1 if there was a fault."""
+    """Kill runs `--kills` times. Returns 1 if there was a fault, else 0."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--kills", type=int, default=10, help="how many (%(default)s)")
-    parser.add_argument("--processes", type=int, default=1, help="that each run has (%(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="of the moments (%(default)s)")
+    parser.add_argument("--kills", type=int, default=10, help="number of kills (%(default)s)")
+    parser.add_argument("--processes", type=int, default=1, help="processes of each run (%(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the moments (%(default)s)")
     parser.add_argument(
         "--variants", nargs="+", choices=list(VARIANTS), default=list(VARIANTS), help="what is trained"
     )
     parser.add_argument("--moments", nargs="+", choices=list(AIMS), default=list(AIMS), help="when it is killed")
     args = parser.parse_args(argv)
-    import finetune  # noqa: F401, for the processes that are forked
-    import pretrain  # noqa: F401
+    from training import finetune, pretrain  # noqa: F401, forked processes have them already
 
     draw, counts = random.Random(args.seed), {name: Counter() for name in args.variants}
     victims, faults = Counter(), []
@@ -439,7 +444,7 @@ def main(argv: list[str] | None = None) -> int:
 def print_table(
     counts: dict[str, Counter], victims: Counter, args: argparse.Namespace, number: int, faults: list[str]
 ):
-    """How often each variant was killed at each moment, and how that ended."""
+    """Print how often each variant was killed at each moment, and the number of faults."""
     print(f"| {args.processes} process(es) | " + " | ".join(args.moments) + " | all |")
     print("|" + "---|" * (len(args.moments) + 2))
     for name, count in counts.items():
@@ -455,7 +460,8 @@ def print_table(
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--inside"]:  # in the processes that a launcher has started
         script, aim, *rest = sys.argv[2:]
-        import finetune  # noqa: F401, with the modules that an aim may need before the script has imported them
+        # An aim at validations changes classes of these modules before the script imports them.
+        from training import finetune  # noqa: F401
 
         aim = json.loads(aim)
         run_script(script, rest, None if aim is None or os.environ.get("RANK") != "0" else Aim(**aim))

@@ -1,5 +1,5 @@
 """
-Prints each requirement of pyproject.toml, extras included, at the lowest version that it admits: constraints for pip.
+Print the lowest allowed version of every requirement in pyproject.toml, extras included, as constraints for pip.
 
     python tools/lowest_versions.py >lowest.txt && pip install -c lowest.txt -e ".[test]"
 
@@ -16,7 +16,7 @@ PYPROJECT = Path(__file__).resolve().parents[1] / "pyproject.toml"
 
 
 def lowest_versions(project: dict) -> list[str]:
-    """`name==version` for each requirement of the `[project]` table, itself left out, in alphabetical order."""
+    """`name==version` for each requirement of the `[project]` table but the project itself, in alphabetical order."""
     extras = project["optional-dependencies"].values()
     requirements = map(Requirement, sum(extras, start=project["dependencies"]))
     lowest = set()

@@ -1,6 +1,6 @@
 """
-CBSA and, for comparison, ViT under the common model tests of Transformers. `run_transformers_tests.py` copies this
-file to `tests/models/cbsa/test_modeling_cbsa.py` of Transformers' source, where its relative imports have a meaning.
+The common model tests of Transformers, for CBSA and, for comparison, for ViT. `run_transformers_tests.py` copies this
+file to `tests/models/cbsa/test_modeling_cbsa.py` in Transformers' source, where its relative imports work.
 """
 
 import unittest
@@ -92,7 +92,7 @@ class CBSAModelTest(VisionModelTest, unittest.TestCase):
     config_class = CBSAConfig
     all_model_classes = (CBSAForImageClassification, CBSAForSemanticSegmentation, CBSAModel)
 
-    @unittest.skip("The map A^T A is made to be looked at; the output is not computed from it, so it has no gradient")
+    @unittest.skip("The output is not computed from the map A^T A, so the map has no gradient")
     def test_retain_grad_hidden_states_attentions(self):
         pass
 

@@ -1,4 +1,4 @@
-"""What Linux knows of processes: their memory, the time that they take, and which belong together."""
+"""What Linux knows about processes: memory, processor time, and which belong to the same session."""
 
 import os
 import re
@@ -7,11 +7,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 
-GLANCE = 0.1  # seconds that pass at most from one look at a process to the next; longer, and this one was kept waiting
+GLANCE = 0.1  # seconds of sleep counted at most from one look to the next: in a longer gap the looking process waited
 
 
 def memory(name: str, pid: int | str = "self") -> float:
-    """`VmRSS` or its peak, `VmHWM`, in megabytes; 0 of a process that has ended."""
+    """`VmRSS` or its peak, `VmHWM`, in megabytes; 0 if the process has ended."""
     try:
         found = re.search(rf"{name}:\s+(\d+) kB", Path(f"/proc/{pid}/status").read_text())
     except (FileNotFoundError, ProcessLookupError):
@@ -20,7 +20,7 @@ def memory(name: str, pid: int | str = "self") -> float:
 
 
 def read_stat(path: Path) -> list[str]:
-    """The fields of a `stat` file from the state on; none of a process that has ended."""
+    """The fields of a `stat` file, from the state on; an empty list if the process has ended."""
     try:
         return path.read_text().rpartition(")")[2].split()
     except (FileNotFoundError, ProcessLookupError):
@@ -28,19 +28,19 @@ def read_stat(path: Path) -> list[str]:
 
 
 def processor_time(pid: int) -> float:
-    """Seconds that the process has computed for; 0 of one that has ended."""
+    """Processor time of a process in seconds; 0 if it has ended."""
     fields = read_stat(Path(f"/proc/{pid}/stat"))
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK") if fields else 0.0
 
 
 def is_asleep(pid: int) -> bool:
-    """Whether no thread of it computes, or waits for a turn on the processor or for a disk."""
+    """Whether all threads sleep: none computes, waits for the processor, or waits for a disk."""
     states = [read_stat(path)[:1] for path in Path(f"/proc/{pid}/task").glob("*/stat")]
     return not any(state in (["R"], ["D"]) for state in states)
 
 
 def find_session(session: int) -> list[int]:
-    """The processes of that session that are not zombies."""
+    """The ids of the processes of a session, without zombies."""
     found = []
     for path in Path("/proc").glob("[0-9]*/stat"):
         fields = read_stat(path)
@@ -50,7 +50,7 @@ def find_session(session: int) -> list[int]:
 
 
 def find_argument(text: str) -> list[int]:
-    """The processes with that text in their command line."""
+    """The ids of the processes whose command line contains the text."""
     found = []
     for path in Path("/proc").glob("[0-9]*/cmdline"):
         try:
@@ -63,11 +63,11 @@ def find_argument(text: str) -> list[int]:
 
 class Stopwatch:
     """
-    The time that processes compute, and that all of them sleep. What they wait for a turn on a busy machine does not
-    count: how long that is, says nothing of them.
+    Measures how long processes compute, and how long all of them sleep. Time in which they wait for the processor of a
+    busy machine does not count.
 
     Args:
-        members: the processes there are at the moment.
+        members: returns the ids of the processes that exist now.
     """
 
     def __init__(self, members: Callable[[], list[int]]):
@@ -75,7 +75,7 @@ class Stopwatch:
         self.computed = {pid: processor_time(pid) for pid in members()}
 
     def seconds(self) -> float:
-        """So far: the most that one of them has computed, and the sleep, which is only noticed at these calls."""
+        """The largest processor time of a process so far, plus the common sleep. Only these calls notice sleep."""
         pids, now = self.members(), time.monotonic()
         if all(map(is_asleep, pids)):
             self.slept += min(now - self.looked, GLANCE)

@@ -1,10 +1,10 @@
 """
-Runs Transformers' own common model tests on the CBSA models and, for comparison, on its ViT.
+Run Transformers' own common model tests on the CBSA models and, for comparison, on its ViT.
 
     python tools/run_transformers_tests.py [FOLDER] [pytest options, such as -k CBSA]
 
-The tests are not part of this repository: they are taken from the source distribution of the installed Transformers,
-which is downloaded into FOLDER (a temporary one when not given) unless it is there. Needs pytest and parameterized.
+The tests are not part of this repository: they come from the source distribution of the installed Transformers. It is
+downloaded into FOLDER, or into a temporary folder, unless it is there. Needs pytest and parameterized.
 """
 
 import shutil
@@ -19,7 +19,7 @@ import transformers
 
 TOOLS = Path(__file__).resolve().parent
 
-# What the common tests import and the source distribution leaves out.
+# Files that the common tests import, but that the source distribution does not contain.
 STUBS = {
     "exporters/test_export.py": "class ExportTesterMixin:\n    pass\n",
     "generation/test_utils.py": "class GenerationTesterMixin:\n    pass\n",
@@ -35,7 +35,7 @@ STUBS = {
 
 
 def fetch(folder: Path) -> Path:
-    """Source tree of the installed Transformers, in that folder."""
+    """Download the source of the installed Transformers into a folder, unless it is there. Returns its root."""
     name = f"transformers-{transformers.__version__}"
     if not (folder / name).is_dir():
         requirement = f"transformers=={transformers.__version__}"
@@ -47,8 +47,9 @@ def fetch(folder: Path) -> Path:
 
 
 def run(folder: Path, options: list[str]) -> int:
+    """Run the tests in a folder with Transformers' source. Returns pytest's exit status."""
     source = fetch(folder)
-    # The installed library is what is tested, not the copy beside the tests.
+    # So that the tests import the installed library, not the copy beside them.
     shutil.rmtree(source / "src", ignore_errors=True)
     for name, text in STUBS.items():
         path = source / "tests" / name

@@ -15,7 +15,7 @@ from ..checkpoints.weight_files import one_sentence, read_json
 from ..configuration_cbsa import check_counts
 
 
-TRANSFORMERS_TYPES = ("vit", "deit", "dinov2")
+TRANSFORMERS_TYPES = ("vit", "deit", "dinov2", "dinov2_with_registers")
 
 
 def load_pickle(path: Path) -> object:

@@ -17,13 +17,14 @@ from transformers import BaseImageProcessor, SegformerImageProcessorPil, ViTImag
 from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, PILImageResampling
 
 from ..checkpoints import check_processor
-from ..checkpoints.model_cards import auto_class_of, loading_example
+from ..checkpoints.model_cards import auto_class_of, base_model_of, loading_example
 from ..checkpoints.weight_files import check_finite, one_sentence
-from ..configuration_cbsa import CBSAConfig
+from ..configuration_cbsa import CBSAConfig, to_pair
 from ..modeling_cbsa import CBSAForImageClassification, CBSAForSemanticSegmentation, CBSAModel, CBSAPreTrainedModel
 from .checkpoint_files import find_weights, load_source_config, load_weights, read_preprocessing
 from .derive_config import derive_config
 from .key_mappings import ORIGINS, convert_state_dict, detect_origin
+from .originals import original_outputs
 
 
 @dataclass
@@ -104,6 +105,11 @@ def convert_checkpoint(
     path = find_weights(source)
     weights = load_weights(path)
     origin = origin or detect_origin(weights)
+    if not any("pos_embed" in name or "position_embeddings" in name for name in weights):
+        raise ValueError(
+            "The weights have no position embeddings; models with rotary positions, such as DINOv3, cannot be "
+            "converted."
+        )
     attention_types = ORIGINS[origin].attention_types
     attention_type = attention_type or attention_types[0]
     if attention_type not in attention_types:
@@ -120,8 +126,7 @@ def convert_checkpoint(
     config = derive_config(weights, origin, attention_type, num_heads, source_config)
     model = build_model(config, weights)
 
-    image_size = config.image_size
-    height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
+    height, width = to_pair(config.image_size)
     preprocessing = {
         "image_mean": IMAGENET_DEFAULT_MEAN,
         "image_std": IMAGENET_DEFAULT_STD,
@@ -131,10 +136,45 @@ def convert_checkpoint(
     segments = isinstance(model, CBSAForSemanticSegmentation)
     processor_class = SegformerImageProcessorPil if segments else ViTImageProcessorPil
     with one_sentence(f"The image processor of {source} cannot be used"):
-        processor = processor_class(size={"height": height, "width": width}, do_convert_rgb=True, **preprocessing)
+        processor = processor_class(
+            size={"height": height, "width": width}, do_convert_rgb=config.num_channels == 3, **preprocessing
+        )
         check_processor(processor, config.num_channels)
     check_finite(model, source)
     return Conversion(model, processor, origin, dropped)
+
+
+@torch.no_grad()
+def compare_with_original(conversion: Conversion, source: str) -> float:
+    """
+    Run the original and the converted model side by side, on noise of the size that they were trained for.
+
+    Args:
+        conversion: of `source`.
+        source: as for [`convert_checkpoint`].
+
+    Returns:
+        The largest difference of their logits, of a segmenter's masks, or of an encoder's tokens, as a share of the
+        original's largest value.
+
+    Raises:
+        ValueError: the original cannot be run, since its `config.json` does not fit its weights.
+    """
+    path = find_weights(source)
+    source_config = load_source_config(path.parent) if ORIGINS[conversion.origin].layer_norm_eps is None else None
+    model, config = conversion.model, conversion.model.config
+    shape = (1, config.num_channels, *to_pair(config.image_size))
+    pixel_values = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    with one_sentence(f"The original model of {source} cannot be run to compare it"):
+        expected = original_outputs(load_weights(path), conversion.origin, config, pixel_values, source_config)
+    if isinstance(model, CBSAForSemanticSegmentation):
+        patches, grid, _ = model.encode(pixel_values, {})
+        found = model.decoder(patches, grid)[0].flatten(2)
+    elif isinstance(model, CBSAForImageClassification):
+        found = model(pixel_values).logits
+    else:
+        found = model(pixel_values).last_hidden_state
+    return ((found - expected).abs().max() / expected.abs().max()).item()
 
 
 @torch.no_grad()
@@ -192,7 +232,7 @@ def model_card(
     Args:
         conversion: what the card describes.
         name: the model's name or hub id.
-        source: where the weights come from, for people to read.
+        source: where the weights come from, for people to read. A hub id is also the card's `base_model`.
         license: identifier of the weights' licence, such as `apache-2.0`; None if it is unknown.
         attribution: a sentence that says whose weights they are; by default it names the source and the paper.
     """
@@ -206,7 +246,13 @@ def model_card(
     if config.attention_type != origin.attention_types[0]:
         exactness = "It does not compute what the original computes: fine-tune it."
     return ModelCard.from_template(
-        ModelCardData(library_name="transformers", pipeline_tag=task, license=license or "other", tags=["cbsa"]),
+        ModelCardData(
+            library_name="transformers",
+            pipeline_tag=task,
+            license=license or "other",
+            base_model=base_model_of(source),
+            tags=["cbsa"],
+        ),
         template_path=str(Path(__file__).parent / "card_template.md"),
         name=name,
         origin=origin,
@@ -237,6 +283,7 @@ __all__ = [
     "Conversion",
     "build_model",
     "compare_outputs",
+    "compare_with_original",
     "convert_checkpoint",
     "convert_state_dict",
     "derive_config",

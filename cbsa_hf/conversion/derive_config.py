@@ -143,6 +143,8 @@ def derive_config(
     hidden_size = shape_of(weights, f"{EMBEDDINGS}.cls_token", 3)[-1]
     num_patches = shape_of(weights, f"{EMBEDDINGS}.position_embeddings", 3)[1] - 1
     values = derive_patches(weights) | derive_labels(weights, source_config)
+    if f"{EMBEDDINGS}.register_tokens" in weights:
+        values["num_register_tokens"] = shape_of(weights, f"{EMBEDDINGS}.register_tokens", 3)[1]
     if source_config is None:
         values["image_size"] = derive_image_size(num_patches, values["patch_size"])
         num_heads = num_heads or derive_num_heads(weights, hidden_size)

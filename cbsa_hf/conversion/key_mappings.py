@@ -6,11 +6,13 @@ Each origin has a function that renames one parameter; the table `ORIGINS` has t
 write its function and enter it in the table.
 """
 
+import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from torch.nn import functional as F
 
 
 VIT_ATTENTIONS = ("softmax", "agent", "mita")
@@ -101,6 +103,8 @@ def rename_timm(key: str) -> str | None:
     match key.split("."):
         case ["cls_token"]:
             return "cbsa.embeddings.cls_token"
+        case ["register_tokens" | "reg_token"]:
+            return "cbsa.embeddings.register_tokens"
         case ["pos_embed"]:
             return "cbsa.embeddings.position_embeddings"
         case ["patch_embed", "proj", kind]:
@@ -118,9 +122,11 @@ def rename_transformers(key: str) -> str | None:
     """
     Our name for a parameter of ViT, DeiT and DINOv2 in Transformers, in files or in memory; None without a place.
     """
-    key = re.sub(r"^(vit|deit|dinov2)\.", "", key)
+    key = re.sub(r"^(vit|deit|dinov2|dinov2_with_registers)\.", "", key)
     match key.removeprefix("encoder.").split("."):
-        case ["embeddings", "cls_token" | "position_embeddings"] | ["embeddings", "patch_embeddings", "projection", _]:
+        case ["embeddings", "cls_token" | "register_tokens" | "position_embeddings"]:
+            return f"cbsa.{key}"
+        case ["embeddings", "patch_embeddings", "projection", _]:
             return f"cbsa.{key}"
         case ["layernorm", kind]:
             return f"cbsa.layernorm.{kind}"
@@ -236,9 +242,8 @@ ORIGINS = {
 UNUSED = re.compile(r"(^|\.)(mask_token|pooler\.dense\.(weight|bias))$|^encoder\.head\.(weight|bias)$")
 
 REFUSED = {
-    r"(^|\.)(distillation_token|dist_token|register_tokens|reg_token)$": (
-        "is a token besides CLS, which a CBSA model has no place for; convert a model without distillation or "
-        "register tokens"
+    r"(^|\.)(distillation_token|dist_token)$": (
+        "is a token besides CLS, which a CBSA model has no place for; convert a model without distillation"
     ),
     r"\.mlp\.(weights_in|w12|gate_proj)\.": (
         "is a SwiGLU feed-forward, which a CBSA model does not have; convert a model with an MLP"
@@ -287,7 +292,18 @@ def convert_state_dict(weights: dict[str, torch.Tensor], origin: str) -> tuple[d
     if origin == "crate-alpha":  # whose output layers have no bias
         for name in [name for name in converted if name.endswith("attention.out_proj.weight")]:
             converted.setdefault(name.replace(".weight", ".bias"), converted[name].new_zeros(len(converted[name])))
+    if origin == "timm":
+        add_cls_position(converted)
     return fold_layer_scale(transpose_products(split_qkv(converted))), dropped
+
+
+def add_cls_position(weights: dict[str, torch.Tensor]):
+    """Gives CLS the position 0 in timm's models with registers, which have positions for the patches alone."""
+    positions = weights.get("cbsa.embeddings.position_embeddings")
+    if "cbsa.embeddings.register_tokens" not in weights or positions is None or positions.ndim != 3:
+        return
+    if math.isqrt(positions.shape[1]) ** 2 == positions.shape[1]:
+        weights["cbsa.embeddings.position_embeddings"] = F.pad(positions, (0, 0, 1, 0))
 
 
 def split_qkv(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -5,6 +5,7 @@ Two token-to-token maps are offered. The map `A^T A` of the paper ([`attention_m
 it is not what the update is computed with. The product of what the representatives write and read is ([`exact_maps`]).
 """
 
+import warnings
 from dataclasses import dataclass
 
 import torch
@@ -81,6 +82,7 @@ class ExactMap:
     @property
     def factor(self) -> torch.Tensor:
         """The old name of `representative_attentions`, which the next version removes."""
+        warnings.warn("`factor` is now `representative_attentions`.", FutureWarning, stacklevel=2)
         return self.representative_attentions
 
     def row(self, token: int) -> torch.Tensor:

@@ -3,6 +3,7 @@ Measure whether the layers do what their objective says: coding rates, sparsity 
 weights are perturbed.
 """
 
+import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass, fields
 
@@ -79,7 +80,7 @@ class LayerMeasures:
         zeros_before, zeros_after: (images, layers), share of the entries that are exactly 0 before and after the
             feed-forward block (ISTA).
         sparsity_before, sparsity_after: (images, layers), [`hoyer_sparsity`] before and after the feed-forward block.
-        factor_rank: (images, layers, heads), effective rank of the representative attentions A.
+        representative_attention_rank: (images, layers, heads), effective rank of the representative attentions A.
         map_rank: (images, layers, heads), effective rank of the token-to-token map, which is `A^T A` for `cbsa`.
     """
 
@@ -92,8 +93,14 @@ class LayerMeasures:
     zeros_after: torch.Tensor
     sparsity_before: torch.Tensor
     sparsity_after: torch.Tensor
-    factor_rank: torch.Tensor | None
+    representative_attention_rank: torch.Tensor | None
     map_rank: torch.Tensor
+
+    @property
+    def factor_rank(self) -> torch.Tensor | None:
+        """The old name of `representative_attention_rank`, which the next version removes."""
+        warnings.warn("`factor_rank` is now `representative_attention_rank`.", FutureWarning, stacklevel=2)
+        return self.representative_attention_rank
 
     def summary(self) -> dict[str, dict[str, list] | None]:
         """
@@ -130,7 +137,7 @@ def measure(encoding: Encoding, eps: float = EPS) -> dict[str, torch.Tensor]:
     per_head = torch.full((len(encoding.tokens), num_heads), torch.nan, dtype=torch.float64)
     operators = layer_operators(encoding.encoder)
     found = {name: [per_head] * len(operators) for name in MEASURES}
-    for index, (layer, operator) in enumerate(zip(encoding.encoder.layers, operators, strict=True)):
+    for index, (layer, operator) in enumerate(zip(encoding.encoder.applied_layers, operators, strict=True)):
         before, code = encoding.hidden_states[index : index + 2]
         after = encoding.attended_states[index]
         if isinstance(operator, SharedProjectionSelfAttention):
@@ -146,8 +153,8 @@ def measure(encoding: Encoding, eps: float = EPS) -> dict[str, torch.Tensor]:
             found[f"sparsity_{name}"][index] = hoyer_sparsity(tokens.double())
         if operator.has_representative_attentions:
             singular_values = torch.linalg.svdvals(encoding.representative_attentions[index].double())
-            found["factor_rank"][index] = effective_count(singular_values)
-        if operator.map_is_gram:  # its singular values are the squares of those of its factor
+            found["representative_attention_rank"][index] = effective_count(singular_values)
+        if operator.map_is_gram:  # its singular values are the squares of those of A
             found["map_rank"][index] = effective_count(singular_values.square())
         else:
             found["map_rank"][index] = effective_rank(encoding.attentions[index])

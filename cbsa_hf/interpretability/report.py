@@ -85,7 +85,7 @@ def draw_measures(measures: LayerMeasures) -> Image.Image:
         "coding rate, normalised tokens": ("nats", rates),
         "coding rate, tokens as they are": ("nats", raw_rates),
         "zeros around the feed-forward": ("share of entries", lines(before="zeros_before", after="zeros_after")),
-        "rank of the attention": ("effective rank", lines(factor_A="factor_rank", map="map_rank")),
+        "rank of the attention": ("effective rank", lines(A="representative_attention_rank", map="map_rank")),
     }
     layers = list(range(measures.zeros_after.shape[1]))
     panels = [

@@ -178,17 +178,13 @@ def open_image(
 
 
 def open_mask(
-    source: "str | os.PathLike | bytes | BinaryIO | dict",
-    *,
-    name: str | None = None,
-    max_pixels: int = MAX_PIXELS,
-    max_ratio: float = MAX_RATIO,
+    source: "str | os.PathLike | bytes | BinaryIO | dict", *, name: str | None = None, max_pixels: int = MAX_PIXELS
 ) -> Image.Image:
     """
     Read a file of labels to the end. It is turned upright as its photo is; values and mode stay as they are stored.
     Arguments and errors are those of [`open_image`].
     """
-    image, _ = decode(source, name, max_pixels, max_ratio)
+    image, _ = decode(source, name, max_pixels, MAX_RATIO)
     image = image.copy()
     image.info = {}
     return image
@@ -460,8 +456,10 @@ def normalise(images: list[Image.Image | np.ndarray], processor: BaseImageProces
     Images of the same size as pixel values (batch, channels, height, width): scaled and normalised by the processor,
     not resized.
     """
-    layout = {} if isinstance(images[0], Image.Image) else {"input_data_format": "channels_last"}
-    return processor(images, do_resize=False, do_center_crop=False, return_tensors="pt", **layout)["pixel_values"]
+    # Four channels of an array are not red, green, blue and opacity.
+    arrays = {"input_data_format": "channels_last", "do_convert_rgb": False}
+    options = {} if isinstance(images[0], Image.Image) else arrays
+    return processor(images, do_resize=False, do_center_crop=False, return_tensors="pt", **options)["pixel_values"]
 
 
 def to_pixel_values(

@@ -5,7 +5,7 @@ import base64
 import httpx
 from PIL import Image
 from transformers import AutoModelForImageClassification, Pipeline
-from transformers.pipelines import PIPELINE_REGISTRY
+from transformers.pipelines import PIPELINE_REGISTRY, PipelineRegistry
 
 from .images import BYTES_PER_PIXEL, MAX_PIXELS, ImageError, to_image
 from .zero_shot import ZeroShotSegmentation, ZeroShotSegmenter
@@ -101,12 +101,15 @@ class ZeroShotSegmentationPipeline(Pipeline):
         return {"mask": Image.fromarray(found.mask).convert("L"), "segments": segments}
 
 
-def registration() -> dict:
-    """
-    The entry that `save_pretrained` writes into `config.json`, so that `trust_remote_code=True` finds the pipeline.
-    """
-    implementation = {"impl": ZeroShotSegmentationPipeline, "pt": (AutoModelForImageClassification,), "type": "image"}
-    return {TASK: implementation}
+def register_in(registry: PipelineRegistry, default: dict | None = None):
+    """Add the task to a registry of Transformers, which also notes in the class what `save_pretrained` writes."""
+    registry.register_pipeline(
+        TASK,
+        pipeline_class=ZeroShotSegmentationPipeline,
+        pt_model=AutoModelForImageClassification,
+        default=default,
+        type="image",
+    )
 
 
 def register_pipeline(default: str):
@@ -114,17 +117,18 @@ def register_pipeline(default: str):
     Make the task known to `pipeline`.
 
     Args:
-        default: path of the checkpoint that `pipeline` loads without a model. It is not written by `save_pretrained`:
-            `_registered_impl`, which `register_pipeline` fills with it and `save_pretrained` writes, is set again.
+        default: path of the checkpoint that `pipeline` loads without a model.
     """
-    PIPELINE_REGISTRY.register_pipeline(
-        TASK,
-        pipeline_class=ZeroShotSegmentationPipeline,
-        pt_model=AutoModelForImageClassification,
-        default={"model": (default, "main")},
-        type="image",
-    )
-    ZeroShotSegmentationPipeline._registered_impl = registration()
+    register_in(PIPELINE_REGISTRY, {"model": (default, "main")})
+    note_for_saving()
 
 
-ZeroShotSegmentationPipeline._registered_impl = registration()  # also where this file is remote code
+def note_for_saving():
+    """
+    Make `save_pretrained` write the task, without a default, into `config.json`, where `trust_remote_code=True` finds
+    the pipeline. The registry that does it is thrown away: `pipeline` does not see it.
+    """
+    register_in(PipelineRegistry({}, {}))
+
+
+note_for_saving()  # here too, since `register_pipeline` is not called where this file is remote code

@@ -14,12 +14,12 @@ ADDRESS = ("photo", "layer", "head", "row", "column", "representative")
 
 
 def sent(event: gr.EventData) -> dict:
-    """What came with an event."""
+    """What came with an event. Gradio gives single entries as attributes, but no public list of those that came."""
     return event._data if isinstance(event._data, dict) else {}
 
 
 class Choices:
-    """One method an action; each returns values for the components that it changes, and leaves others as they are."""
+    """One method for each action. It returns values for the components that it changes; the others stay."""
 
     def __init__(self, answers: Answers):
         self.answers = answers
@@ -62,7 +62,7 @@ class Choices:
         )
 
     def follow_link(self, model: object, request: gr.Request):
-        """What an address says: the values of [`ADDRESS`], and the status; what it leaves out is as at first."""
+        """The values of [`ADDRESS`] in the page's address, or defaults where they are missing; and the status."""
         given = dict(request.query_params)
         if not given.keys() & set(ADDRESS):
             return [gr.skip()] * (len(ADDRESS) + 1)

@@ -55,14 +55,14 @@ class Scale:
 
 
 def to_uri(image: Image.Image, format: str = "PNG", **options) -> str:
-    """The picture itself as an address."""
+    """The picture as a `data:` URI."""
     file = BytesIO()
     image.save(file, format, **options)
     return f"data:image/{format.lower()};base64,{base64.b64encode(file.getvalue()).decode()}"
 
 
 def draw_photo(image: Image.Image) -> str:
-    """The photo as it is shown: JPEG without loss that anybody sees."""
+    """The photo as a JPEG whose losses cannot be seen."""
     return to_uri(image, "JPEG", quality=90, subsampling=0)
 
 
@@ -75,7 +75,7 @@ def draw_map(values: np.ndarray, scale: Scale) -> str:
 
 
 def outline(mask: np.ndarray) -> np.ndarray:
-    """Where a mask (height, width) ends: a line as thick as the picture asks for."""
+    """The edge of a mask (height, width), as a mask; larger pictures have thicker lines."""
     edges = np.zeros(mask.shape, dtype=bool)
     edges[:, 1:] |= mask[:, 1:] != mask[:, :-1]
     edges[1:] |= mask[1:] != mask[:-1]
@@ -97,7 +97,7 @@ def draw_labels(labels: np.ndarray, colours: np.ndarray) -> str:
 
 
 def to_npz(arrays: dict[str, np.ndarray]) -> str:
-    """The address of a file that `numpy.load` reads, and nothing else."""
+    """A `data:` URI of a file that `numpy.load` reads."""
     file = BytesIO()
     np.savez_compressed(file, **arrays)
     return f"data:application/octet-stream;base64,{base64.b64encode(file.getvalue()).decode()}"

@@ -4,10 +4,12 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
 import torch
+from huggingface_hub import ModelCard
 from PIL import Image
 from transformers import BaseImageProcessor
 
@@ -27,6 +29,7 @@ try:
 except ImportError:  # everywhere but on a ZeroGPU of Hugging Face
 
     def on_gpu(function):
+        """The function as it is: here it already runs where the model is."""
         return function
 
 
@@ -34,13 +37,13 @@ T = TypeVar("T")
 
 MAX_LOOKS = 6  # that are kept, up to 30 MB each
 MAX_PARTS = 4  # of each, segmentations and measures
-LONG_SIDE = 192  # pixels of the longer side that the model sees
+LONG_SIDE = 256  # pixels of the longer side that the model sees
 METHODS = ("ncut", "representatives", "attention")
 MAX_SEGMENTS = 8
 
 
 class Kept:
-    """Results by key, the last used ones; two who ask for one at the same time wait for the same computation."""
+    """A cache of the results used last. If two threads ask for a result at the same time, it is computed once."""
 
     def __init__(self, size: int):
         self.size = size
@@ -48,7 +51,7 @@ class Kept:
         self.results = OrderedDict()
 
     def get(self, key: Hashable, compute: Callable[[], T]) -> T:
-        """The result of that key, computed where it is not kept."""
+        """The result of that key; it is computed if it is not in the cache."""
         with self.lock:
             result, lock = self.results.setdefault(key, ([], threading.Lock()))
             self.results.move_to_end(key)
@@ -60,7 +63,7 @@ class Kept:
                     result.append(compute())
                 except Exception:
                     with self.lock:
-                        self.results.pop(key, None)  # what cannot be computed takes no place
+                        self.results.pop(key, None)  # a failed computation is not kept
                     raise
             return result[0]
 
@@ -97,7 +100,7 @@ class Look:
 
     Args:
         photo: the photo.
-        model, processor: who looks.
+        model, processor: what it is seen with.
     """
 
     def __init__(self, photo: Photo, model: CBSAPreTrainedModel, processor: BaseImageProcessor):
@@ -117,6 +120,7 @@ class Look:
         )
 
     def compute_segments(self, method: str, num_segments: int, sharp: bool) -> Segmented:
+        """The segments, without asking whether they are kept."""
         segmenter = ZeroShotSegmenter(self.model, self.processor, method, sharp, num_segments=num_segments)
         found = segmenter.segment(self.photo.image, self.encoding)
         segments = [
@@ -185,6 +189,7 @@ class Look:
         return self.parts.get("measures", self.compute_measures)
 
     def compute_measures(self) -> dict[str, list | None]:
+        """The measures, without asking whether they are kept."""
         summary = collect([measure(self.encoding)]).summary()
         return {name: found and found["mean"] for name, found in summary.items()}
 
@@ -203,7 +208,8 @@ class Explorer:
     The models of the page, and what they found in the photos of late.
 
     Args:
-        checkpoints: folders or hub ids by the names that visitors see. Visitors choose among these only.
+        checkpoints: folders or hub ids by the names that visitors see. Visitors choose among these only, so nobody
+            makes the server open a folder or download a model.
     """
 
     def __init__(self, checkpoints: dict[str, str]):
@@ -213,6 +219,7 @@ class Explorer:
 
     @property
     def default(self) -> str:
+        """The name of the model that the page opens with."""
         return next(iter(self.checkpoints))
 
     def model(self, name: object) -> tuple[CBSAPreTrainedModel, BaseImageProcessor]:
@@ -220,6 +227,19 @@ class Explorer:
         if not isinstance(name, str) or name not in self.checkpoints:
             raise PhotoError(f"There is no such model; choose one of {', '.join(self.checkpoints)}.")
         return self.models.get(name, lambda: load_checkpoint(self.checkpoints[name]))
+
+    def card(self, name: object) -> str:
+        """The model card, in Markdown; for one without, or of the hub, where it is."""
+        self.model(name)  # checks the name
+        checkpoint = Path(self.checkpoints[name])
+        if not checkpoint.is_dir():
+            return f"[The model card on the Hub](https://huggingface.co/{self.checkpoints[name]})"
+        file = checkpoint / "README.md"
+        return (
+            ModelCard.load(file, ignore_metadata_errors=True).text
+            if file.is_file()
+            else "This model has no model card."
+        )
 
     def segmenter(self) -> tuple[CBSAPreTrainedModel, BaseImageProcessor]:
         """The model for street scenes that ships with the package, and its processor."""

@@ -8,8 +8,10 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import gradio as gr
+from starlette.middleware import Middleware
 
 from . import text, views
+from .admission import Admission
 from .answers import FIRST, MAPS, NO_OTHER, QUERIES, Answers
 from .choices import Choices
 from .endpoints import add_endpoints
@@ -30,12 +32,16 @@ SETTINGS = {
 }
 SERVER = {
     "css": CSS,
-    "theme": gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]),
+    "theme": gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]).set(
+        body_text_color_subdued="*neutral_600",  # Gradio's own are too faint to read
+        link_text_color_dark="*secondary_300",
+    ),
     "max_file_size": MAX_BYTES,
     "state_session_capacity": 100,  # what the server keeps of visitors; the page itself knows what it shows
     "show_error": True,
     "mcp_server": find_spec("mcp") is not None,
     "footer_links": ["api", "gradio"],
+    "app_kwargs": {"middleware": [Middleware(Admission)]},
 }
 
 
@@ -43,10 +49,12 @@ class Page(gr.Blocks):
     """A page of Gradio that opens no file which was not uploaded to it, whichever component or endpoint it is for."""
 
     async def preprocess_data(self, block_fn, inputs, *args, **options):
+        """What Gradio does, after files that no visitor may name are refused."""
         return await super().preprocess_data(block_fn, admit_files(inputs), *args, **options)
 
 
 def script(name: str) -> str:
+    """The text of a file beside this one."""
     return (FOLDER / name).read_text(encoding="utf-8")
 
 
@@ -63,7 +71,7 @@ def own_html(
 
 
 def answered(view: Callable[..., str | tuple[str, ...]], count: int) -> Callable[..., list[str]]:
-    """What a view says in so many places, or the sentence why it says nothing."""
+    """The parts of a view; after an error its sentence, in each of their places."""
 
     @functools.wraps(view)
     def answer(*args):
@@ -82,7 +90,7 @@ def answered(view: Callable[..., str | tuple[str, ...]], count: int) -> Callable
 
 def add_choice(parts: SimpleNamespace, explorer: Explorer):
     """Which photo, and which model."""
-    own_html(views.header(), elem_id="header")
+    own_html(views.header(), ["header.js"], elem_id="header")
     parts.source = gr.Textbox(FIRST["source"], visible="hidden", elem_id="source")
     with gr.Row(elem_id="choice"):
         with gr.Column(scale=4, min_width=320):
@@ -101,8 +109,8 @@ def add_pictures(parts: SimpleNamespace):
         with gr.Column(scale=5, min_width=320):
             parts.photo = own_html("", ["photo.js", "picks.js"], elem_id="photo")
             with gr.Row():
-                parts.row = gr.Number(row, label="Row of the patch", precision=0, minimum=0, elem_id="row")
-                parts.column = gr.Number(column, label="Column of the patch", precision=0, minimum=0, elem_id="column")
+                parts.row = gr.Number(row, label="Patch row", precision=0, minimum=0, elem_id="row")
+                parts.column = gr.Number(column, label="Patch column", precision=0, minimum=0, elem_id="column")
         with gr.Column(scale=5, min_width=320):
             parts.segments = own_html(elem_id="segments", classes=["result"])
             parts.legend = own_html(elem_id="legend", classes=["result"])
@@ -129,7 +137,13 @@ def add_story(parts: SimpleNamespace, look: Look, heads: list[str]):
     parts.steps = own_html("", ["picks.js"], elem_id="steps", classes=["result"])
     with gr.Row():
         parts.representative = gr.Number(
-            FIRST["representative"], label="Representative", precision=0, minimum=0, elem_id="representative"
+            FIRST["representative"],
+            label="Representative",
+            precision=0,
+            minimum=0,
+            scale=0,
+            min_width=200,
+            elem_id="representative",
         )
         parts.behind = gr.Checkbox(False, label="The photo behind the maps", elem_id="behind")
     own_html("<h2>Layers at a glance <small>click a map to choose its layer and head</small></h2>")
@@ -156,13 +170,15 @@ def add_more(parts: SimpleNamespace, explorer: Explorer):
             parts.flip = gr.Checkbox(True, label="Mirrored too", elem_id="flip")
             parts.edges = gr.Checkbox(HAS_KORNIA, label="Edges follow the photo", visible=HAS_KORNIA, elem_id="edges")
         parts.street = own_html(elem_id="street", classes=["result"])
-    with gr.Accordion("Use it from code", open=False):
+    with gr.Accordion("Use it from code", open=False, elem_id="code"):
         gr.Code(text.CODE, language="python", label="The library", interactive=False)
         gr.Code(text.CLIENT, language="python", label="This page as a server", interactive=False)
         gr.Code(text.SHELL, language="shell", label="The command line", interactive=False)
         gr.Code(text.AGENT, language="json", label="An agent, by MCP", interactive=False)
     with gr.Accordion("What it cannot do", open=False, elem_id="limits"):
         gr.Markdown(text.LIMITS)
+    with gr.Accordion("Model card", open=False, elem_id="card"):
+        parts.card = gr.Markdown(explorer.card(explorer.default))
 
 
 def show(view: Callable, inputs: list, *outputs: gr.HTML, triggers: list | None = None, at_once: bool = True):
@@ -215,6 +231,7 @@ def follow(parts: SimpleNamespace, choices: Choices, page: gr.Blocks):
     clicked = [*patch, parts.layer, parts.head, parts.representative]
     for picture in (parts.photo, parts.steps, parts.glance):
         picture.select(choices.click, None, clicked, **quiet)
+    parts.model.change(choices.explorer.card, parts.model, parts.card, **quiet)
     parts.model.change(choices.adapt, [parts.model, parts.layer, parts.head], [parts.layer, parts.head], **quiet)
     address = [parts.source, parts.layer, parts.head, *patch, parts.representative]
     page.load(choices.follow_link, parts.model, [*address, parts.status], **quiet)
@@ -226,14 +243,17 @@ def follow(parts: SimpleNamespace, choices: Choices, page: gr.Blocks):
 def build_page(explorer: Explorer) -> gr.Blocks:
     """The page, its first result already computed."""
     answers = Answers(explorer)
+    for name in explorer.checkpoints:  # all at once, so that what is wrong with one is the operator's to read
+        explorer.model(name)
     first = explorer.look(FIRST["source"], explorer.default)
     parts = SimpleNamespace()
     with Page(**SETTINGS) as page:
         add_choice(parts, explorer)
         add_pictures(parts)
-        add_story(parts, first, answers.heads(first))
+        with gr.Column():  # within which a phone keeps the choice of the layer in reach
+            add_story(parts, first, answers.heads(first))
         add_more(parts, explorer)
-        add_endpoints(explorer)  # first, so that their names are theirs
+        add_endpoints(answers)  # first, so that their names are theirs
         keep_current(parts, answers)
         follow(parts, Choices(answers), page)
     page.queue(max_size=200)

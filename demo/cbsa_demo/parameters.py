@@ -9,7 +9,7 @@ MEAN = "mean"  # of the heads, where one is chosen
 
 
 def shown(value: object) -> str:
-    """A value in a sentence, however long it is."""
+    """A value as text for a sentence; a long one is cut off."""
     text = repr(value)
     return text if len(text) <= 40 else f"{text[:40]}..."
 

@@ -90,7 +90,7 @@ def find_upload(source: str) -> Path:
     if not UPLOADED.fullmatch(source) or source.endswith("/.."):
         raise PhotoError(NOT_UPLOADED)
     path = folder / source
-    # Links and whatever waits for a writer are not opened; the same words for all of it tell nobody what exists.
+    # Links and pipes are not opened. One message for all cases tells nobody which files exist.
     if path.resolve() != path or not path.is_file():
         raise PhotoError(NOT_UPLOADED)
     return path
@@ -146,7 +146,7 @@ def open_upload(source: str) -> Photo:
         raise PhotoError(f"{path.name} is empty.")
     try:
         size = open_bytes(data).size
-    except Exception as error:  # decoders raise what they like
+    except Exception as error:  # decoders raise errors of many types
         raise PhotoError(
             f"{path.name} is not a photo that this page can read; give a JPEG, PNG, WebP, AVIF, TIFF, GIF or BMP file."
         ) from error

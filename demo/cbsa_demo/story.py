@@ -30,6 +30,49 @@ def panel(title: str, formula: str, stage: str, bar: str, caption: str) -> str:
     )
 
 
+def pick_panel(weights: np.ndarray, patch: tuple[int, int], place: tuple[int, int], frame: str) -> str:
+    """
+    The grid of representatives, to pick one from.
+
+    Args:
+        weights: (rows, columns) of the grid, how much each representative reads the chosen patch.
+        patch: (row, column) of that patch.
+        place: (row, column) of the chosen representative.
+        frame: HTML that marks it.
+    """
+    rows, columns = weights.shape
+    scale = Scale.of(weights)
+    eager = divmod(int(weights.argmax()), columns)
+    return panel(
+        f"{weights.size} representatives",
+        "who reads the chosen patch",
+        f'<div class="stage" data-pick="representative" data-rows="{rows}" data-columns="{columns}">'
+        f'<img class="map" src="{draw_map(weights, scale)}" alt="A grid of {rows} x {columns} representatives; '
+        f'{name_of(eager)} reads the chosen patch most">{frame}</div>',
+        colour_bar(scale, "weight"),
+        f"Chosen: {name_of(place)}. {name_of(eager).capitalize()} reads patch {patch} most. Click one.",
+    )
+
+
+def contract_panel(parts: dict[str, np.ndarray], chosen: int, columns: int) -> str:
+    """How the representatives, in a grid of so many columns, attend to one another; see [`steps`]."""
+    similarity = parts["similarity"]
+    scale, row, size = Scale.of(similarity), similarity[chosen], len(similarity)
+    others = np.where(np.arange(size) == chosen, -1, row)
+    return panel(
+        "2 Contract",
+        "S, m x m",
+        f'<div class="stage square" data-pick="matrix" data-rows="{size}" data-columns="{size}">'
+        f'<img class="map" src="{draw_map(similarity, scale)}" alt="How {size} representatives attend to '
+        f'one another"><span class="bin" style="left:0;width:100%;top:{100 * chosen / size}%;height:{100 / size}%">'
+        "</span></div>",
+        colour_bar(scale, "weight"),
+        f"It keeps {row[chosen]:.0%} of itself and takes {others.max():.0%} from "
+        f"{name_of(divmod(int(others.argmax()), columns))}. Reading moved it by "
+        f"{parts['moved_by_reading'][chosen]:.2f} of its length, this by {parts['moved_by_contraction'][chosen]:.2f}.",
+    )
+
+
 def steps(look: Look, parts: dict[str, np.ndarray], patch: tuple[int, int], chosen: int) -> str:
     """
     What one head's representatives do, step by step.
@@ -45,18 +88,8 @@ def steps(look: Look, parts: dict[str, np.ndarray], patch: tuple[int, int], chos
     box = f"left:{100 * place[1] / columns}%;top:{100 * place[0] / rows}%;width:{100 / columns}%;height:{100 / rows}%"
     frame = f'<span class="bin" style="{box}"></span>'
 
-    weights = parts["reads"][:, *patch].reshape(rows, columns)
-    readers = Scale.of(weights)
-    eager = divmod(int(weights.argmax()), columns)
-    pick = panel(
-        f"{len(parts['reads'])} representatives",
-        "who reads the chosen patch",
-        f'<div class="stage" data-pick="representative" data-rows="{rows}" data-columns="{columns}">'
-        f'<img class="map" src="{draw_map(weights, readers)}" alt="A grid of {rows} x {columns} representatives; '
-        f'{name_of(eager)} reads the chosen patch most">{frame}</div>',
-        colour_bar(readers, "weight"),
-        f"Chosen: {name_of(place)}. {name_of(eager).capitalize()} reads patch {patch} most. Click one.",
-    )
+    pick = pick_panel(parts["reads"][:, *patch].reshape(rows, columns), patch, place, frame)
+    contract = contract_panel(parts, chosen, columns)
 
     reads = Scale.of(parts["reads"][chosen])
     extract = panel(
@@ -65,23 +98,6 @@ def steps(look: Look, parts: dict[str, np.ndarray], patch: tuple[int, int], chos
         map_stage(parts["reads"][chosen], reads, frame if look.pools else ""),
         colour_bar(reads, "weight"),
         f"What it reads: {strongest(parts['reads'][chosen])}.",
-    )
-
-    similar = Scale.of(parts["similarity"])
-    row = parts["similarity"][chosen]
-    others = np.where(np.arange(len(row)) == chosen, -1, row)
-    size = len(row)
-    contract = panel(
-        "2 Contract",
-        "S, m x m",
-        f'<div class="stage square" data-pick="matrix" data-rows="{size}" data-columns="{size}">'
-        f'<img class="map" src="{draw_map(parts["similarity"], similar)}" alt="How {size} representatives attend to '
-        f'one another"><span class="bin" style="left:0;width:100%;top:{100 * chosen / size}%;height:{100 / size}%">'
-        "</span></div>",
-        colour_bar(similar, "weight"),
-        f"It keeps {row[chosen]:.0%} of itself and takes {others.max():.0%} from "
-        f"{name_of(divmod(int(others.argmax()), columns))}. Reading moved it by "
-        f"{parts['moved_by_reading'][chosen]:.2f} of its length, this by {parts['moved_by_contraction'][chosen]:.2f}.",
     )
 
     writes = Scale.of(parts["writes"][chosen], signed=True)
@@ -105,15 +121,16 @@ def steps(look: Look, parts: dict[str, np.ndarray], patch: tuple[int, int], chos
 
 
 def name_of(place: tuple[int, int]) -> str:
+    """What a representative is called, by its row and column."""
     return f"representative {place}"
 
 
-def without_representatives(look: Look, layer: int) -> str:
-    """What stands in place of the steps where there are none."""
+def no_steps(look: Look, layer: int) -> str:
+    """Why a layer has no steps to show."""
     kind = look.model.config.layer_attention_types[layer]
-    return sentence(
+    return (
         f"The attention type of layer {layer} is {kind}. It has no representatives that contract, so there is "
-        "nothing to extract, contract or broadcast; its maps are below."
+        "nothing to extract, contract or broadcast."
     )
 
 
@@ -167,7 +184,7 @@ MEASURED = {
     "coding rate before": ("normalised_coding_rate_before", "{:.0f}"),
     "after": ("normalised_coding_rate_after", "{:.0f}"),
     "zeros after the feed-forward": ("zeros_after", "{:.0%}"),
-    "rank of A": ("factor_rank", "{:.1f}"),
+    "rank of A": ("representative_attention_rank", "{:.1f}"),
     "rank of the map": ("map_rank", "{:.1f}"),
 }
 

@@ -36,7 +36,8 @@ def header() -> str:
   <p>In Contract-and-Broadcast Self-Attention a few representatives <b>extract</b> what they need from all tokens,
   <b>contract</b> toward one another, and <b>broadcast</b> what they found back to the tokens: with one projection, and
   at a cost that is linear in the number of tokens.</p>
-  <nav>{anchors}<a href="#limits">What it cannot do</a></nav>
+  <nav aria-label="Links">{anchors}<a href="#card">Model card</a><a href="#code">Use it from code</a>
+  <a href="#limits">What it cannot do</a></nav>
 </header>
 """
 
@@ -87,6 +88,7 @@ def photo(look: Look) -> str:
 
 
 def swatch(colour: np.ndarray) -> str:
+    """A small square of a colour, as HTML."""
     return f'<span class="swatch" style="background:rgb({" ".join(map(str, colour))})"></span>'
 
 

@@ -32,15 +32,15 @@ def data(tmp_path_factory):
 
 @pytest.fixture
 def bench(data, tmp_path):
-    from small_models import Recipe
-    from workbench import Workbench
+    from benchmarks.small_models import Recipe
+    from benchmarks.workbench import Workbench
 
     recipe = Recipe(16, 4, 16, 2, 2, representatives_size=2, num_epochs=8, batch_size=8, learning_rate=1e-2)
     return Workbench(tmp_path, str(data), recipe=recipe, seeds=(0, 1), num_images=3)
 
 
 def test_small_models_learn_and_are_remembered(bench):
-    from small_models import accuracy
+    from benchmarks.small_models import accuracy
 
     bench.recipe = replace(bench.recipe, num_epochs=24)
     model = bench.small("cbsa", 0, attention_type="cbsa")
@@ -55,8 +55,8 @@ def test_small_models_learn_and_are_remembered(bench):
 
 @pytest.mark.parametrize("claim", [2, 3, 4, 7])
 def test_claims_about_trained_models(bench, claim):
-    from claims import CLAIMS
-    from workbench import FAILS, HOLDS, NOT_RUN, OPEN
+    from benchmarks.claims import CLAIMS
+    from benchmarks.workbench import FAILS, HOLDS, NOT_RUN, OPEN
 
     if claim == 4:
         bench.checkpoints = bench.cache / "comparison"
@@ -73,7 +73,7 @@ def test_claims_about_trained_models(bench, claim):
 
 
 def test_adaptation_replaces_the_attention_alone(bench):
-    from small_models import with_attention
+    from benchmarks.small_models import with_attention
 
     model = bench.small("softmax", 0, attention_type="softmax")
     replaced = with_attention(model, attention_type="agent")
@@ -86,8 +86,8 @@ def test_adaptation_replaces_the_attention_alone(bench):
 
 def test_masks_are_scored_once(bench, tmp_path):
     """Claim 1 on two photos, by the real script; the second time from the cache."""
-    from model_claims import zero_shot_segmentation
-    from workbench import NOT_RUN
+    from benchmarks.model_claims import zero_shot_segmentation
+    from benchmarks.workbench import NOT_RUN
 
     random = np.random.default_rng(0)
     masks = [PILImage.fromarray(np.pad(np.ones((20, 20), np.uint8), 10)) for _ in range(2)]
@@ -110,14 +110,14 @@ def test_masks_are_scored_once(bench, tmp_path):
 
 
 def test_verdict_over_seeds():
-    from workbench import FAILS, HOLDS, OPEN, sign_verdict
+    from benchmarks.workbench import FAILS, HOLDS, OPEN, sign_verdict
 
     assert [sign_verdict(values) for values in ([1, 2], [-1, -2], [1, -1])] == [HOLDS, FAILS, OPEN]
 
 
 def test_page(tmp_path, monkeypatch, capsys):
-    from claims import Arguments, main
-    from operator_claims import linear_cost
+    from benchmarks.claims import Arguments, main
+    from benchmarks.operator_claims import linear_cost
 
     cache, output = tmp_path / "cache", tmp_path / "docs" / "claims.md"
     with pytest.raises(ValueError, match=r"There is no folder .*docs to write"):
@@ -150,7 +150,7 @@ def test_page(tmp_path, monkeypatch, capsys):
     [({"claims": [8]}, "There is no claim 8"), ({"checkpoints": "nowhere"}, "`--checkpoints nowhere` is no folder")],
 )
 def test_bad_input(tmp_path, monkeypatch, values, message):
-    from claims import Arguments, main
+    from benchmarks.claims import Arguments, main
 
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ValueError, match=message):
@@ -159,7 +159,7 @@ def test_bad_input(tmp_path, monkeypatch, values, message):
 
 
 def test_peak_memory_of_the_cost_benchmark():
-    from zero_shot_cost import measure
+    from benchmarks.zero_shot_cost import measure
 
     _, peak = measure(lambda: [torch.ones(2**18), torch.ones(2**18)])  # both at once, 1 MiB each
     assert peak == pytest.approx(2, rel=0.01)

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from speed import as_reference
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
-from zero_shot_cost import peak_memory
 
+from benchmarks.speed import as_reference
+from benchmarks.zero_shot_cost import peak_memory
 from cbsa_hf import CBSAConfig, CBSAForImageClassification, CBSAModel, fold
 from cbsa_hf.modeling_cbsa import CBSAISTA
 

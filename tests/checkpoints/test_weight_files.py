@@ -259,7 +259,7 @@ def teacher(tmp_path) -> Path:
 
 def test_teachers(training, teacher):
     """Any classifier can teach; the same holds for its folder."""
-    from tasks.teachers import AutoTeacher
+    from training.tasks.teachers import AutoTeacher
 
     assert AutoTeacher(str(teacher)).stride == 16
     weights = load_file(teacher / "model.safetensors")
@@ -288,7 +288,7 @@ def test_teachers(training, teacher):
 def test_fine_tuning_looks_at_what_it_starts_from(training, folder):
     from transformers import AutoModelForImageClassification
 
-    from tasks.heads import load_for_classes
+    from training.tasks.heads import load_for_classes
 
     rewrite(folder / "config.json", num_hidden_layers=9_999)
     with pytest.raises(CheckpointError, match="describes a model that is much larger"):

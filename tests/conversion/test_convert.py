@@ -19,6 +19,11 @@ from transformers import (
     Dinov2Config,
     Dinov2ForImageClassification,
     Dinov2Model,
+    Dinov2WithRegistersConfig,
+    Dinov2WithRegistersForImageClassification,
+    Dinov2WithRegistersModel,
+    DINOv3ViTConfig,
+    DINOv3ViTModel,
     SegformerImageProcessorPil,
     ViTConfig,
     ViTForImageClassification,
@@ -26,8 +31,10 @@ from transformers import (
     ViTModel,
 )
 
-from cbsa_hf import load_checkpoint
+from cbsa_hf import CBSAConfig, load_checkpoint
 from cbsa_hf.cli import main
+from cbsa_hf.conversion.convert import convert_state_dict, detect_origin
+from cbsa_hf.conversion.originals import original_outputs
 
 
 REFERENCE = Path(__file__).parents[3] / "shared" / "reference"
@@ -281,6 +288,54 @@ def test_dinov2(dinov2, pixel_values, tmp_path, capsys):
     assert "arxiv.org/abs/2304.07193" in (tmp_path / "out" / "README.md").read_text()
 
 
+@pytest.mark.parametrize("layout", ["transformers", "original", "timm"])
+def test_registers(layout, pixel_values, tmp_path, capsys):
+    sizes = SIZES | {"num_register_tokens": 3, "mlp_ratio": 2}
+    original = randomise(Dinov2WithRegistersModel(Dinov2WithRegistersConfig(**sizes)))
+    if layout == "transformers":
+        original.save_pretrained(tmp_path / "dinov2")
+    else:
+        weights = to_timm(original)
+        if layout == "timm":  # the position of CLS is a part of its token
+            weights["reg_token"] = weights.pop("register_tokens")
+            weights["cls_token"] = weights["cls_token"] + weights["pos_embed"][:, :1]
+            weights["pos_embed"] = weights["pos_embed"][:, 1:]
+        torch.save(weights, tmp_path / "dinov2")
+    assert convert(tmp_path / "dinov2", tmp_path / "out", "--num-heads", 3) == 0
+    model = AutoModel.from_pretrained(tmp_path / "out")
+    assert model.config.num_register_tokens == 3
+    with torch.no_grad():
+        assert_matches(model(pixel_values).last_hidden_state, original(pixel_values).last_hidden_state)
+    assert "Beside the original on one input of noise: differs by" in capsys.readouterr().out
+
+
+def test_beside_the_original(vit, tmp_path, monkeypatch, capsys):
+    """The check runs another model than the converted one, so a wrong weight is found, and nothing is written."""
+    vit.save_pretrained(tmp_path / "vit")
+
+    def rename_wrongly(weights, origin):
+        converted, dropped = convert_state_dict(weights, origin)
+        query, key = (f"cbsa.layers.1.attention.{name}_proj.weight" for name in "qv")
+        return converted | {query: converted[key], key: converted[query]}, dropped
+
+    monkeypatch.setattr("cbsa_hf.conversion.convert.convert_state_dict", rename_wrongly)
+    assert convert(tmp_path / "vit", tmp_path / "out") == 2
+    assert "does not compute what the original computes" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+@needs_reference
+@pytest.mark.parametrize("name", ["cbt_patch8", "crate_patchify_patch16", "tost_conv_patch16", "segmenter_cbt"])
+def test_originals(name):
+    """The formulas that conversions are compared with give what the reference implementations gave."""
+    tensors = load_file(REFERENCE / f"{name}.safetensors")
+    weights = {k.removeprefix("state_dict."): v for k, v in tensors.items() if k.startswith("state_dict.")}
+    config = CBSAConfig(num_attention_heads=3, layer_norm_eps=1e-5)
+    found = original_outputs(weights, detect_origin(weights), config, tensors["input.pixel_values"])
+    expected = tensors.get("output.logits", tensors.get("output.mask_logits_at_patch_grid"))
+    assert_matches(found, expected.flatten(2) if expected.ndim == 4 else expected)
+
+
 def test_timm(vit, dinov2, pixel_values, tmp_path):
     for module in vit.modules():
         if isinstance(module, torch.nn.LayerNorm):
@@ -431,6 +486,10 @@ def make_bad_inputs(vit):
     Path("empty").mkdir()
     DeiTForImageClassification(DeiTConfig(**SIZES)).save_pretrained("deit")
     Dinov2ForImageClassification(Dinov2Config(**SIZES)).save_pretrained("dinov2")
+    Dinov2WithRegistersForImageClassification(Dinov2WithRegistersConfig(**SIZES)).save_pretrained("registers")
+    DINOv3ViTModel(DINOv3ViTConfig(**SIZES)).save_pretrained("dinov3")
+    rotary = {k: v for k, v in weights.items() if k != "pos_embed"} | {"rope_embed.periods": torch.ones(2)}
+    torch.save(rotary, "dinov3.pth")
     Dinov2Model(Dinov2Config(**SIZES, use_swiglu_ffn=True)).save_pretrained("swiglu")
     ViTForImageClassification(ViTConfig(**SIZES, hidden_act="quick_gelu")).save_pretrained("quick_gelu")
     for name, config in (
@@ -471,6 +530,9 @@ def make_bad_inputs(vit):
         (["positions.pth", "--num-heads", "3"], "15 patches, which make no square"),
         (["deit"], "`deit.embeddings.distillation_token` is a token besides CLS"),
         (["dinov2"], "convert the backbone without classifier"),
+        (["registers"], "convert the backbone without classifier"),
+        (["dinov3"], "models with rotary positions, such as DINOv3, cannot be converted"),
+        (["dinov3.pth"], "models with rotary positions, such as DINOv3, cannot be converted"),
         (["swiglu"], "is a SwiGLU feed-forward"),
         (["quick_gelu"], "The activation is 'quick_gelu'"),
         (["no_config"], "There is no no_config/config.json"),

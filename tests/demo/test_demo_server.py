@@ -10,14 +10,16 @@ import struct
 import sys
 import threading
 import time
+import urllib.request
 import zlib
+from pathlib import Path
 from types import SimpleNamespace
 
 import httpx
 import numpy as np
 import pytest
 import skimage.data
-from cbsa_demo import looks, photos, text
+from cbsa_demo import admission, looks, photos, text
 from cbsa_demo.answers import Answers
 from cbsa_demo.page import SERVER, build_page
 from cbsa_demo.parameters import flag, one_of, whole
@@ -27,11 +29,22 @@ from gradio_client.exceptions import AppError
 from PIL import Image
 from transformers import ViTImageProcessorPil
 
-from cbsa_hf import CBSAForImageClassification, ZeroShotSegmenter, attention_maps, default_checkpoint, load_checkpoint
+from cbsa_hf import (
+    CBSAForImageClassification,
+    SlidingWindowSegmenter,
+    ZeroShotSegmenter,
+    attention_maps,
+    default_checkpoint,
+    load_checkpoint,
+)
+from cbsa_hf.interpretability.representatives import trace_representatives
 from cbsa_hf.segmentation.images import to_pixel_values
+from cbsa_hf.segmentation.inference import encode
 
 
 META = {"_type": "gradio.FileData"}
+MODELS = {"shipped": default_checkpoint(), "street": default_checkpoint("semantic-segmentation")}
+ENDPOINTS = {"choices", "segment", "steps", "attention", "inside", "compare", "street", "download"}
 REST = ("ncut", 4, False, "")  # what `segment` takes beside the photo
 
 
@@ -40,7 +53,7 @@ def server(tmp_path_factory):
     """The address of a running page, and the folder of its uploads."""
     folder = tmp_path_factory.mktemp("uploads").resolve()
     os.environ["GRADIO_TEMP_DIR"] = str(folder)
-    page = build_page(looks.Explorer({"shipped": default_checkpoint()}))
+    page = build_page(looks.Explorer(MODELS))
     _, url, _ = page.launch(prevent_thread_lock=True, quiet=True, **SERVER)
     yield url, folder
     page.close()
@@ -254,18 +267,115 @@ def test_attention_is_that_of_the_library(client, patch):
     row, column = patch or (-1, -1)
     answer = client.predict(photo="chelsea", layer=5, head=1, row=row, column=column, api_name="/attention")
     model, processor = load_checkpoint()
-    pixel_values = to_pixel_values(Image.fromarray(skimage.data.chelsea()), processor, 192, 8)
+    pixel_values = to_pixel_values(Image.fromarray(skimage.data.chelsea()), processor, 256, 8)
     expected = attention_maps(model, pixel_values, patch)[5, 0, 1].numpy()
     assert answer["values"] == pytest.approx(expected, rel=1e-3)
 
 
+def test_steps_are_those_of_the_library(client):
+    answer = client.predict(photo="chelsea", layer=4, head=2, row=7, column=3, representative=20, api_name="/steps")
+    model, processor = load_checkpoint()
+    pixel_values = to_pixel_values(Image.fromarray(skimage.data.chelsea()), processor, 256, 8)
+    trace = trace_representatives(encode(model, pixel_values, steps_of=[4]), 4)
+    expected = {
+        "readers": trace.reads[2, :, 7, 3].reshape(8, 8),
+        "reads": trace.reads[2, 20],
+        "writes": trace.writes[2, 20],
+        "update": trace.update[2],
+        "similarity": trace.similarity[2],
+        "moved_by_reading": trace.moved_by_reading[2],
+        "moved_by_contraction": trace.moved_by_contraction[2],
+    }
+    assert answer["grid"] == list(trace.update.shape[1:])
+    assert answer["representatives"] == [8, 8]
+    for name, values in expected.items():
+        assert np.asarray(answer[name]) == pytest.approx(values.numpy(), rel=1e-3, abs=1e-6), name
+
+
+def test_two_models_are_compared(client):
+    answer = client.predict("street", "shipped", photo="chelsea", num_segments=3, api_name="/compare")
+    assert list(answer) == ["street", "shipped"]
+    for name, found in answer.items():
+        expected = ZeroShotSegmenter(*load_checkpoint(MODELS[name]), num_segments=3)(
+            Image.fromarray(skimage.data.chelsea())
+        )
+        mask = np.asarray(Image.open(io.BytesIO(base64.b64decode(found["mask_png"]))))
+        assert np.array_equal(mask == 255, expected.mask)
+
+
+def test_classes_of_a_street_are_those_of_the_library(client, tmp_path):
+    photo = Image.fromarray(skimage.data.chelsea()).resize((96, 64))
+    photo.save(tmp_path / "small.png")
+    answer = client.predict(handle_file(tmp_path / "small.png"), flip=False, api_name="/street")
+    expected = SlidingWindowSegmenter(*load_checkpoint(task="semantic-segmentation"), flip=False)(photo)
+    labels = np.asarray(Image.open(io.BytesIO(base64.b64decode(answer["labels_png"]))))
+    assert np.array_equal(labels, expected)
+    assert len(answer["classes"]) == 11
+    for entry in answer["classes"]:
+        assert entry["share"] == pytest.approx((expected == entry["index"]).mean())
+
+
+def test_what_is_downloaded_is_what_is_shown(client):
+    def file(kind: str) -> io.BytesIO:
+        answer = client.predict(kind, "chelsea", row=4, column=7, api_name="/download")
+        assert answer["name"] == f"chelsea-{kind}.{'npz' if kind == 'maps' else 'png'}"
+        with urllib.request.urlopen(answer["uri"]) as opened:
+            return io.BytesIO(opened.read())
+
+    shown = client.predict("chelsea", api_name="/segment")
+    for kind, name in {"mask": "mask_png", "segments": "labels_png"}.items():
+        expected = np.asarray(Image.open(io.BytesIO(base64.b64decode(shown[name]))))
+        found = Image.open(file(kind))
+        assert np.array_equal(np.asarray(found.convert("L") if kind == "mask" else found), expected)
+    row = client.predict("chelsea", layer=5, head=1, row=4, column=7, api_name="/attention")["values"]
+    with np.load(file("maps")) as arrays:
+        assert arrays["map_of_patch"][5, 1] == pytest.approx(np.asarray(row), rel=1e-3)
+
+
+def test_choices_are_said(client):
+    answer = client.predict(api_name="/choices")
+    assert set(answer["photos"]) == set(photos.EXAMPLES)
+    assert list(answer["models"]) == list(MODELS)
+    assert answer["models"]["shipped"] == {
+        "attention_types": ["cbsa"] * 12,
+        "num_heads": 3,
+        "representatives": [8, 8],
+    }
+    with pytest.raises(AppError, match="The kind is 'all'; choose one of mask, segments, maps"):
+        client.predict("all", api_name="/download")
+
+
+@pytest.mark.parametrize("name", ["absolute", "relative", "absent", "folder"])
+def test_no_folder_of_the_server_is_a_model(client, forbidden, name):
+    with pytest.raises(AppError, match=r"There is no such model; choose one of shipped, street\.$"):
+        client.predict(model=forbidden[name], api_name="/inside")
+
+
+def test_a_request_that_is_too_long_or_of_no_length_is_refused(server):
+    def answer(**content) -> int:
+        return httpx.post(f"{server[0]}gradio_api/call/inside", timeout=60, **content).status_code
+
+    assert answer(content=iter([b'{"data": ["coffee", ""]}'])) == 411
+    assert answer(content=bytes(admission.MAX_BODY + 1)) == 413
+    assert answer(json={"data": ["coffee", ""]}) == 200
+
+
+def test_the_oldest_uploads_make_room(server):
+    paths = [Path(upload(server[0], f"{name}.png", name.encode() * 1000)) for name in "abc"]
+    for age, path in enumerate(paths):
+        os.utime(path, (10**9 + age, 10**9 + age))
+    others = sum(file.lstat().st_size for file in server[1].glob("*/*") if file not in paths)
+    admission.make_room(needed=500, most=others + 2600)
+    assert [path.exists() for path in paths] == [False, True, True]
+
+
 def test_endpoints_are_named_and_described(client):
     endpoints = client.view_api(print_info=False, return_format="dict")["named_endpoints"]
-    assert set(endpoints) == {"/segment", "/attention", "/inside"}
+    assert set(endpoints) == {f"/{name}" for name in ENDPOINTS}
     for endpoint in endpoints.values():
         assert endpoint["description"]
         for parameter in endpoint["parameters"]:
-            assert parameter["parameter_has_default"]
+            assert parameter["parameter_has_default"] or parameter["parameter_name"] in ("model", "other")
 
 
 def test_agent_finds_and_uses_the_tools(server):
@@ -290,7 +400,7 @@ def test_agent_finds_and_uses_the_tools(server):
             ]
 
     tools, (example, uploaded, forbidden) = anyio.run(ask)
-    assert set(tools) == {"segment", "attention", "inside"}
+    assert set(tools) == ENDPOINTS
     for tool in tools.values():
         assert all(field["description"] for field in tool.inputSchema["properties"].values())
     assert "probability" in example.content[0].text

@@ -7,13 +7,13 @@ from copy import deepcopy
 import numpy as np
 import pytest
 import torch
-from synthetic import (
+
+from benchmarks.synthetic import (
     distance_to_subspaces,
     draw_union_of_subspaces,
     iterate_operator,
     operator_of_bases,
 )
-
 from cbsa_hf import CBSAConfig, CBSAForImageClassification
 from cbsa_hf.attention_cbsa import ATTENTIONS
 from cbsa_hf.interpretability.attention_maps import attention_maps, exact_maps, map_is_exact
@@ -87,7 +87,7 @@ def test_exact_map_reproduces_the_update(changed, values):
 def test_exact_map_is_the_formula(tiny_model):
     """`kappa A^T S (P + eta A)`, P written out bin by bin."""
     pixel_values = torch.randn(1, 3, 40, 56)
-    factors = tiny_model(
+    attentions = tiny_model(
         pixel_values, interpolate_pos_encoding=True, output_representative_attentions=True
     ).representative_attentions
     pooling = torch.zeros(6, 36)
@@ -99,11 +99,11 @@ def test_exact_map_is_the_formula(tiny_model):
         ]
         pooling[row * 3 + column, members] = 1 / len(members)
     maps = exact_maps(tiny_model, pixel_values)
-    for (operator, given, _), factor, found in zip(
-        attention_steps(tiny_model, pixel_values), factors, maps, strict=True
+    for (operator, given, _), attention, found in zip(
+        attention_steps(tiny_model, pixel_values), attentions, maps, strict=True
     ):
         for head in range(2):
-            A, W = factor[0, head], given[0] @ operator.proj.weight[12 * head : 12 * head + 12].T
+            A, W = attention[0, head], given[0] @ operator.proj.weight[12 * head : 12 * head + 12].T
             eta, kappa = operator.step_rep[head].item(), operator.step_x[head].item()
             Q = pooling @ W + eta * A @ W
             S = torch.softmax(Q @ Q.T / 12**0.5, dim=-1)
@@ -145,9 +145,9 @@ def test_layers_of_several_attention_types(changed, shipped, photo):
             output_representative_attentions=True,
             return_dict=return_dict,
         )
-        token_maps, factors = outputs[-2:] if not return_dict else (outputs.attentions, outputs[-1])
+        token_maps, attentions = outputs[-2:] if not return_dict else (outputs.attentions, outputs[-1])
         assert [token_map.shape for token_map in token_maps] == [(2, 2, 38, 38)] * 3
-        assert [factor if factor is None else factor.shape for factor in factors] == [None, *[(2, 2, 6, 38)] * 2]
+        assert [None if found is None else found.shape for found in attentions] == [None, *[(2, 2, 6, 38)] * 2]
     rows = torch.stack([token_map[:, :, 3 + 2 * 7 + 4] for token_map in token_maps])
     torch.testing.assert_close(
         attention_maps(model, pixel_values, patch=(2, 4)), rows[..., 3:].unflatten(-1, (5, 7)).detach()
@@ -160,8 +160,8 @@ def test_layers_of_several_attention_types(changed, shipped, photo):
     torch.testing.assert_close(operator.merge_heads(found.update()), update)
     measures = measure_layers(model, [pixel_values])
     assert measures.coding_rate_before.isnan().any(2).any(0).tolist() == [False, False, True]
-    assert measures.factor_rank.isnan().any(2).any(0).tolist() == [True, False, False]
-    assert measures.summary()["factor_rank"]["mean"][0] is None
+    assert measures.representative_attention_rank.isnan().any(2).any(0).tolist() == [True, False, False]
+    assert measures.summary()["representative_attention_rank"]["mean"][0] is None
     report = inspect_photo(photo, model, shipped[1], long_side=64)
     assert report.numbers["exact_map"]["layers"] == report.numbers["representatives"]["layers"] == [1]
     json.dumps(report.numbers, allow_nan=False)
@@ -236,7 +236,7 @@ def test_measures_of_every_layer(tiny_model):
     assert measures.map_rank[2, 1, 1].item() == pytest.approx(
         effective_rank(outputs.attentions[1][2, 1]).item(), rel=1e-4
     )
-    assert (measures.factor_rank > measures.map_rank).all()
+    assert (measures.representative_attention_rank > measures.map_rank).all()
     summary = measures.summary()
     assert summary["map_rank"]["mean"][1][1] == pytest.approx(measures.map_rank[:, 1, 1].numpy().mean())
     assert summary["map_rank"]["std"][1][1] == pytest.approx(measures.map_rank[:, 1, 1].numpy().std())
@@ -246,7 +246,7 @@ def test_measures_of_every_layer(tiny_model):
 def test_measures_of_the_family(changed, name):
     measures = measure_layers(changed(attention_type=name), [torch.randn(1, 3, 32, 48)])
     assert (measures.coding_rate_before is None) == (name in ("softmax", "agent", "mita"))
-    assert (measures.factor_rank is None) == (name in ("mssa", "tssa", "softmax"))
+    assert (measures.representative_attention_rank is None) == (name in ("mssa", "tssa", "softmax"))
     assert measures.map_rank.shape == (1, 3, 2)
     assert measures.summary()["map_rank"]["std"] == [[0, 0]] * 3
 

@@ -78,7 +78,7 @@ def test_five_steps(grid, size, tokens, first, head_dim):
     nn.init.normal_(operator.step_rep)
     nn.init.normal_(operator.step_x)
     hidden_states = torch.randn(2, tokens, hidden_size, dtype=torch.float64)
-    update, token_map, factor = operator(hidden_states, grid, output_attentions=True)
+    update, token_map, found = operator(hidden_states, grid, output_attentions=True)
     assert update.shape == hidden_states.shape
     found = vars(operator.steps(hidden_states, grid))
 
@@ -93,7 +93,7 @@ def test_five_steps(grid, size, tokens, first, head_dim):
             for name, step in steps.items():
                 torch.testing.assert_close(found[name][b, h], torch.tensor(step, dtype=torch.float64))
             attention = steps["attention"]
-            torch.testing.assert_close(factor[b, h], torch.tensor(attention, dtype=torch.float64))
+            torch.testing.assert_close(found[b, h], torch.tensor(attention, dtype=torch.float64))
             for n in range(tokens):
                 outputs[n] += expected[n]
                 for k in range(tokens):
@@ -162,15 +162,15 @@ def test_asking_for_maps_changes_nothing(name):
     operator = build(name)
     hidden_states = torch.randn(2, 10, 6, dtype=torch.float64)
     update, nothing, _ = operator(hidden_states, (3, 3))
-    again, token_map, factor = operator(
+    again, token_map, attention = operator(
         hidden_states, (3, 3), output_attentions=True, output_representative_attentions=True
     )
     assert nothing is None
     assert token_map.shape == (2, 2, 10, 10)
     torch.testing.assert_close(again, update)
-    assert (factor is not None) == operator.has_representative_attentions
+    assert (attention is not None) == operator.has_representative_attentions
     if operator.map_is_gram:
-        torch.testing.assert_close(token_map, torch.einsum("bhmn,bhmk->bhnk", factor, factor))
+        torch.testing.assert_close(token_map, torch.einsum("bhmn,bhmk->bhnk", attention, attention))
     elif name != "tssa":  # whose map is a softmax over heads
         torch.testing.assert_close(token_map.sum(-1), torch.ones(2, 2, 10, dtype=torch.float64))
 
@@ -214,7 +214,7 @@ def test_linear_is_cbsa_without_contraction():
     """Step 2 and 4 with Q0 dropped, eta = kappa = 1, the contraction skipped, and phi(W) = A^T."""
     operator = build("linear")
     hidden_states = torch.randn(1, 10, 6, dtype=torch.float64)
-    _, token_map, factor = operator(hidden_states, (3, 3), output_attentions=True)
+    _, token_map, attention = operator(hidden_states, (3, 3), output_attentions=True)
     expected = []
     for h in range(2):
         W = hidden_states[0] @ operator.proj.weight[3 * h : 3 * h + 3].T
@@ -222,7 +222,7 @@ def test_linear_is_cbsa_without_contraction():
         affinity = features @ features.T
         degrees = affinity.sum(1)
         A = (features / degrees[:, None].sqrt()).T
-        torch.testing.assert_close(factor[0, h], A)
+        torch.testing.assert_close(attention[0, h], A)
         torch.testing.assert_close(token_map[0, h], affinity / (degrees[:, None] * degrees[None]).sqrt())
         assert torch.linalg.eigvalsh(token_map[0, h])[-1].item() == pytest.approx(1)
         expected.append(A.T @ (A @ W))
@@ -286,6 +286,6 @@ def test_mita(num_keys, tile):
 
 def test_map_only_when_asked():
     operator = ContractAndBroadcastSelfAttention(8, 2, 4, PooledRepresentatives(2, 1))
-    _, token_map, factor = operator(torch.randn(1, 10, 8), (3, 3))
+    _, token_map, attention = operator(torch.randn(1, 10, 8), (3, 3))
     assert token_map is None
-    assert factor.shape == (1, 2, 4, 10)
+    assert attention.shape == (1, 2, 4, 10)

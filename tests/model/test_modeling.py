@@ -152,8 +152,8 @@ def test_attention_types_by_layer(tiny_config, tmp_path):
     torch.testing.assert_close(again(pixel_values).logits, model(pixel_values).logits, rtol=0, atol=0)
     outputs = again(pixel_values, output_representative_attentions=True, output_hidden_states=True)
     assert outputs.hidden_states[0].shape == (1, 1 + 3 + 24, 24)
-    factors = outputs.representative_attentions
-    assert [factor if factor is None else factor.shape for factor in factors] == [None, (1, 2, 6, 28), None]
+    shapes = [None if found is None else found.shape for found in outputs.representative_attentions]
+    assert shapes == [None, (1, 2, 6, 28), None]
     features = CBSABackbone(CBSAConfig(**values)).eval()(pixel_values).feature_maps
     assert features[0].shape == (1, 24, 4, 6)
     for types, message in {
@@ -220,9 +220,9 @@ def test_outputs_on_request(tiny_model, by, head):
     assert [h.shape for h in outputs.hidden_states] == [(2, tokens, 24)] * 4
     assert [a.shape for a in outputs.attentions] == [(2, 2, tokens, tokens)] * 3
     assert [a.shape for a in outputs.representative_attentions] == [(2, 2, m, tokens)] * 3
-    for attention, factor in zip(outputs.attentions, outputs.representative_attentions, strict=True):
-        torch.testing.assert_close(factor.sum(-1), torch.ones(2, 2, m))
-        torch.testing.assert_close(attention, torch.einsum("bhmn,bhmk->bhnk", factor, factor))
+    for token_map, attention in zip(outputs.attentions, outputs.representative_attentions, strict=True):
+        torch.testing.assert_close(attention.sum(-1), torch.ones(2, 2, m))
+        torch.testing.assert_close(token_map, torch.einsum("bhmn,bhmk->bhnk", attention, attention))
 
 
 def test_maps_are_built_only_when_asked(tiny_model):

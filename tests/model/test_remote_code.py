@@ -93,8 +93,10 @@ def test_a_process_without_the_package_computes_the_same(tiny_model, noise, tmp_
     torch.testing.assert_close(outputs["feature_map"].flatten(2).transpose(1, 2), expected[:, 1:])
     inputs = processor(noise, return_tensors="pt")["pixel_values"]
     torch.testing.assert_close(outputs["features"], tiny_model.cbsa(inputs).last_hidden_state, rtol=1e-4, atol=1e-4)
-    # What it saves is complete again, code included, and is known here by its type.
+    # What it saves is complete again, code included but for that of the pipeline, which it does not have and does not
+    # name, and is known here by its type.
     assert {path.suffix for path in (tmp_path / "again").iterdir()} == {".json", ".py", ".safetensors"}
+    assert "custom_pipelines" not in json.loads((tmp_path / "again" / "config.json").read_text())
     again = CBSAForImageClassification.from_pretrained(tmp_path / "again")
     torch.testing.assert_close(again(pixel_values).logits, outputs["logits"])
 
@@ -133,7 +135,10 @@ def test_whatever_is_saved_names_every_class(tiny_config, model_class, tmp_path)
         "AutoModelForSemanticSegmentation": "modeling_cbsa.CBSAForSemanticSegmentation",
         "AutoBackbone": "modeling_cbsa.CBSABackbone",
     }
+    pipeline = ["images", "image_files", "inference", "memory", "patch_grouping", "pipeline_cbsa", "spectral"]
+    of_classifiers = model_class is CBSAForImageClassification
     assert {path.name for path in tmp_path.glob("*.py")} == {
+        *(f"{name}.py" for name in [*pipeline, "zero_shot"] if of_classifiers),
         "attention_cbsa.py",
         "configuration_cbsa.py",
         "mask_decoder_cbsa.py",

@@ -77,7 +77,7 @@ def test_whoever_looks_inside_sees_everything(tiles):
     """Maps, hidden states and hooks are those of all tokens."""
     model, pixel_values = build(), torch.randn(1, 3, 40, 40, dtype=torch.float64)
     outputs = model(pixel_values, interpolate_pos_encoding=True, output_representative_attentions=True)
-    assert [factor.shape for factor in outputs.representative_attentions] == [(1, 2, 4, 101)] * 2
+    assert [attention.shape for attention in outputs.representative_attentions] == [(1, 2, 4, 101)] * 2
     assert not tiles
     seen = []
     handle = model.layers[0].layernorm_after.register_forward_pre_hook(lambda module, args: seen.append(args[0].shape))

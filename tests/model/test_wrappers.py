@@ -192,9 +192,12 @@ def test_looking_inside_of_wrapped_models(tiny_model, photo, name):
     for operator, update, found in zip(operators, steps, exact_maps(model, pixel_values), strict=True):
         with torch.no_grad():
             torch.testing.assert_close(operator.merge_heads(found.update()), update, rtol=1e-4, atol=1e-4)
-    factors = torch.stack([f.double() for f in outputs.representative_attentions], dim=1)
+    attentions = torch.stack([f.double() for f in outputs.representative_attentions], dim=1)
     torch.testing.assert_close(
-        measure_layers(model, [pixel_values]).factor_rank, effective_rank(factors), rtol=1e-4, atol=1e-4
+        measure_layers(model, [pixel_values]).representative_attention_rank,
+        effective_rank(attentions),
+        rtol=1e-4,
+        atol=1e-4,
     )
     labels = outputs.logits.argmax(-1)
     assert accuracy_under_noise(model, [(pixel_values, labels)], [0.0]) == [1.0]

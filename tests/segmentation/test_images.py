@@ -366,7 +366,8 @@ def test_other_numbers_of_channels(num_channels):
         with pytest.raises(ImageError):
             to_image(np.zeros((20, 30, 4), np.uint8), num_channels=num_channels)
     mean = [0.25] * num_channels
-    processor = ViTImageProcessorPil(size={"height": 32, "width": 32}, image_mean=mean, image_std=mean)
+    size = {"height": 32, "width": 32}
+    processor = ViTImageProcessorPil(size=size, image_mean=mean, image_std=mean, do_convert_rgb=True)
     pixel_values = to_pixel_values(values, processor, 30, 10)
     expected = torch.from_numpy(values).permute(2, 0, 1)[None] / 255 * 4 - 1
     torch.testing.assert_close(pixel_values, expected, atol=1e-5, rtol=0)

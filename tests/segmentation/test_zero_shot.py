@@ -2,6 +2,7 @@
 
 import base64
 import io
+import json
 import os
 import subprocess
 import sys
@@ -13,9 +14,16 @@ import torch
 from PIL import Image, ImageDraw
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import ViTImageProcessorPil, pipeline
+from transformers import AutoConfig, ViTImageProcessorPil, pipeline
 
-from cbsa_hf import CBSAForImageClassification, CBSAModel, ImageError, ZeroShotSegmenter, attention_maps
+from cbsa_hf import (
+    CBSAForImageClassification,
+    CBSAModel,
+    ImageError,
+    ZeroShotSegmentationPipeline,
+    ZeroShotSegmenter,
+    attention_maps,
+)
 from cbsa_hf.attention_cbsa import ATTENTIONS
 from cbsa_hf.interpretability.attention_maps import exact_maps
 from cbsa_hf.segmentation.images import follow_edges
@@ -145,7 +153,7 @@ def test_flip_scale_features(tiny_model):
 
 
 def test_patch_descriptors(tiny_model):
-    """Patch by patch: features less half their mean, of length 1; and a quarter of how the colour differs."""
+    """Patch by patch: features less half their mean, of length 1; and 0.15 of how the colour differs."""
     pixel_values = torch.randn(1, 3, 32, 48)
     encoding = encode(tiny_model, pixel_values)
     described = patch_descriptors(encoding)
@@ -155,7 +163,7 @@ def test_patch_descriptors(tiny_model):
             feature = features[row, column] - features.mean((0, 1)) / 2
             patch = pixel_values[0, :, 8 * row : 8 * row + 8, 8 * column : 8 * column + 8].double()
             colour = patch.mean((1, 2)) - pixel_values[0].double().mean((1, 2))
-            expected = torch.cat([feature / feature.norm(), colour / 4])
+            expected = torch.cat([feature / feature.norm(), 0.15 * colour])
             torch.testing.assert_close(described[6 * row + column], expected, rtol=1e-4, atol=1e-6)
 
 
@@ -186,8 +194,8 @@ def test_contraction(tiny_model):
     torch.testing.assert_close(exact.writes[0, 0].double(), expected, rtol=1e-4, atol=1e-6)
     affinity, reads = representative_affinity(encoding, Options(layer=2, head=0))
     torch.testing.assert_close(affinity, (similarity + similarity.T) / 2)
-    factor = exact.representative_attentions[0, 0, :, 1:].double()
-    torch.testing.assert_close(reads, factor / factor.sum(1, keepdim=True))
+    attention = exact.representative_attentions[0, 0, :, 1:].double()
+    torch.testing.assert_close(reads, attention / attention.sum(1, keepdim=True))
 
 
 def plant(background: np.ndarray, foreground: np.ndarray, box: tuple[int, int, int, int]) -> tuple:
@@ -368,6 +376,25 @@ assert segment.task == "cbsa-zero-shot-segmentation"
 segment(f"{folder}/cat.png", long_side=64)["mask"].save(f"{folder}/mask.png")
 segment.save_pretrained(f"{folder}/again")
 """
+
+
+def test_pipeline_goes_along_with_a_classifier(shipped, photo, tmp_path):
+    """The model alone is saved as the pipeline saves it. Here, where the task is known, no code of it is run."""
+    segment = pipeline("cbsa-zero-shot-segmentation", model=shipped[0], image_processor=shipped[1], long_side=64)
+    segment.save_pretrained(tmp_path / "pipeline")
+    shipped[0].save_pretrained(tmp_path / "model")
+    shipped[1].save_pretrained(tmp_path / "model")
+    files = [{path.name: path.read_bytes() for path in (tmp_path / each).iterdir()} for each in ("pipeline", "model")]
+    assert files[0] == files[1]
+    for model in (str(tmp_path / "model"), shipped[0]):
+        again = pipeline("cbsa-zero-shot-segmentation", model=model, image_processor=shipped[1], long_side=64)
+        assert type(again) is ZeroShotSegmentationPipeline
+    config = json.loads((tmp_path / "model" / "config.json").read_text())
+    config["custom_pipelines"]["mine"] = {"impl": "mine.Mine", "pt": ["AutoModel"], "type": "image"}
+    (tmp_path / "model" / "config.json").write_text(json.dumps(config))
+    AutoConfig.from_pretrained(tmp_path / "model").save_pretrained(tmp_path / "again")
+    pipelines = json.loads((tmp_path / "again" / "config.json").read_text())["custom_pipelines"]
+    assert pipelines == config["custom_pipelines"]
 
 
 def test_pipeline_in_a_process_without_the_package(photo, shipped, tmp_path):

@@ -2,13 +2,16 @@
 
 import dataclasses
 import re
+import runpy
+import sys
 
 import pytest
 import yaml
 from conftest import ROOT
 
-from arguments import (
+from training.arguments import (
     ComparisonArguments,
+    FinetuningArguments,
     PretrainingArguments,
     ScoringArguments,
     SegmentationArguments,
@@ -47,6 +50,7 @@ class TestArguments:
             ("cbsa-tiny-camvid", SegmentationArguments),
             ("cbsa-tiny-camvid-2", SegmentationArguments),
             ("cbsa-tiny-imagenette", PretrainingArguments),
+            ("cbsa-tiny-imagenette-2", FinetuningArguments),
             ("comparison", ComparisonArguments),
         ],
     )
@@ -55,7 +59,7 @@ class TestArguments:
         args = parse_arguments(arguments_class, ["--config", str(recipe), *self.NAMES])
         for option, value in yaml.safe_load(recipe.read_text()).items():
             assert getattr(args, option) == value
-        assert len(list(recipe.parent.iterdir())) == 4
+        assert len(list(recipe.parent.iterdir())) == 5
 
     @pytest.mark.parametrize(
         ("arguments", "message"),
@@ -83,6 +87,16 @@ class TestArguments:
         assert titles == ["what to score", "data", "semantic and zero-shot segmentation", "output"]
         named = re.findall(r"^  (--\w+)", "\n".join(groups), re.M)
         assert sorted(named) == sorted(f"--{option.name}" for option in dataclasses.fields(ScoringArguments))
+
+    def test_help_without_a_task(self, monkeypatch, capsys):
+        """Of the script whose options depend on it: the tasks, and how to see the options of one."""
+        monkeypatch.setattr(sys, "argv", ["finetune.py", "--help"])
+        with pytest.raises(SystemExit) as ending:
+            runpy.run_path(str(ROOT / "training" / "finetune.py"), run_name="__main__")
+        assert not ending.value.code
+        printed = capsys.readouterr().out
+        assert "--task {image-classification,semantic-segmentation}" in printed
+        assert "accelerate launch training/finetune.py --task semantic-segmentation" in printed
 
     def test_good_options(self):
         args = parse_arguments(SegmentationArguments, [*self.NAMES, "--task=x", "--no_photometric_distortion"])

@@ -13,9 +13,9 @@ from transformers import (
     ViTImageProcessorPil,
 )
 
-from data.classification import TrainingImages
-from tasks.distillation import DistillationDataset, write_targets
-from tasks.teachers import AutoTeacher, EfficientNetLite, Teacher
+from training.data.classification import TrainingImages
+from training.tasks.distillation import DistillationDataset, write_targets
+from training.tasks.teachers import AutoTeacher, EfficientNetLite, Teacher
 
 
 MEAN, STD = [0.4, 0.5, 0.6], [0.2, 0.3, 0.4]
@@ -38,7 +38,7 @@ class ColourTeacher(torch.nn.Module):
 
 class TestDistillation:
     def test_normalisation_and_size(self, monkeypatch):
-        monkeypatch.setattr("tasks.teachers.AutoTeacher", lambda name: ColourTeacher())
+        monkeypatch.setattr("training.tasks.teachers.AutoTeacher", lambda name: ColourTeacher())
         teacher = Teacher("colours", MEAN, STD, patch_size=4)
         pixels = torch.rand(2, 3, 8, 12)
         normalised = (pixels - torch.tensor(MEAN).view(3, 1, 1)) / torch.tensor(STD).view(3, 1, 1)
@@ -48,7 +48,7 @@ class TestDistillation:
         torch.testing.assert_close(fine, F.avg_pool2d(F.interpolate(pixels, (16, 24), mode="bilinear"), 8))
 
     def test_maps_are_mixed_as_the_pixels_are(self, monkeypatch, labelled, processor, tmp_path):
-        monkeypatch.setattr("tasks.teachers.AutoTeacher", lambda name: ColourTeacher())
+        monkeypatch.setattr("training.tasks.teachers.AutoTeacher", lambda name: ColourTeacher())
         settings = {
             "max_corrupt": 0,
             "crop_sizes": [32],
@@ -65,7 +65,7 @@ class TestDistillation:
         assert (item["teacher_map_0"] - F.avg_pool2d(pixels, 2)).abs().mean() < 0.02
 
     def test_targets_are_cropped_as_the_image_is(self, monkeypatch, labelled, processor, tmp_path):
-        monkeypatch.setattr("tasks.teachers.AutoTeacher", lambda name: ColourTeacher())
+        monkeypatch.setattr("training.tasks.teachers.AutoTeacher", lambda name: ColourTeacher())
         settings = {
             "dataset": labelled,
             "max_corrupt": 0,

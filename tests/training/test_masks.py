@@ -13,10 +13,16 @@ from transformers import (
     ViTImageProcessorPil,
 )
 
-from data.loading import find_mask_columns
-from data.segmentation import IGNORED, SegmentationDataset, TrainingMasks, class_weights, read_mask, read_names
-from evaluation.metrics import MeanIoU, count_pixels
-from tasks.segmentation import SegmentationLoss
+from training.data.loading import find_mask_columns, read_names
+from training.data.segmentation import (
+    IGNORED,
+    SegmentationDataset,
+    TrainingMasks,
+    class_weights,
+    read_mask,
+)
+from training.evaluation.metrics import MeanIoU, count_pixels
+from training.tasks.segmentation import SegmentationLoss
 
 
 MEAN, STD = [0.4, 0.5, 0.6], [0.2, 0.3, 0.4]

@@ -25,18 +25,17 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from accelerate import Accelerator
-from conftest import ROOT
 from datasets import Dataset, Features, Image
 from PIL import Image as PILImage
 from safetensors.torch import load_file
 
-from data.labelled_images import LabelledImages
-from data.segmentation import SegmentationDataset, check_masks
-from data.streaming import StreamedRows
-from engine import interruption, loop, output, results, run_state, setup
-from engine.interruption import exit_with_a_sentence
-from engine.run_state import DamagedCheckpoint, DataIdentity, check_sums, write_sums
-from tasks import classification, distillation
+from training.data.labelled_images import LabelledImages
+from training.data.segmentation import SegmentationDataset, check_masks
+from training.data.streaming import StreamedRows
+from training.engine import interruption, loop, output, results, run_state, setup
+from training.engine.interruption import exit_with_a_sentence
+from training.engine.run_state import DamagedCheckpoint, DataIdentity, check_sums, write_sums
+from training.tasks import classification, distillation
 
 
 SETTINGS = {"num_epochs": 3, "checkpointing_steps": 1, "keep_checkpoints": 9, "ema_decay": 0.5}  # of two steps each
@@ -317,6 +316,11 @@ class TestOtherData:
         with pytest.raises(ValueError, match="other images"):
             DataIdentity(4, 8, [1, 0, 0, 0]).check(before, tmp_path)
 
+    def test_readers_of_a_stream(self, tmp_path):
+        DataIdentity(4, 8, [1], 2).check(DataIdentity(4, 8, [1]), tmp_path)  # version 0.1 did not say
+        with pytest.raises(ValueError, match="was trained with a stream read by 2 processes, not 1: resume with what"):
+            DataIdentity(4, 8, [1], 1).check(DataIdentity(4, 8, [1], 2), tmp_path)
+
 
 class TestOutput:
     @pytest.fixture
@@ -365,8 +369,7 @@ class TestOutput:
         """Though children of that process, such as those that load images, outlive it."""
         code = f"""
 import os, sys, time
-sys.path.insert(0, {str(ROOT / "training")!r})
-from engine.output import open_output
+from training.engine.output import open_output
 with open_output({str(tmp_path)!r}):
     if not os.fork():
         print(os.getpid(), flush=True)  # by the child: once it runs, it has let go of the lock
@@ -430,7 +433,7 @@ class TestFullDisk:
         monkeypatch.setattr(results, "write_card", write_too_much)
         with pytest.raises(ValueError, match=r"The result cannot be written to .*run \(.*File too large.*\); make"):
             start(run)
-        assert sorted(path.name for path in run.iterdir()) == [".lock", "checkpoint-00000002"]
+        assert sorted(path.name for path in run.iterdir()) == [".lock", "checkpoint-00000002", "log.csv", "log.jsonl"]
         monkeypatch.setattr(results, "write_card", write_card)
         start(run, resume_from_checkpoint="last")
         assert json.loads((run / "results.json").read_text())["step"] == 2
@@ -566,7 +569,9 @@ class TestWorkers:
         def kill(*arguments):
             if not killed:
                 batches = interruption.read_batches
-                monkeypatch.setattr("evaluation.scores.read_batches", lambda loader: kill_all(batches(loader)))
+                monkeypatch.setattr(
+                    "training.evaluation.scores.read_batches", lambda loader: kill_all(batches(loader))
+                )
                 if where == "training":
                     kill_workers()
             return run(*arguments)

@@ -1,4 +1,4 @@
-"""What a case is, and what it means how it ends."""
+"""What a case is, and how its end is judged."""
 
 import os
 import re
@@ -19,12 +19,12 @@ Random = np.random.Generator
 class Case:
     """
     Args:
-        run: what is tried. It returns a result, or, of a command, its exit status; it raises ValueError or SystemExit
-            with a sentence.
-        expected: `result` or `sentence`; None where either is right.
-        names: of which a sentence has to contain one.
-        check: result -> what is wrong with it, or None.
-        is_command: whether an int is an exit status, and the sentence stands on standard error.
+        run: the function that is tried. It returns a result (a command returns its exit status), or raises ValueError
+            or SystemExit with a sentence.
+        expected: `result` or `sentence`; None if both are right.
+        names: a sentence has to contain one of these.
+        check: takes a result, and returns what is wrong with it, or None.
+        is_command: whether `run` is a command, which returns an exit status and prints its sentence.
         replaced: files that may be overwritten.
     """
 
@@ -40,12 +40,12 @@ class Case:
 class Outcome:
     """
     Args:
-        index: of the case.
+        index: number of the case.
         verdict: `result`, `sentence`, or the kind of fault.
-        detail: the sentence; of a fault what distinguishes it from others.
-        text: all that was printed, with the traceback.
-        seconds: of processor time.
-        megabytes: of memory, beyond what the process had before.
+        detail: the sentence, or what distinguishes a fault from other faults of its kind.
+        text: all printed text, with the traceback.
+        seconds: processor time.
+        megabytes: peak of the memory, without what the process used before.
     """
 
     index: int
@@ -62,7 +62,7 @@ FAULTS = ("traceback", "hang", "crash", "memory", "outside", "nameless", "wrong"
 
 @dataclass
 class Folders:
-    """Of one case: what it reads, where it may write, and the temporary files of libraries."""
+    """The folders of one case: its input, its output, and the temporary files of libraries."""
 
     inputs: Path
     output: Path
@@ -70,6 +70,7 @@ class Folders:
 
     @classmethod
     def make(cls, parent: Path) -> "Folders":
+        """Create the folders of a case."""
         folders = cls(parent / "inputs", parent / "output", parent / "temporary")
         for folder in asdict(folders).values():
             folder.mkdir(parents=True)
@@ -81,7 +82,7 @@ class Kind:
     """
     Args:
         make: draws a case and writes its files.
-        per_process: how many cases a process tries, where they leave nothing behind in it.
+        per_process: number of cases that one process tries; more than 1 only if a case cannot change the next one.
     """
 
     make: Callable[[Random, Folders], Case]
@@ -89,16 +90,17 @@ class Kind:
 
 
 def is_sentence(text: str, names: tuple[str, ...]) -> bool:
+    """Whether a message is one line of at least 20 characters that contains one of the names."""
     return len(text.splitlines()) == 1 and len(text) >= 20 and any(name in text for name in names or ("",))
 
 
 def is_own(file: str) -> bool:
-    """Whether it is one of this project, but for the tools."""
+    """Whether a file belongs to this project, the tools excepted."""
     return file.startswith(f"{ROOT}{os.sep}") and not file.startswith(f"{ROOT / 'tools'}{os.sep}")
 
 
 def place(error: BaseException) -> str:
-    """Where it was raised: the innermost line of this project, and the innermost of all."""
+    """Where an error was raised: the innermost function of this project, and the innermost function of all."""
     frames = traceback.extract_tb(error.__traceback__)
     own = [frame for frame in frames if is_own(frame.filename)]
     found = dict.fromkeys(f"{Path(f.filename).name}:{f.name}" for f in (own or frames)[-1:] + frames[-1:])
@@ -106,13 +108,13 @@ def place(error: BaseException) -> str:
 
 
 def generalise(text: str) -> str:
-    """What was printed, without what differs from case to case."""
+    """A text without what differs from case to case, such as folders and numbers; at most 100 characters."""
     text = re.sub(r"\S*/(?:inputs|output|temporary)\b", "", text)
     return re.sub(r"\d+", "#", re.sub(r"b'[^']*'|\(long\)+|0x\w+", "...", text))[:100]
 
 
 def judge(case: Case, ending: object, printed: str, changes: list[str]) -> tuple[str, str]:
-    """Verdict and detail of a case that ended by itself."""
+    """Verdict and detail of a case that ended by itself: `ending` is what `run` returned or raised."""
     if isinstance(ending, BaseException) and not isinstance(ending, (ValueError, SystemExit)):
         return "traceback", f"{type(ending).__name__} in {place(ending)}"
     if "Traceback (most recent call last)" in printed:
@@ -129,7 +131,7 @@ def judge(case: Case, ending: object, printed: str, changes: list[str]) -> tuple
             return "traceback", f"status {ending}: {sentence}"
     else:
         if case.expected == "sentence":
-            return "wrong", "a result where a sentence is due"
+            return "wrong", "a result where a sentence is expected"
         if (wrong := case.check(ending)) is not None:
             return "wrong", wrong
         if "Warning: " in printed:

@@ -41,7 +41,7 @@ ODD_KEYS = {
 
 
 def odd_value(random: Random, value: object) -> object:
-    """Another one, near the one there is or not."""
+    """Another value: a variation of this one, or one of [`ODD_VALUES`]."""
     if isinstance(value, dict) and value and random.random() < 0.6:
         return change_json(random, value)
     if isinstance(value, list) and value and random.random() < 0.4:
@@ -52,7 +52,7 @@ def odd_value(random: Random, value: object) -> object:
 
 
 def change_json(random: Random, content: dict, names: tuple[str, ...] = ()) -> dict:
-    """With another value, without one, or with one more."""
+    """The content with one value changed, removed or added; `names` are keys that may be added."""
     content, keys = dict(content), list(content)
     name, kind = pick(random, keys), random.random()
     if kind < 0.15:
@@ -66,7 +66,7 @@ def change_json(random: Random, content: dict, names: tuple[str, ...] = ()) -> d
 
 
 def change_text(random: Random, path: Path):
-    """Of a JSON file, its values or its bytes."""
+    """Change the values or the bytes of a JSON file."""
     content, kind = json.loads(path.read_text()), random.random()
     if kind < 0.75:
         for _ in range(int(random.integers(1, 4))):
@@ -79,7 +79,7 @@ def change_text(random: Random, path: Path):
 
 
 def change_tensors(random: Random, path: Path) -> str | None:
-    """Of a safetensors file; `sentence` where no checkpoint can have such weights."""
+    """Change the tensors of a safetensors file. Returns `sentence` if no checkpoint can have such weights."""
     tensors = load_file(path)
     name = pick(random, sorted(key for key, tensor in tensors.items() if tensor.is_floating_point()))
     kind = int(random.integers(8))
@@ -102,7 +102,7 @@ def change_tensors(random: Random, path: Path) -> str | None:
 
 
 def change_weights(random: Random, path: Path) -> str | None:
-    """Of a safetensors file, tensors, header or bytes; `sentence` where no checkpoint can have such weights."""
+    """Change tensors, header or bytes of a safetensors file. Returns `sentence` if no model can have such weights."""
     data, kind = path.read_bytes(), random.random()
     if kind < 0.4:
         return change_tensors(random, path)
@@ -133,7 +133,7 @@ def change_weights(random: Random, path: Path) -> str | None:
 
 
 class Hostile:
-    """A pickle of it opens a file for writing when it is read."""
+    """An object whose pickle opens a file for writing when it is loaded."""
 
     def __init__(self, marker: Path):
         self.marker = marker
@@ -143,7 +143,7 @@ class Hostile:
 
 
 def add_code(random: Random, folder: Path, marker: Path) -> str | None:
-    """Files that run code if they are believed; `sentence` where nothing else could be read."""
+    """Add files that would run code if the library trusted them. Returns `sentence` if no readable weights remain."""
     kind = int(random.integers(5))
     if kind <= 2:
         path = folder / pick(random, ("config.json", "preprocessor_config.json"))
@@ -162,7 +162,7 @@ def add_code(random: Random, folder: Path, marker: Path) -> str | None:
 
 
 def change_files(random: Random, folder: Path):
-    """One of them is missing, no file, or in parts that are elsewhere."""
+    """Remove one of the files, put something else in its place, or add an index to parts that do not exist."""
     path, kind = folder / pick(random, sorted(os.listdir(folder))), int(random.integers(6))
     content = path.read_bytes()
     path.unlink()

@@ -1,4 +1,4 @@
-"""Cases of command lines, of `cbsa` and of the training scripts."""
+"""Cases of command lines: of `cbsa`, and of the training scripts."""
 
 import dataclasses
 import json
@@ -15,11 +15,11 @@ from .models import CLASSES
 
 ODD_WORDS = ("0", "-1", "1", "2", "7", "0.5", "nan", "inf", "30000", "1000000000", "9" * 30, "x", "", "-", "é\n")
 WRITERS = ("output_dir", "output", "strip", "teacher_cache")  # options that say where to write
-ENDLESS = "num_epochs"  # whoever asks for a billion gets them
+ENDLESS = "num_epochs"  # never changed: a run with a billion epochs is no fault
 
 
 def make_paths(random: Random, folders: Folders) -> dict[str, Path]:
-    """Files to give to a command, by what they are; those of `outputs` are where it may write."""
+    """Files for the arguments of a command, by name. Those in the output folder are places where it may write."""
     names = ("photo.png", "other.png", "text.txt", "empty", "folder", "missing", "classifier", "segmenter", "encoder")
     files = {name: folders.inputs / name for name in names}
     for name in ("classifier", "segmenter", "encoder"):
@@ -37,7 +37,7 @@ def make_paths(random: Random, folders: Folders) -> dict[str, Path]:
 
 
 def sound_line(random: Random, files: dict[str, Path]) -> list[str]:
-    """A command line of `cbsa` that has a result, or, without a network, a sentence."""
+    """A valid command line of `cbsa`. Without a network, `push` ends with a sentence."""
     command = pick(random, ("segment", "segment", "segment", "attention", "inspect", "convert", "push"))
     if command == "push":
         return [command, "you/model", "--checkpoint", str(files["classifier"]), *pick(random, ([], ["--private"]))]
@@ -63,7 +63,7 @@ def sound_line(random: Random, files: dict[str, Path]) -> list[str]:
 
 
 def change_line(random: Random, line: list[str], files: dict[str, Path]) -> list[str]:
-    """With another word, without one, or with some more."""
+    """The command line with one word replaced or removed, or with more words."""
     kind, at = random.random(), int(random.integers(len(line)))
     if kind < 0.6:
         values = [str(path) for path in files.values()]
@@ -100,7 +100,7 @@ def make_command(random: Random, folders: Folders) -> Case:
 
 
 def write_sound_dataset(random: Random, folder: Path, masks: bool):
-    """Two small splits, with labels or with masks."""
+    """Write two small splits with labels or with masks."""
     for split, count in (("train", 6), ("validation", 3)):
         rows = make_rows(random, masks, count)
         write_rows(random, folder / f"{split}-00000-of-00001.parquet", rows, masks, odd_columns=False)
@@ -108,8 +108,8 @@ def write_sound_dataset(random: Random, folder: Path, masks: bool):
 
 
 def make_script_command(random: Random, folders: Folders) -> Case:
-    """A line for a training script, with some odd values."""
-    from arguments import (
+    """A command line of a training script, with some odd values."""
+    from training.arguments import (
         AdaptationArguments,
         FinetuningArguments,
         PretrainingArguments,

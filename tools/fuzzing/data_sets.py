@@ -1,4 +1,4 @@
-"""Cases of data sets, of labels or of masks, and the scripts that train or score on them."""
+"""Cases of data sets with labels or with masks, and of the scripts that train or score on them."""
 
 import io
 import json
@@ -39,23 +39,25 @@ from .models import CLASSES
 SCRIPTS = ("pretrain.py", "finetune.py", "adapt.py", "score.py")
 TRAINING = ["--num_epochs=1", "--num_workers=0", "--warmup_epochs=0", "--report_to=none"]
 MODELS = SCRATCH / "models"
-MOST_CORRUPT = (0, 1, 3, 10, 1000)  # images that may be skipped
+MOST_CORRUPT = (0, 1, 3, 10, 1000)  # values of `--max_corrupt`
 
 
 def encode_png(image: Image.Image) -> dict:
+    """An image as `datasets` stores it."""
     file = io.BytesIO()
     image.save(file, "PNG")
     return {"bytes": file.getvalue(), "path": None}
 
 
 def draw_mask(random: Random, size: tuple[int, int]) -> Image.Image:
-    """Its three classes in stripes, some pixels without."""
+    """A mask with the three classes as stripes; some pixels are 255, which is no class."""
     labels = np.arange(size[1]) * 3 // size[1]
     labels = np.broadcast_to(labels[:, None], (size[1], size[0])).astype(np.uint8)
     return Image.fromarray(np.where(random.random(labels.shape) < 0.02, 255, labels).astype(np.uint8))
 
 
 def make_rows(random: Random, masks: bool, count: int) -> list[dict]:
+    """Rows of an image and a class, or of an image and a mask."""
     rows = []
     for index in range(count):
         picture = draw_picture(random, least=16, most=40)
@@ -65,7 +67,7 @@ def make_rows(random: Random, masks: bool, count: int) -> list[dict]:
 
 
 def break_image(random: Random) -> dict | None:
-    """What stands in a row where no image can be read."""
+    """A value in the column of images that cannot be read as an image."""
     data, _ = encode(random, draw_picture(random), pick(random, COMMON))
     broken = (b"", b"x", data[: len(data) // 3], data[:20], random_bytes(random, 99), b"%!PS-Adobe-3.0 EPSF-3.0\n")
     links = ({"bytes": None, "path": "missing.png"}, {"bytes": None, "path": None}, {"bytes": b"", "path": None})
@@ -73,14 +75,14 @@ def break_image(random: Random) -> dict | None:
 
 
 def odd_image(random: Random) -> dict:
-    """Of any mode, format and damage."""
+    """An image of any mode and format, sound or damaged."""
     data, format = encode(random, draw_picture(random, pick(random, MODES)), pick(random, COMMON + OTHERS))
     data = pick(random, (data, add_metadata(random, data, format), damage(random, data)))
     return {"bytes": data, "path": pick(random, (None, "photo.png", "x/y"))}
 
 
 def odd_mask(random: Random, row: dict) -> dict | None:
-    """A mask that does not fit its image, or the classes."""
+    """A mask that does not fit its image or the classes."""
     with Image.open(io.BytesIO(row["label"]["bytes"])) as mask:
         labels = np.array(mask)
     values = [labels * 0, labels * 0 + 255, (labels > 0) * np.uint8(255), labels + 3, labels * 100, labels[:-1]]
@@ -90,12 +92,12 @@ def odd_mask(random: Random, row: dict) -> dict | None:
         file = io.BytesIO()
         Image.fromarray(np.ascontiguousarray(pick(random, values))).save(file, pick(random, ("PNG", "TIFF")))
         return {"bytes": file.getvalue(), "path": None}
-    except OSError:  # no PNG of floats
+    except OSError:  # PNG does not store floats
         return break_image(random)
 
 
 def damage_rows(random: Random, rows: list[dict], masks: bool) -> str | None:
-    """Some of them, in place; `sentence` where no run can succeed."""
+    """Damage some of the rows, in place. Returns `sentence` if no run can succeed."""
     kind = random.random()
     share = pick(random, (1, 1, 2, len(rows)))
     chosen = [rows[int(index)] for index in random.choice(len(rows), min(share, len(rows)), replace=False)]
@@ -114,7 +116,7 @@ def damage_rows(random: Random, rows: list[dict], masks: bool) -> str | None:
 
 
 def write_rows(random: Random, path: Path, rows: list[dict], masks: bool, odd_columns: bool):
-    """A Parquet file of the features that `datasets` writes; or of others."""
+    """Write a Parquet file, with the usual columns, or with columns of other types and names."""
     label = ImageFeature() if masks else ClassLabel(names=CLASSES)
     features, names = Features({"image": ImageFeature(), "label": label}), ["image", "label"]
     if odd_columns:
@@ -149,7 +151,7 @@ def write_rows(random: Random, path: Path, rows: list[dict], masks: bool, odd_co
 
 
 def write_dataset(random: Random, folder: Path, masks: bool) -> str | None:
-    """Two splits, one of them damaged in some way; `sentence` where no run can succeed."""
+    """Write two splits, most often with one of them damaged. Returns the expected end, or None if both are right."""
     damaged, expected = pick(random, ("train", "validation")), None
     kind = random.random()
     for split, count in (("train", 6), ("validation", 3)):
@@ -174,7 +176,7 @@ def write_dataset(random: Random, folder: Path, masks: bool) -> str | None:
 
 
 def run_script(name: str, *arguments: str) -> Callable[[], object]:
-    """A training script as it is started, but in this process."""
+    """A function that runs a training script in this process as `python SCRIPT` would."""
 
     def run():
         sys.argv = [name, *arguments]
@@ -184,14 +186,13 @@ def run_script(name: str, *arguments: str) -> Callable[[], object]:
 
 
 def import_scripts():
-    """The training scripts and what they import, once for all the processes that are forked."""
-    sys.path.insert(0, str(ROOT / "training"))
+    """Import the training scripts and what they need, once for all forked processes."""
     for script in SCRIPTS:
         runpy.run_path(str(ROOT / "training" / script))
 
 
 def training_options(random: Random, folders: Folders) -> list[str]:
-    """For a run on the data set of a case."""
+    """Options of a training run on the data set of a case."""
     options = [f"--dataset_name={folders.inputs}", f"--max_corrupt={pick(random, MOST_CORRUPT)}"]
     options += [f"--output_dir={folders.output / 'run'}", *TRAINING, f"--batch_size={pick(random, (1, 2, 3))}"]
     if random.random() < 0.2:
@@ -200,7 +201,7 @@ def training_options(random: Random, folders: Folders) -> list[str]:
 
 
 def score(random: Random, folders: Folders, task: str, checkpoint: str, *options: str) -> Case:
-    """Of the validation split alone: any end may be right where the other split is damaged."""
+    """A case that scores on the validation split. Any end may be right, since the damage may be in the other split."""
     options += (f"--dataset_name={folders.inputs}", f"--max_corrupt={pick(random, MOST_CORRUPT)}")
     options += (f"--checkpoint={MODELS / checkpoint}", f"--output={folders.output / 'scores.json'}")
     return Case(run_script("score.py", f"--task={task}", *options))
@@ -227,7 +228,7 @@ def make_labels(random: Random, folders: Folders) -> Case:
 
 
 def make_masks(random: Random, folders: Folders) -> Case:
-    """A mask, or a data set of masks, sound or not, and what reads it, trains or scores on it."""
+    """A mask or a data set with masks, sound or not, and a function that reads it, trains on it or scores on it."""
     if random.random() < 0.3:
         return make_mask_file(random, folders)
     expected = write_dataset(random, folders.inputs, masks=True)
@@ -244,7 +245,7 @@ def make_masks(random: Random, folders: Folders) -> Case:
 
 
 def make_mask_file(random: Random, folders: Folders) -> Case:
-    """A file of labels, in any mode and format; sound ones keep their values, turned upright."""
+    """A mask in a file of any mode and format. A sound one is read with its own values, turned upright."""
     path = folders.inputs / pick(random, NAMES)
     picture = draw_picture(random, pick(random, ("1", "L", "P", "RGB", "I", "I;16")))
     orientation = int(random.integers(1, 9))

@@ -1,4 +1,4 @@
-"""Pictures drawn at random, their files, and damage to files."""
+"""Random pictures, their files, and damage to files."""
 
 import io
 import struct
@@ -11,20 +11,33 @@ from .cases import Random
 
 
 MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr", "LAB", "HSV", "I", "F", "I;16")
-COMMON = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TGA", "TIFF", "WEBP")  # read wherever Pillow can
+COMMON = (
+    "AVIF",
+    "BMP",
+    "GIF",
+    "JPEG",
+    "JPEG2000",
+    "PNG",
+    "PPM",
+    "TGA",
+    "TIFF",
+    "WEBP",
+)  # read if Pillow can
 OTHERS = ("BLP", "DDS", "DIB", "EPS", "ICNS", "ICO", "IM", "MPO", "MSP", "PCX", "PDF", "QOI", "SGI", "SPIDER", "XBM")
 
 
 def pick(random: Random, choices):
+    """One of the choices, at random."""
     return choices[int(random.integers(len(choices)))]
 
 
 def random_bytes(random: Random, most: int) -> bytes:
+    """Up to `most` bytes, at least one."""
     return random.bytes(int(random.integers(1, most + 1)))
 
 
 def draw_picture(random: Random, mode: str = "RGB", least: int = 5, most: int = 60) -> Image.Image:
-    """A smooth gradient with some noise, whatever the mode."""
+    """A smooth gradient with some noise, in any mode, with sides from `least` to `most` pixels."""
     width, height = (int(side) for side in random.integers(least, most, endpoint=True, size=2))
     coarse = Image.fromarray(random.integers(0, 256, (3, 4, 3), dtype=np.uint8))
     picture = coarse.resize((width, height), Image.Resampling.BILINEAR)
@@ -43,7 +56,7 @@ def draw_picture(random: Random, mode: str = "RGB", least: int = 5, most: int = 
 
 
 def encode(random: Random, picture: Image.Image, format: str, **options) -> tuple[bytes, str]:
-    """The file, and its format: PNG, of an RGB picture, where the one wanted cannot hold the mode."""
+    """The bytes of a picture and their format: PNG in RGB if the chosen format cannot store the mode."""
     if format == "TIFF":
         options["compression"] = pick(random, (None, "tiff_lzw", "tiff_adobe_deflate", "packbits"))
     if format in ("GIF", "TIFF", "WEBP", "PNG") and random.random() < 0.2:
@@ -57,17 +70,19 @@ def encode(random: Random, picture: Image.Image, format: str, **options) -> tupl
 
 
 def png_chunk(kind: bytes, body: bytes) -> bytes:
+    """A chunk of a PNG file, with its length and checksum."""
     return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
 
 
 def orientation_block(orientation: int) -> bytes:
+    """An EXIF block with an orientation from 1 to 8."""
     exif = Image.Exif()
     exif[0x0112] = orientation
     return exif.tobytes()
 
 
 def add_metadata(random: Random, data: bytes, format: str) -> bytes:
-    """Blocks beside the pixels that cannot be understood, or are huge: the pixels are as before."""
+    """Add metadata that is huge or makes no sense. The pixels stay as they are."""
     junk = random_bytes(random, 300)
     if format == "PNG":
         texts = [
@@ -93,7 +108,7 @@ def add_metadata(random: Random, data: bytes, format: str) -> bytes:
 
 
 def damage(random: Random, data: bytes) -> bytes:
-    """One to three mutations."""
+    """Change, insert or remove bytes at one to three places. Most PNG files get new checksums."""
     for _ in range(int(random.integers(1, 4))):
         size = len(data)
         at = int(random.integers(pick(random, (min(size, 64), size)) or 1)) if size else 0
@@ -124,7 +139,7 @@ def damage(random: Random, data: bytes) -> bytes:
 
 
 def mend_checksums(data: bytes) -> bytes:
-    """Of a PNG, so that it is read beyond the chunk that was changed."""
+    """Write correct checksums into a changed PNG, so that readers do not stop at the changed chunk."""
     mended, at = data[:8], 8
     while at + 12 <= len(data):
         (length,) = struct.unpack(">I", data[at : at + 4])

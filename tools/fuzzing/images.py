@@ -1,4 +1,4 @@
-"""Cases of photos: every mode and format, sound, damaged or hostile, and the ways to read them."""
+"""Cases of photos of every mode and format, sound, damaged or hostile, and the ways to read them."""
 
 import io
 import os
@@ -46,7 +46,7 @@ TURNS = {
 
 
 def write_bomb(random: Random, path: Path):
-    """A small PNG of very many pixels, or of very unequal sides."""
+    """Write a small PNG file with very many pixels or very unequal sides."""
     sizes = ((2_000_000, 1), (1, 60_000), (9_000, 9_000), (30_000, 30_000), (2**31 - 1, 2**31 - 1), (100_000, 3))
     width, height = pick(random, sizes)
     row = b"\0" + bytes(-(-width // 8)) if width < 10**7 else b""
@@ -58,7 +58,7 @@ def write_bomb(random: Random, path: Path):
 
 
 def make_special(random: Random, path: Path):
-    """What is no regular file, at that path; or nothing."""
+    """Put something that is no regular file at the path, or nothing."""
     kind = int(random.integers(7))
     if kind == 0:
         os.mkfifo(path)
@@ -78,7 +78,7 @@ def make_special(random: Random, path: Path):
 
 
 def expected_pixels(picture: Image.Image) -> np.ndarray | None:
-    """(height, width, 3) that a sound picture has in RGB; None where that is a matter of choice."""
+    """The RGB pixels (height, width, 3) of a sound picture; None if several answers are right."""
     values = np.asarray(picture)
     if picture.mode == "I;16":
         return np.stack([values // 257] * 3, axis=-1)
@@ -95,21 +95,28 @@ def expected_pixels(picture: Image.Image) -> np.ndarray | None:
 
 def decode(data: bytes, orientations: Iterable[int] | None) -> tuple[list[np.ndarray], bool]:
     """
-    What Pillow reads in a file, as [`expected_pixels`], in each of the orientations, or else in the file's own;
-    nothing where it cannot read what it wrote. And whether there is contrast in a file whose values have no range.
+    Read a file with Pillow.
+
+    Args:
+        data: the bytes of the file.
+        orientations: EXIF orientations from 1 to 8; None for the file's own.
+
+    Returns:
+        The [`expected_pixels`] in each of the orientations, or an empty list if Pillow cannot read the file; and
+        whether the file has mode `I` or `F` and more than one value.
     """
     try:
         with Image.open(io.BytesIO(data)) as picture:
             pixels, values = expected_pixels(picture), np.asarray(picture)
             orientations = orientations or [picture.getexif().get(0x0112, 1)]
             contrast = picture.mode in ("I", "F") and np.ptp(values) > 0
-    except Exception:  # any decoder, any exception
+    except Exception:  # decoders raise exceptions of many types
         return [], False
     return [] if pixels is None else [TURNS[turn](pixels) for turn in orientations], contrast
 
 
 def check_image(found: object, expected: list[np.ndarray] = (), contrast: bool = False) -> str | None:
-    """What is wrong with what left the door for images; it should have one of the expected contents, if any."""
+    """What is wrong with an image that the library read: it has to be one of the expected ones, if there are any."""
     if not isinstance(found, Image.Image) or found.mode != "RGB":
         return f"not an RGB image: {found!r:.60}"
     if dict(found.getexif()):
@@ -122,7 +129,7 @@ def check_image(found: object, expected: list[np.ndarray] = (), contrast: bool =
 
 
 def make_array(random: Random) -> Case:
-    """An array or a tensor of some shape, type and range."""
+    """A case of an array or a tensor of some shape, type and range."""
     height, width = (int(side) for side in random.integers(6, 40, size=2))
     shapes = [(height, width), (height, width, 1), (height, width, 3), (height, width, 4), (3, height, width)]
     others = [
@@ -166,7 +173,7 @@ def make_array(random: Random) -> Case:
 
 
 def read_photo(random: Random, path: Path, output: Path) -> tuple[Callable[[], object], str]:
-    """One of the ways to a photo's pixels: plain, by a command, or another."""
+    """One of the ways to read a photo, and its kind: `plain`, `command` or `other`."""
     commands = [
         ("segment",),
         ("segment", "--task=semantic"),
@@ -191,7 +198,7 @@ def read_photo(random: Random, path: Path, output: Path) -> tuple[Callable[[], o
 
 
 def make_image(random: Random, folders: Folders) -> Case:
-    """A picture in some mode and format, sound or not, and a way to read it."""
+    """A case of a picture in some mode and format, sound or not, and a way to read it."""
     kind = random.random()
     if kind < 0.08:
         return make_array(random)
@@ -214,7 +221,7 @@ def make_image(random: Random, folders: Folders) -> Case:
     path.write_bytes(add_metadata(random, data, format) if random.random() < 0.6 else data)
     if format in ("EPS", "PDF"):
         return Case(read, "sentence", names, is_command=is_command)
-    turned = path.read_bytes() != data  # metadata that was added may say how
+    turned = path.read_bytes() != data  # the added metadata may hold an orientation
     expected, contrast = decode(data, TURNS if turned else None)
     check = (lambda image: check_image(image, expected, contrast)) if is_plain else (lambda result: None)
     return Case(read, "result" if format in COMMON and expected else None, names, check, is_command)

@@ -1,4 +1,4 @@
-"""Small checkpoints, and what reads photos with them."""
+"""Small checkpoints, and functions that read photos with them."""
 
 from collections.abc import Callable
 
@@ -27,7 +27,7 @@ from .drawing import draw_picture
 
 
 READERS: dict[str, Callable] = {}
-"""By name; see [`build_models`]."""
+"""Functions that read a photo, by name; [`build_models`] fills this."""
 
 CLASSES = ["sky", "tree", "road"]
 

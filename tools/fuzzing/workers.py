@@ -1,4 +1,4 @@
-"""Tries cases in processes of their own, within bounds of time and memory."""
+"""Try cases in separate processes, with bounds on time and memory."""
 
 import argparse
 import json
@@ -26,22 +26,22 @@ from .guard import Guard, find_changes, hash_files
 
 
 def try_case(make: Callable[[Random, Folders], Case], seed: int, index: int, guard: Guard) -> Outcome:
-    """Make the case of that number, run it in this process, and judge it."""
+    """Make the case with that number, run it in this process, and judge how it ends."""
     folders = Folders.make(SCRATCH / f"case-{index}")
     tempfile.tempdir = str(folders.temporary)
     datasets.config.HF_DATASETS_CACHE = folders.temporary / "datasets"
     os.chdir(folders.inputs)
-    with warnings.catch_warnings():  # those of making what is broken
+    with warnings.catch_warnings():  # warnings about the broken files that are made
         warnings.simplefilter("ignore")
         case = make(np.random.default_rng((seed, index)), folders)
     before = hash_files(folders.inputs, folders.output)
-    Path("/proc/self/clear_refs").write_text("5")  # the peak of memory starts anew
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak of the memory
     had, started = memory("VmRSS"), time.process_time()
     with redirected(folders.temporary):
         guard.watch(folders.output, folders.temporary)
         try:
             ending = case.run()
-        except BaseException as error:  # which of them are faults is what is asked
+        except BaseException as error:  # `judge` decides which of them are faults
             ending = error
         guard.stop()
     seconds, megabytes = time.process_time() - started, memory("VmHWM") - had
@@ -56,7 +56,7 @@ def try_case(make: Callable[[Random, Folders], Case], seed: int, index: int, gua
 
 @contextmanager
 def redirected(folder: Path) -> Iterator[None]:
-    """Standard input says yes to everything; what is printed, by whatever library, goes to a file."""
+    """Answer yes to all questions on standard input, and write all that is printed, by any library, to a file."""
     (folder / "answers").write_text("y\n" * 100)
     kept = [os.dup(number) for number in range(3)]
     with open(folder / "answers") as answers, open(folder / "printed", "w") as printed:
@@ -70,7 +70,7 @@ def redirected(folder: Path) -> Iterator[None]:
 
 
 def work(kind: Kind, seed: int, indices: list[int], pipe: int):
-    """In a process of its own: try cases, and tell of each when it starts and what became of it."""
+    """The work of a forked process: try cases. Writes to the pipe when each case starts, and its outcome."""
     os.setsid()
     guard = Guard()
     with open(pipe, "w") as answers:
@@ -78,14 +78,14 @@ def work(kind: Kind, seed: int, indices: list[int], pipe: int):
             print(index, file=answers, flush=True)
             try:
                 outcome = try_case(kind.make, seed, index, guard)
-            except BaseException:  # of this tool itself
+            except BaseException:  # a fault of this tool
                 outcome = Outcome(index, "tool", "the case cannot be made or judged", traceback.format_exc())
             print(json.dumps(asdict(outcome)), file=answers, flush=True)
     os._exit(0)
 
 
 class Worker:
-    """A forked process that tries cases one after the other, each within bounds."""
+    """A forked process that tries cases one after another, each within the bounds."""
 
     def __init__(self, kind: Kind, seed: int, indices: list[int], bounds: argparse.Namespace):
         self.bounds, self.buffer = bounds, b""
@@ -98,7 +98,7 @@ class Worker:
         os.close(writing)
 
     def read_line(self) -> tuple[str | None, str]:
-        """The next line that it writes; or None, and what is wrong with it."""
+        """The next line that the process writes; or None, with the kind of fault."""
         had, watch = memory("VmRSS", self.pid), Stopwatch(lambda: [self.pid])
         while b"\n" not in self.buffer:
             if select.select([self.pipe], [], [], 0.05)[0]:
@@ -114,7 +114,7 @@ class Worker:
         return line.decode(), ""
 
     def end(self) -> str:
-        """How it ended, by itself or now."""
+        """Kill the process if it still runs. Returns how it ended."""
         with suppress(ProcessLookupError):
             os.killpg(self.pid, signal.SIGKILL)
         os.close(self.pipe)
@@ -122,7 +122,7 @@ class Worker:
         return f"signal {os.WTERMSIG(status)}" if os.WIFSIGNALED(status) else f"status {os.WEXITSTATUS(status)}"
 
     def outcomes(self, indices: list[int]) -> Iterator[Outcome]:
-        """Of these cases in turn, up to the one that the worker does not survive."""
+        """Yield the outcomes of these cases in order, up to the case that ends the process."""
         for index in indices:
             line, trouble = self.read_line()
             if line is not None:
@@ -142,7 +142,7 @@ class Worker:
 
 
 def run_cases(kind: Kind, seed: int, indices: list[int], bounds: argparse.Namespace) -> Iterator[Outcome]:
-    """The outcome of each case; those that end a process do not end the others."""
+    """Yield the outcome of each case. If a case ends its process, another process tries the next cases."""
     while indices:
         group = indices[: kind.per_process]
         for outcome in Worker(kind, seed, group, bounds).outcomes(group):

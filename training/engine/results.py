@@ -13,11 +13,16 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformers import BaseImageProcessor, PreTrainedModel
 
-from engine.output import write_together
-from engine.run_state import DamagedCheckpoint, check_sums, checkpoint_path, read_progress
+from cbsa_hf.checkpoints.model_cards import auto_class_of, base_model_of, loading_example
+from training.engine.output import write_together
+from training.engine.run_state import DamagedCheckpoint, check_sums, checkpoint_path, read_progress
 
 
-TASK_NAMES = {"accuracy": "image-classification", "mean_iou": "image-segmentation"}  # on the Hub, by metric
+TASK_NAMES = {  # on the Hub, by metric
+    "accuracy": "image-classification",
+    "mean_average_precision": "image-classification",
+    "mean_iou": "image-segmentation",
+}
 CARD = """\
 ---
 {{ card_data }}
@@ -35,6 +40,10 @@ CARD = """\
 | `{{ split }}` | after step {{ scored_step }} |
 |---|---|
 {{ rows }}
+
+## Use
+
+{{ example }}
 """
 
 
@@ -85,7 +94,7 @@ def write_card(folder: Path, name: str, model: PreTrainedModel, results: dict, m
         library_name="transformers",
         pipeline_tag=task,
         license="other",
-        base_model=None if origin is None or public_name(origin) != origin else origin,
+        base_model=None if origin is None else base_model_of(origin),
         tags=list(dict.fromkeys(["cbsa", *model.config.layer_attention_types])),
         model_name=name,
         eval_results=[score],
@@ -94,7 +103,7 @@ def write_card(folder: Path, name: str, model: PreTrainedModel, results: dict, m
         data,
         template_str=CARD,
         name=name,
-        model_class=type(model).__name__,
+        model_class=type(model).__name__.removeprefix("FSDP"),  # of sharded models
         parameters=f"{sum(parameter.numel() for parameter in model.parameters()):,}",
         dataset_name=dataset_name,
         seed=arguments["seed"],
@@ -107,6 +116,7 @@ def write_card(folder: Path, name: str, model: PreTrainedModel, results: dict, m
         split=arguments["validation_split"],
         scored_step=results["best_step" if arguments["keep_best"] else "step"],
         rows="\n".join(f"| {key} | {value:.4f} |" for key, value in metrics.items()),
+        example=loading_example(name, auto_class_of(model)),
     )
     card.save(folder / "README.md")
 

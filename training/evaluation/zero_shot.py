@@ -13,9 +13,9 @@ from scipy.cluster.vq import kmeans2
 from tqdm.auto import tqdm
 from transformers import BaseImageProcessor, PreTrainedModel
 
-from arguments import MIN_FOREGROUND
 from cbsa_hf import ZeroShotSegmenter
-from data.segmentation import IGNORED
+from training.arguments import MIN_FOREGROUND
+from training.data.segmentation import IGNORED
 
 
 NUM_SEGMENTS = 6
@@ -47,10 +47,10 @@ def best_overlap(segments: np.ndarray, labels: np.ndarray) -> float:
     return float(np.mean(list(best.values()))) if best else float("nan")
 
 
-def centred_ellipse(shape: tuple[int, int], share: float = 0.75) -> np.ndarray:
-    """A mask of an ellipse in the middle; its axes are a share of the sides."""
+def centred_ellipse(shape: tuple[int, int]) -> np.ndarray:
+    """A mask of an ellipse in the middle; its axes are three quarters of the sides."""
     rows, columns = (np.linspace(-1, 1, side) for side in shape)
-    return (rows[:, None] / share) ** 2 + (columns[None, :] / share) ** 2 <= 1
+    return rows[:, None] ** 2 + columns[None, :] ** 2 <= 0.75**2
 
 
 def two_colours(pixels: np.ndarray) -> np.ndarray:
@@ -68,9 +68,9 @@ def coordinates(shape: tuple[int, int]) -> np.ndarray:
     return np.stack(np.mgrid[: shape[0], : shape[1]], axis=-1) / max(shape)
 
 
-def colours_and_places(pixels: np.ndarray, weight: float = 1.0) -> np.ndarray:
-    """Segment of each pixel from k-means on colour, from 0 to 1, and position, multiplied by a weight."""
-    points = np.concatenate([pixels / 255, weight * coordinates(pixels.shape[:2])], axis=-1).reshape(-1, 5)
+def colours_and_places(pixels: np.ndarray) -> np.ndarray:
+    """Segment of each pixel from k-means on colour, from 0 to 1, and position."""
+    points = np.concatenate([pixels / 255, coordinates(pixels.shape[:2])], axis=-1).reshape(-1, 5)
     return kmeans2(points, NUM_SEGMENTS, minit="++", seed=0)[1].reshape(pixels.shape[:2])
 
 

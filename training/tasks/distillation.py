@@ -11,10 +11,10 @@ from torch.nn import functional as F
 from tqdm.auto import tqdm
 from transformers import BaseImageProcessor
 
-from data.classification import Crop, TrainingImages
-from data.labelled_images import LabelledImages, to_tensor
-from engine.output import check_free, remove
-from tasks.teachers import Teacher
+from training.data.classification import Crop, TrainingImages
+from training.data.labelled_images import LabelledImages, to_tensor
+from training.engine.output import check_free, remove
+from training.tasks.teachers import Teacher
 
 
 DESCRIPTION, DESCRIPTION_BEFORE = "targets.json", "answers.json"  # the second is what version 0.1 wrote

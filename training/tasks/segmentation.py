@@ -15,17 +15,24 @@ from transformers import (
     SegformerImageProcessorPil,
 )
 
-from arguments import SegmentationArguments
 from cbsa_hf import SlidingWindowSegmenter
 from cbsa_hf.checkpoints import load_config, load_processor
 from cbsa_hf.configuration_cbsa import to_pair
 from cbsa_hf.overlays import class_strip
 from cbsa_hf.segmentation.sliding_window import label_names
-from data.segmentation import IGNORED, SegmentationDataset, TrainingMasks, check_masks, class_weights, read_size
-from data.streaming import StreamedRows
-from engine.loop import Task
-from evaluation.scores import evaluate_segmenter
-from tasks.heads import load_for_classes
+from training.arguments import SegmentationArguments
+from training.data.segmentation import (
+    IGNORED,
+    SegmentationDataset,
+    TrainingMasks,
+    check_masks,
+    class_weights,
+    read_size,
+)
+from training.data.streaming import StreamedRows
+from training.engine.loop import Task
+from training.evaluation.scores import evaluate_segmenter
+from training.tasks.heads import load_for_classes
 
 
 class SegmentationLoss(nn.Module):
@@ -67,9 +74,9 @@ class SegmentationLoss(nn.Module):
         return {"loss": loss}
 
 
-def draw_predictions(segmenter: SlidingWindowSegmenter, images: SegmentationDataset, count: int = 4) -> Image.Image:
-    """The segmentations of images at even distances in the data set, and their mistakes; see [`class_strip`]."""
-    picked = np.linspace(0, len(images) - 1, count).round().astype(int).tolist()
+def draw_predictions(segmenter: SlidingWindowSegmenter, images: SegmentationDataset) -> Image.Image:
+    """The segmentations of four images at even distances in the data set, and their mistakes; see [`class_strip`]."""
+    picked = np.linspace(0, len(images) - 1, 4).round().astype(int).tolist()
     found = [row for index in picked if (row := images.read(index)) is not None]
     predicted = [segmenter(image) for image, _ in found]
     names = label_names(segmenter.model.config.id2label)
@@ -107,7 +114,7 @@ def load_segmenter(
         image_mean=processor.image_mean,
         image_std=processor.image_std,
         do_reduce_labels=args.reduce_labels,
-        do_convert_rgb=True,
+        do_convert_rgb=len(processor.image_mean) == 3,
     )
     return model, processor
 

@@ -67,6 +67,7 @@ class EfficientNetLite(nn.Module):
         path = getattr(weights, f"EfficientnetLite{version}ModelFile").get_model_file_path()
         self.network = EfficientNet.from_name(name)
         self.network.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
+        # The package has no public way to its modules. Their names cannot change: they are the keys of the weights.
         shrinks = [block._depthwise_conv.stride[0] > 1 for block in self.network._blocks]
         self.last_block = max(i for i, shrink in enumerate(shrinks) if shrink) - 1  # before stride 32
         map_width = self.network._blocks[self.last_block]._project_conv.out_channels

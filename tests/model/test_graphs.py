@@ -103,7 +103,7 @@ def test_inductor(case):
     The second size compiles a graph for any size; sizes that fill whole patches, and need no padding, may have one of
     their own. No later size compiles again. One case of every class.
     """
-    torch._dynamo.reset()
+    torch.compiler.reset()
     model, options = build(case)
     inductor = CompileCounterWithBackend("inductor")
     compiled = torch.compile(model, backend=inductor, fullgraph=True)

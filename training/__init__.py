@@ -1,0 +1,1 @@
+"""Training and scoring: five scripts, and the modules that they share."""
