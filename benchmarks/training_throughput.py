@@ -20,7 +20,7 @@ import torch
 from training import pretrain
 from training.arguments import DataArguments, PretrainingArguments, parse_arguments
 from training.data.classification import TrainingImages
-from training.data.loading import class_names, find_columns
+from training.data.loading import select_labelled
 from training.engine.loop import take_step
 from training.engine.optimization import build_optimizer, build_scheduler
 from training.engine.setup import build_accelerator, build_loader, load_splits
@@ -62,11 +62,11 @@ def build_turns(args: Arguments) -> tuple[Callable[[], tuple[float, float]], Cal
     values = {name: value for name, value in asdict(args).items() if name not in ("steps", "turns")}
     settings = PretrainingArguments(**values, output_dir="", report_to="none")
     accelerator = build_accelerator(settings)
-    split, _ = load_splits(settings, find_columns)
+    split, _ = load_splits(settings, select_labelled)
     num_images = (args.steps + 1) * args.batch_size
     if len(split) < num_images:
         raise ValueError(f"A turn needs {num_images} images and the training split has {len(split)}: lower `--steps`.")
-    model, processor = pretrain.build_model(settings, class_names(split))
+    model, processor = pretrain.build_model(settings, split)
     images = TrainingImages(
         split.select(range(num_images)),
         args.max_corrupt,

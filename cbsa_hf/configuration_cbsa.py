@@ -24,6 +24,7 @@ RepresentativesType = Literal["pool", "learned"]
 PooledTokens = Literal["patches", "all_but_last"]
 PositionInterpolation = Literal["bicubic", "bilinear"]
 DecoderType = Literal["cbsa", "mssa", "softmax", "linear"]
+LayerSharing = Literal["cyclic", "repeated"]
 
 DTYPES = ("float32", "float16", "bfloat16", "float64")
 MAX_LAYERS = 10_000
@@ -109,12 +110,19 @@ class CBSAConfig(BackboneConfigMixin, PreTrainedConfig):
     Args:
         hidden_size (`int`, defaults to 192): Width of the tokens.
         num_hidden_layers (`int`, defaults to 12): Number of layers.
+        num_unique_layers (`int`, *optional*):
+            Number of layers that have weights of their own; all when not given. With fewer, layers share weights,
+            which are stored once and used several times.
+        layer_sharing (`str`, defaults to `"cyclic"`):
+            Which layers share: with 2 of 6 unique, `"cyclic"` uses 0 1 0 1 0 1, as the universal transformer (arXiv
+            1807.03819) repeats its block, and `"repeated"` uses 0 0 0 1 1 1, as the groups of ALBERT (arXiv
+            1909.11942).
         num_attention_heads (`int`, defaults to 3): Number of heads.
         head_dim (`int`, *optional*): Dimension p of one head; `hidden_size // num_attention_heads` when not given.
         attention_type (`str` or `list[str]`, defaults to `"cbsa"`):
             `"cbsa"`; `"mssa"` (CRATE), `"tssa"` (ToST), `"linear"`, `"softmax"` (ViT), `"agent"` (a ViT's attention
             through representatives), or `"mita"` (through landmarks and the tokens that they select); a list names one
-            for each layer. `attention_cbsa.py` defines each.
+            for each layer that is stored. `attention_cbsa.py` defines each.
         feed_forward_type (`str`, defaults to `"ista"`):
             `"ista"`, without a skip connection; `"odl"`, two steps in an overcomplete dictionary (CRATE-alpha), and
             `"mlp"` with GELU (ViT), both with a skip connection; or `"none"`, attention only.
@@ -202,6 +210,8 @@ class CBSAConfig(BackboneConfigMixin, PreTrainedConfig):
 
     hidden_size: int = 192
     num_hidden_layers: int = 12
+    num_unique_layers: int | None = None
+    layer_sharing: LayerSharing = "cyclic"
     num_attention_heads: int = 3
     head_dim: int | None = None
     attention_type: AttentionType | list[AttentionType] | tuple[AttentionType, ...] = "cbsa"
@@ -317,11 +327,24 @@ class CBSAConfig(BackboneConfigMixin, PreTrainedConfig):
             raise ValueError(f"`backbone_config` is no configuration of a {model_type!r} model: {reason}") from error
 
     @property
+    def layer_indices(self) -> list[int]:
+        """The index of the stored layer that every layer uses: 0, 1, 2, ... if no layers share weights."""
+        depth, stored = self.num_hidden_layers, self.num_unique_layers or self.num_hidden_layers
+        if self.layer_sharing == "cyclic":
+            return [i % stored for i in range(depth)]
+        return [i * stored // depth for i in range(depth)]
+
+    @property
+    def stored_attention_types(self) -> list[str]:
+        """The attention type of every stored layer."""
+        if isinstance(self.attention_type, str):
+            return [self.attention_type] * (self.num_unique_layers or self.num_hidden_layers)
+        return list(self.attention_type)
+
+    @property
     def layer_attention_types(self) -> list[str]:
         """The attention type of every layer."""
-        if isinstance(self.attention_type, str):
-            return [self.attention_type] * self.num_hidden_layers
-        return list(self.attention_type)
+        return [self.stored_attention_types[index] for index in self.layer_indices]
 
     def patch_grid(self, height: int, width: int) -> tuple[int, int]:
         """
@@ -391,18 +414,24 @@ class CBSAConfig(BackboneConfigMixin, PreTrainedConfig):
         if self.num_register_tokens < 0:
             raise ValueError(f"`num_register_tokens` is {self.num_register_tokens}, and must not be negative.")
 
-    def validate_types(self):
-        """A list of attention types has one for each layer."""
-        if len(self.layer_attention_types) != self.num_hidden_layers:
+    def validate_layers(self):
+        """There are no more unique layers than layers, and a list of attention types has one for each unique layer."""
+        stored = self.num_hidden_layers if self.num_unique_layers is None else self.num_unique_layers
+        if not 1 <= stored <= self.num_hidden_layers:
             raise ValueError(
-                f"`attention_type` lists {len(self.attention_type)} types for {self.num_hidden_layers} layers; give "
-                "one for each layer, or one name for all."
+                f"`num_unique_layers` is {stored}, and has to be from 1 to the number of layers, "
+                f"{self.num_hidden_layers}."
+            )
+        if len(self.stored_attention_types) != stored:
+            raise ValueError(
+                f"`attention_type` lists {len(self.attention_type)} types for {stored} layers with weights of their "
+                "own; give one for each, or one name for all."
             )
 
     def validate_representatives(self):
         """Options for representatives fit together, and need an attention type that has representatives."""
         names = get_args(RepresentativeAttentionType)
-        if not set(self.layer_attention_types) & set(names):
+        if not set(self.stored_attention_types) & set(names):
             for name, default in (("representatives_type", "pool"), ("pooled_tokens", "patches")):
                 if getattr(self, name) != default:
                     raise ValueError(

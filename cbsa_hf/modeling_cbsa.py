@@ -423,22 +423,15 @@ def build_attention(config: CBSAConfig, attention_type: str, base_num_patches: i
     )
 
 
-class CBSADropPath(nn.Module):
+def drop_path(update: torch.Tensor, rate: float, training: bool) -> torch.Tensor:
     """
     Stochastic depth (arXiv 1603.09382): in training, the update of a random share `rate` of the images is set to zero,
-    and that of the others is divided by `1 - rate`.
+    and that of the others is divided by `1 - rate`. (batch, ...) -> the same shape.
     """
-
-    def __init__(self, rate: float):
-        super().__init__()
-        self.rate = rate
-
-    def forward(self, update: torch.Tensor) -> torch.Tensor:
-        """(batch, ...) -> the same shape."""
-        if not self.training or self.rate == 0:
-            return update
-        kept = update.new_empty(update.shape[0], *[1] * (update.ndim - 1)).bernoulli_(1 - self.rate)
-        return update * kept / (1 - self.rate)
+    if not training or rate == 0:
+        return update
+    kept = update.new_empty(update.shape[0], *[1] * (update.ndim - 1)).bernoulli_(1 - rate)
+    return update * kept / (1 - rate)
 
 
 class CBSALayer(GradientCheckpointingLayer):
@@ -447,15 +440,8 @@ class CBSALayer(GradientCheckpointingLayer):
     ODL or an MLP, or `z' = h` without a feed-forward.
     """
 
-    def __init__(
-        self,
-        config: CBSAConfig,
-        attention_type: str,
-        base_num_patches: int | None = None,
-        drop_path_rate: float = 0.0,
-    ):
+    def __init__(self, config: CBSAConfig, attention_type: str, base_num_patches: int | None = None):
         super().__init__()
-        self.drop_path = CBSADropPath(drop_path_rate)
         self.layernorm_before = block_norm(config, config.hidden_size)
         self.attention = build_attention(config, attention_type, base_num_patches)
         feed_forward = FEED_FORWARDS[config.feed_forward_type]
@@ -480,15 +466,16 @@ class CBSALayer(GradientCheckpointingLayer):
         grid: tuple[int, int],
         output_attentions: bool = False,
         output_representative_attentions: bool = False,
+        drop_path_rate: float = 0.0,
     ) -> torch.Tensor:
         if not (output_attentions or output_representative_attentions) and self.takes_tiles(hidden_states):
             return layer_in_tiles(self, hidden_states, grid)
         update, _, _ = self.attention(
             self.layernorm_before(hidden_states), grid, output_attentions, output_representative_attentions
         )
-        hidden_states = hidden_states + self.drop_path(update)
+        hidden_states = hidden_states + drop_path(update, drop_path_rate, self.training)
         update = self.feed_forward(self.layernorm_after(hidden_states))
-        return hidden_states + self.drop_path(update) if self.has_skip else update
+        return hidden_states + drop_path(update, drop_path_rate, self.training) if self.has_skip else update
 
 
 class CBSAPreTrainedModel(PreTrainedModel):
@@ -585,7 +572,12 @@ def representative_attentions_per_layer(forward: Callable) -> Callable:
 
 
 class CBSAModel(CBSAPreTrainedModel):
-    """The encoder: takes images and returns CLS, registers and patches as tokens."""
+    """
+    The encoder: takes images and returns CLS, registers and patches as tokens.
+
+    `layers` has the layers with weights of their own, `applied_layers` one entry for each of the
+    `config.num_hidden_layers`, in which shared layers appear several times.
+    """
 
     def __init__(self, config: CBSAConfig):
         super().__init__(config)
@@ -596,16 +588,21 @@ class CBSAModel(CBSAPreTrainedModel):
             )
         self.embeddings = CBSAEmbeddings(config)
         self.num_prefix_tokens = 1 + config.num_register_tokens
-        rates = torch.linspace(0, config.drop_path_rate, config.num_hidden_layers, device="cpu").tolist()
         self.layers = nn.ModuleList(
-            [
-                CBSALayer(config, attention_type, self.base_num_patches, rate)
-                for attention_type, rate in zip(config.layer_attention_types, rates, strict=True)
-            ]
+            [CBSALayer(config, name, self.base_num_patches) for name in config.stored_attention_types]
         )
+        # By layer, not by stored layer: a shared one is dropped more often where it is used deeper.
+        self.drop_path_rates = torch.linspace(
+            0, config.drop_path_rate, config.num_hidden_layers, device="cpu"
+        ).tolist()
         eps = config.layer_norm_eps if config.final_layer_norm_eps is None else config.final_layer_norm_eps
         self.layernorm = nn.LayerNorm(config.hidden_size, eps=eps)
         self.post_init()
+
+    @property
+    def applied_layers(self) -> list[CBSALayer]:
+        """The layers in the order in which tokens pass them."""
+        return [self.layers[index] for index in self.config.layer_indices]
 
     @property
     def base_num_patches(self) -> int | None:
@@ -646,8 +643,8 @@ class CBSAModel(CBSAPreTrainedModel):
             )
 
         hidden_states, grid = self.embeddings(pixel_values, interpolate_pos_encoding)
-        for layer in self.layers:
-            hidden_states = layer(hidden_states, grid, output_attentions, output_representative_attentions)
+        for layer, rate in zip(self.applied_layers, self.drop_path_rates, strict=True):
+            hidden_states = layer(hidden_states, grid, output_attentions, output_representative_attentions, rate)
         last_hidden_state = self.layernorm(hidden_states)
         return CBSAModelOutput(last_hidden_state=last_hidden_state, pooler_output=last_hidden_state[:, 0])
 

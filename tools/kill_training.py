@@ -234,7 +234,9 @@ def write_data(folder: Path):
             if kind == "masks":
                 labels = [PILImage.fromarray((np.asarray(image)[..., 0] > 100).astype(np.uint8)) for image in images]
             rows = Dataset.from_dict({"image": images, "label": labels}, features=features)
-            rows.to_parquet(folder / kind / f"{split}-00000-of-00001.parquet")
+            for shard in range(2):  # a stream is divided among processes by its files
+                part = rows.shard(2, shard, contiguous=True)
+                part.to_parquet(folder / kind / f"{split}-0000{shard}-of-00002.parquet")
     (folder / "masks" / "id2label.json").write_text(json.dumps({0: "dark", 1: "light"}))
     sizes = {"hidden_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 32, "patch_size": 8}
     config = {"model_type": "cbsa", "patch_embedding_type": "patchify", **sizes}

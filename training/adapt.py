@@ -12,7 +12,7 @@ import json
 from pathlib import Path
 
 from training.arguments import AdaptationArguments, parse_arguments
-from training.data.loading import class_names, find_columns
+from training.data.loading import class_names, problem_type, select_labelled
 from training.engine.interruption import exit_with_a_sentence
 from training.engine.loop import TrainingRun
 from training.engine.output import write_file
@@ -27,14 +27,15 @@ def main(args: AdaptationArguments):
     with start_run(args) as accelerator:
         original, processor = load_original(args.model_name_or_path)
         check_room(args, accelerator, original)
-        splits = load_splits(args, find_columns)
+        splits = load_splits(args, select_labelled)
         names = class_names(splits[0])
-        changes = {} if args.drop_path_rate is None else {"drop_path_rate": args.drop_path_rate}
+        changes = {"problem_type": problem_type(splits[0])}
+        changes |= {} if args.drop_path_rate is None else {"drop_path_rate": args.drop_path_rate}
         model = replace_attention(original, args.attention_type, names, **changes)
         task = AdaptationTask(args, accelerator, original, model, processor, splits)
         before = task.score_before(names)
         for name, metrics in before.items():
-            accelerator.print(f"{name}: accuracy {metrics['accuracy']:.4f}")
+            accelerator.print(f"{name}: {task.metric} {metrics[task.metric]:.4f}")
         results = TrainingRun(args, accelerator, task).run()
         if accelerator.is_main_process:
             write_file(Path(args.output_dir) / "results.json", json.dumps({**before, **results}, indent=2) + "\n")

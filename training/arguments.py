@@ -7,7 +7,7 @@ inherits from several groups. Rules about an option's value stand in its annotat
 
 import difflib
 import sys
-from argparse import ArgumentParser
+from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from collections.abc import Iterable
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -26,6 +26,16 @@ OPTIMIZERS = ("adamw", "lion", "muon", "sgd")
 SCHEDULES = ("cosine", "polynomial")
 ADAPTED_TYPES = ("agent", "mita", "cbsa")  # of attention, that `adapt.py` can put in place of softmax attention
 SCORED_TASKS = ("image-classification", "semantic-segmentation", "zero-shot-segmentation")
+# What `compare.py` trains, as options of `pretrain.py`: the white-box operators with ISTA, the others with an MLP.
+FAMILY = {
+    "cbsa": {"attention_type": ["cbsa"], "feed_forward_type": "ista"},
+    "mssa": {"attention_type": ["mssa"], "feed_forward_type": "ista"},
+    "tssa": {"attention_type": ["tssa"], "feed_forward_type": "ista"},
+    "softmax": {"attention_type": ["softmax"], "feed_forward_type": "mlp"},
+    "mita": {"attention_type": ["mita"], "feed_forward_type": "mlp"},
+}
+SHARED = {f"cbsa-{n}-unique": {**FAMILY["cbsa"], "num_unique_layers": n} for n in (6, 4, 2, 1)}
+MEMBERS = FAMILY | SHARED
 MIN_FOREGROUND = 0.02  # share of an image that is foreground, for zero-shot segmentation to score it
 
 
@@ -106,9 +116,15 @@ class OperatorArguments:
     _argument_group_name = "layers of the model"
 
     attention_type: list[str] | None = field(
-        default=None, metadata={"help": "operator, or one for each layer; default: as configured"}
+        default=None, metadata={"help": "operator, or one for each stored layer; default: as configured"}
     )
     feed_forward_type: str | None = field(default=None, metadata={"help": "feed-forward; default: as configured"})
+    num_unique_layers: int | None = field(
+        default=None, metadata={"help": "layers with weights of their own; default: as configured"}
+    )
+    layer_sharing: str | None = field(
+        default=None, metadata={"help": "which layers share weights, `cyclic` or `repeated`; default: as configured"}
+    )
 
 
 @dataclass(kw_only=True)
@@ -160,9 +176,19 @@ class DataArguments:
 
     dataset_name: str = field(metadata={"help": "hub id, local folder or Parquet file"})
     dataset_config_name: str | None = field(default=None, metadata={"help": "configuration, where there are several"})
+    dataset_revision: str | None = field(
+        default=None, metadata={"help": "branch, tag or commit on the Hub, such as refs/convert/parquet"}
+    )
     image_column: str | None = field(default=None, metadata={"help": "column of the images; default: by its type"})
     label_column: str | None = field(
-        default=None, metadata={"help": "column of the classes or masks; default: by its type, masks by their name"}
+        default=None, metadata={"help": "column of the classes or masks; default: by its type and name"}
+    )
+    id2label: str | None = field(
+        default=None,
+        metadata={
+            "help": "JSON file with the names of the classes by number; default: as the column says, or id2label.json "
+            "in the folder of the data"
+        },
     )
     max_corrupt: int = field(default=10, metadata={"help": "unreadable images that are skipped before the run stops"})
 
@@ -173,8 +199,12 @@ class SplitArguments:
 
     _argument_group_name = "splits of the data"
 
-    train_split: str = field(default="train", metadata={"help": "split to train on"})
-    validation_split: str = field(default="validation", metadata={"help": "split to validate on"})
+    train_split: str = field(default="train", metadata={"help": "split to train on, or a part: train[:80%%]"})
+    validation_split: str = field(default="validation", metadata={"help": "split to validate on, or a part of one"})
+    train_val_split: float | None = field(
+        default=None,
+        metadata={"help": "share of the training split to validate on, drawn at random, instead of validation_split"},
+    )
     streaming: bool = field(
         default=False,
         metadata={
@@ -330,9 +360,6 @@ class MaskArguments:
 
     _argument_group_name = "masks, augmentation and loss"
 
-    id2label: str | None = field(
-        default=None, metadata={"help": "JSON file with the names of the classes; default: id2label.json in the data"}
-    )
     reduce_labels: bool = field(
         default=False, metadata={"help": "ignore label 0 and move the others down by one (ADE20K)"}
     )
@@ -364,6 +391,10 @@ class ComparedArguments:
 
     _argument_group_name = "comparison"
 
+    members: list[str] = field(
+        default_factory=lambda: [*FAMILY],
+        metadata={"help": "what to train; default: the family, whose layers share no weights", "choices": [*MEMBERS]},
+    )
     seeds: list[int] = field(default_factory=lambda: [0], metadata={"help": "seeds to train each member with"})
     masks_name: str | None = field(
         default=None, metadata={"help": "images with masks, to score zero-shot segmentation on; default: not scored"}
@@ -396,7 +427,7 @@ class ScoredArguments:
     random_weights: bool = field(
         default=False, metadata={"help": "score the checkpoint's configuration with random weights, seed 0"}
     )
-    split: str = field(default="validation", metadata={"help": "split to score on"})
+    split: str = field(default="validation", metadata={"help": "split to score on, or a part of one"})
     batch_size: Annotated[int, AtLeast(1), OnlyFor(SCORED_TASKS[:1])] = field(
         default=64, metadata={"help": "images per batch, over all processes together"}
     )
@@ -510,9 +541,15 @@ def peek(argv: list[str] | None, *names: str) -> object:
     return parser.parse_known_args(argv)[0]
 
 
-def find_value(name: str, choices: Iterable[str]) -> str:
+def find_value(name: str, choices: Iterable[str], description: str) -> str:
     """
-    The value of an option that decides which other options there are, from the command line or its recipe.
+    The value of an option that decides which other options there are, from the command line or its recipe. With
+    `--help` and without a value, it prints the choices and ends the script.
+
+    Args:
+        name: of the option.
+        choices: its values.
+        description: of the script, for `--help`.
 
     Raises:
         ValueError: if it is not given, or is none of the choices.
@@ -521,6 +558,11 @@ def find_value(name: str, choices: Iterable[str]) -> str:
     value = getattr(given, name)
     if value is None and given.config is not None:
         value = read_recipe(given.config).get(name)
+    if value is None and not {"-h", "--help"}.isdisjoint(sys.argv[1:]):
+        parser = ArgumentParser(description=description, formatter_class=RawDescriptionHelpFormatter)
+        parser.add_argument(f"--{name}", choices=choices, required=True, help="with it, --help shows all options")
+        parser.add_argument("--config", help="YAML file with values for options, which may name it instead")
+        parser.parse_args(["--help"])
     if value not in choices:
         given = "not given" if value is None else value
         raise ValueError(f"`--{name}` is {given}; choose one of {', '.join(choices)}.")

@@ -4,10 +4,11 @@ Train members of the family with the same budget and seeds, and write a table of
     accelerate launch training/compare.py --config training/recipes/comparison.yaml --output_dir runs/comparison \
         --dataset_name ../shared/data/imagenette-128 --masks_name ../shared/data/coco128-seg
 
-The script takes the options of `pretrain.py`, except those that differ from run to run. It skips runs that are done
-and resumes runs that were interrupted. To measure throughput, the members take turns, and the median over the turns
-counts. Zero-shot segmentation is scored by the intersection over union of the foreground, for two methods: `ncut` with
-its default affinity, and `attention`, which uses the attention of CLS only.
+`--members` chooses other members than the family. The script takes the options of `pretrain.py`, except those that
+differ from run to run. It skips runs that are done and resumes runs that were interrupted. To measure throughput, the
+members take turns, and the median over the turns counts. Zero-shot segmentation is scored by the intersection over
+union of the foreground, for two methods: `ncut` with its default affinity, and `attention`, which uses the attention
+of CLS only.
 """
 
 import json
@@ -27,7 +28,7 @@ from transformers import PreTrainedModel
 
 from cbsa_hf import load_checkpoint
 from training import pretrain
-from training.arguments import ComparisonArguments, PretrainingArguments, parse_arguments
+from training.arguments import MEMBERS, ComparisonArguments, PretrainingArguments, parse_arguments
 from training.data.loading import find_mask_columns, find_split, load_images
 from training.data.segmentation import SegmentationDataset
 from training.engine.interruption import exit_with_a_sentence
@@ -36,12 +37,6 @@ from training.engine.run_state import CHECKPOINTS
 from training.evaluation.zero_shot import build_segmenters, evaluate_zero_shot, model_results
 
 
-MEMBERS = {
-    "cbsa": {"attention_type": ["cbsa"], "feed_forward_type": "ista"},
-    "mssa": {"attention_type": ["mssa"], "feed_forward_type": "ista"},
-    "tssa": {"attention_type": ["tssa"], "feed_forward_type": "ista"},
-    "softmax": {"attention_type": ["softmax"], "feed_forward_type": "mlp"},
-}
 METHODS = {"zero-shot IoU, ncut": "ncut", "zero-shot IoU, attention": "attention"}  # by column of the table
 TURNS = 5
 
@@ -124,7 +119,7 @@ def write_table(rows: dict[str, dict], path: Path):
         return f"{statistics.mean(values):.3f}{spread}"
 
     first = next(iter(rows.values()))
-    scored = [name for name in ("accuracy", *METHODS) if name in first]
+    scored = [name for name in ("accuracy", "mean_average_precision", *METHODS) if name in first]
     lines = [f"| member | {' | '.join(scored)} | parameters | GFLOPs | images/s, training | images/s, inference |"]
     lines.append("|---" * (5 + len(scored)) + "|")
     for name, row in rows.items():
@@ -165,7 +160,8 @@ def score_members(
     rows = {}
     for name, paths in folders.items():
         results = [json.loads((path / "results.json").read_text()) for path in paths]
-        rows[name] = {"accuracy": [result["metrics"]["accuracy"] for result in results]}
+        metric = next(iter(results[0]["metrics"]))
+        rows[name] = {metric: [result["metrics"][metric] for result in results]}
         if masks is not None:
             scores = [zero_shot_scores(path, masks) for path in paths]
             rows[name] |= {column: [score[method] for score in scores] for column, method in METHODS.items()}
@@ -176,11 +172,11 @@ def main(args: ComparisonArguments):
     """Train all members, measure them, and write the table."""
     with open_output(args.output_dir) if PartialState().is_main_process else nullcontext():
         masks = None if args.masks_name is None else load_masks(args)  # tells what is wrong with them before training
-        folders = {name: [train_member(args, name, seed) for seed in args.seeds] for name in MEMBERS}
+        folders = {name: [train_member(args, name, seed) for seed in args.seeds] for name in args.members}
         if not PartialState().is_main_process:
             return
         costs, scores = measure_costs(args, folders), score_members(folders, masks)
-        rows = {name: scores[name] | costs[name] for name in MEMBERS}
+        rows = {name: scores[name] | costs[name] for name in args.members}
         output_dir = Path(args.output_dir)
         write_file(output_dir / "comparison.json", json.dumps(rows, indent=2) + "\n")
         write_table(rows, output_dir / "comparison.md")

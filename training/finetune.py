@@ -14,8 +14,7 @@ from transformers import AutoModelForImageClassification, AutoModelForSemanticSe
 from cbsa_hf import default_checkpoint
 from cbsa_hf.checkpoints import load_config, load_processor
 from training.arguments import FinetuningArguments, SegmentationArguments, find_value, parse_arguments
-from training.data.loading import class_names, find_columns, find_mask_columns
-from training.data.segmentation import read_names
+from training.data.loading import class_names, problem_type, read_names, select_labelled, select_masked
 from training.engine.interruption import exit_with_a_sentence
 from training.engine.loop import TrainingRun
 from training.engine.setup import check_room, empty_model, load_splits, start_run
@@ -29,9 +28,10 @@ def finetune_classifier(args: FinetuningArguments):
     source = args.model_name_or_path or default_checkpoint()
     with start_run(args) as accelerator:
         check_room(args, accelerator, empty_model(AutoModelForImageClassification, load_config(source)))
-        splits = load_splits(args, find_columns)
+        splits = load_splits(args, select_labelled)
         names = dict(enumerate(class_names(splits[0])))
-        changes = {} if args.drop_path_rate is None else {"drop_path_rate": args.drop_path_rate}
+        changes = {"problem_type": problem_type(splits[0])}
+        changes |= {} if args.drop_path_rate is None else {"drop_path_rate": args.drop_path_rate}
         model = load_for_classes(AutoModelForImageClassification, source, names, **changes)
         task = ClassificationTask(args, accelerator, model, load_processor(source, model.config), splits)
         TrainingRun(args, accelerator, task).run()
@@ -42,7 +42,7 @@ def finetune_segmenter(args: SegmentationArguments):
     source = args.model_name_or_path or default_checkpoint()
     with start_run(args) as accelerator:
         check_room(args, accelerator, empty_model(AutoModelForSemanticSegmentation, load_config(source)))
-        splits = load_splits(args, find_mask_columns)
+        splits = load_splits(args, select_masked)
         names = read_names(args.id2label, args.dataset_name)
         model, processor = load_segmenter(args, source, names)
         task = SegmentationTask(args, accelerator, model, processor, splits, names)
@@ -57,5 +57,5 @@ TASKS = {
 
 if __name__ == "__main__":
     with exit_with_a_sentence():
-        arguments_class, run = TASKS[find_value("task", TASKS)]
+        arguments_class, run = TASKS[find_value("task", TASKS, __doc__)]
         run(parse_arguments(arguments_class))

@@ -7,6 +7,7 @@ Train a CBSA image classifier from scratch, with or without a teacher.
 options.
 """
 
+from datasets import Dataset
 from transformers import (
     AutoConfig,
     AutoModelForImageClassification,
@@ -20,28 +21,39 @@ from cbsa_hf import PRESETS, preset_path
 from cbsa_hf.checkpoints.weight_files import CheckpointError, one_sentence
 from cbsa_hf.configuration_cbsa import to_pair
 from training.arguments import PretrainingArguments, parse_arguments
-from training.data.loading import class_names, find_columns
+from training.data.loading import class_names, problem_type, select_labelled
 from training.engine.interruption import exit_with_a_sentence
 from training.engine.loop import TrainingRun
 from training.engine.setup import check_room, empty_model, load_splits, start_run
 from training.tasks.classification import ClassificationTask
 
 
-CHANGES = ("num_register_tokens", "feed_forward_type", "patch_embedding_type", "image_size", "patch_size")
+CHANGES = (
+    "num_unique_layers",
+    "layer_sharing",
+    "num_register_tokens",
+    "feed_forward_type",
+    "patch_embedding_type",
+    "image_size",
+    "patch_size",
+)
 
 
-def build_config(args: PretrainingArguments, names: list[str] | None = None) -> PreTrainedConfig:
+def build_config(
+    args: PretrainingArguments, names: list[str] | None = None, problem_type: str | None = None
+) -> PreTrainedConfig:
     """
     The configuration that the options describe.
 
     Args:
         args: the script's options.
         names: of the classes; as configured by default.
+        problem_type: see [`problem_type`].
 
     Raises:
         ValueError: if there is no such configuration, or a value does not fit.
     """
-    changes = {name: getattr(args, name) for name in (*CHANGES, "drop_path_rate")}
+    changes = {name: getattr(args, name) for name in (*CHANGES, "drop_path_rate")} | {"problem_type": problem_type}
     if args.attention_type is not None:
         changes["attention_type"] = args.attention_type if len(args.attention_type) > 1 else args.attention_type[0]
     if names is not None:
@@ -62,9 +74,9 @@ def build_config(args: PretrainingArguments, names: list[str] | None = None) -> 
     return config
 
 
-def build_model(args: PretrainingArguments, names: list[str]) -> tuple[PreTrainedModel, ViTImageProcessorPil]:
-    """A model with random weights that the options describe, for those class names; and its image processor."""
-    config = build_config(args, names)
+def build_model(args: PretrainingArguments, dataset: Dataset) -> tuple[PreTrainedModel, ViTImageProcessorPil]:
+    """A model with random weights that the options describe, for the classes of the data; and its image processor."""
+    config = build_config(args, class_names(dataset), problem_type(dataset))
     model = AutoModelForImageClassification.from_config(config, trust_remote_code=False)
     height, width = to_pair(config.image_size)
     mean, std = IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
@@ -83,8 +95,8 @@ def main(args: PretrainingArguments):
     """Train a classifier from scratch."""
     with start_run(args) as accelerator:
         check_room(args, accelerator, empty_model(AutoModelForImageClassification, build_config(args)))
-        splits = load_splits(args, find_columns)
-        model, processor = build_model(args, class_names(splits[0]))
+        splits = load_splits(args, select_labelled)
+        model, processor = build_model(args, splits[0])
         task = ClassificationTask(args, accelerator, model, processor, splits)
         TrainingRun(args, accelerator, task).run()
 

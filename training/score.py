@@ -22,8 +22,8 @@ from cbsa_hf import SlidingWindowSegmenter, load_checkpoint
 from training.arguments import ScoringArguments, parse_arguments
 from training.data.classification import ValidationImages
 from training.data.labelled_images import check_labels
-from training.data.loading import class_names, find_columns, find_mask_columns, find_split, load_images
-from training.data.segmentation import SegmentationDataset, read_names, read_size
+from training.data.loading import class_names, find_split, load_images, read_names, select_labelled, select_masked
+from training.data.segmentation import SegmentationDataset, read_size
 from training.engine.interruption import exit_with_a_sentence
 from training.engine.output import write_file
 from training.evaluation.scores import evaluate_classifier, evaluate_segmenter
@@ -76,9 +76,9 @@ def load_model(args: ScoringArguments) -> tuple[PreTrainedModel, BaseImageProces
 
 def load_split(args: ScoringArguments) -> Dataset:
     """The split to score on, with two columns: the image, and the label or mask."""
-    dataset = find_split(load_images(args.dataset_name, args.dataset_config_name), args.split)
-    find = find_columns if args.task == "image-classification" else find_mask_columns
-    return dataset.select_columns(find(dataset, args.image_column, args.label_column))
+    splits = load_images(args.dataset_name, args.dataset_config_name, revision=args.dataset_revision)
+    select = select_labelled if args.task == "image-classification" else select_masked
+    return select(find_split(splits, args.split), args)
 
 
 def score_classifier(
@@ -110,8 +110,8 @@ def score_segmenter(
     dataset: Dataset,
 ) -> dict[str, float]:
     """Mean IoU and the IoU of each class; draws `--strip`."""
-    if (Path(args.dataset_name) / "id2label.json").exists():
-        names = read_names(None, args.dataset_name)
+    if args.id2label is not None or (Path(args.dataset_name) / "id2label.json").exists():
+        names = read_names(args.id2label, args.dataset_name)
         check_classes([names[i] for i in range(len(names))], model.config.id2label)
     config = model.config
     images = SegmentationDataset(dataset, args.max_corrupt, config.num_labels, args.reduce_labels, config.num_channels)

@@ -22,7 +22,8 @@ print({{model.config.id2label[label] for label in labels.unique().tolist()}})"""
 
 def auto_class_of(model: CBSAPreTrainedModel) -> str:
     """Name of the Auto class that loads a model of this library, such as `AutoModelForImageClassification`."""
-    return f"AutoModel{type(model).__name__.removeprefix('CBSA').removeprefix('Model')}"
+    name = type(model).__name__.removeprefix("FSDP")  # of sharded models
+    return f"AutoModel{name.removeprefix('CBSA').removeprefix('Model')}"
 
 
 def base_model_of(source: str) -> str | list[str] | None:

@@ -137,7 +137,7 @@ def measure(encoding: Encoding, eps: float = EPS) -> dict[str, torch.Tensor]:
     per_head = torch.full((len(encoding.tokens), num_heads), torch.nan, dtype=torch.float64)
     operators = layer_operators(encoding.encoder)
     found = {name: [per_head] * len(operators) for name in MEASURES}
-    for index, (layer, operator) in enumerate(zip(encoding.encoder.layers, operators, strict=True)):
+    for index, (layer, operator) in enumerate(zip(encoding.encoder.applied_layers, operators, strict=True)):
         before, code = encoding.hidden_states[index : index + 2]
         after = encoding.attended_states[index]
         if isinstance(operator, SharedProjectionSelfAttention):

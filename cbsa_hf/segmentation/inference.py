@@ -71,7 +71,7 @@ def layer_operators(model: nn.Module) -> list[nn.Module]:
         ValueError: the encoder is a backbone of another library.
     """
     check_encoder(model)
-    layers = unwrap(model).base_model.layers
+    layers = unwrap(model).base_model.applied_layers
     return [next(m for m in layer.modules() if hasattr(type(m), "map_is_gram")) for layer in layers]
 
 
@@ -208,24 +208,29 @@ def recording_steps(encoder: PreTrainedModel, layers: Iterable[int]) -> Iterator
     A dictionary that the encoder's next pass fills with the [`RecordedSteps`] of these layers. The operators' `steps`
     are replaced meanwhile, in the encoder given, which has to be a copy of [`eval_encoder`].
     """
-    recorded, replaced = {}, []
+    recorded, layers = {}, set(layers)
+    uses = {}  # operator -> the layers that use it, in their order: several if they share weights
+    for layer, applied in enumerate(encoder.applied_layers):
+        for module in applied.modules():
+            if hasattr(type(module), "steps"):
+                uses.setdefault(module, []).append(layer)
 
-    def replace(operator: nn.Module, layer: int):
+    def replace(operator: nn.Module, users: Iterator[int]):
         compute = operator.steps
 
         def steps(hidden_states: torch.Tensor, grid: tuple[int, int]):
             found = compute(hidden_states, grid)
-            kappa = operator.step_x * operator.size_factor(grid)
-            recorded[layer] = RecordedSteps(found, operator.step_rep.detach(), kappa)
+            layer = next(users)
+            if layer in layers:
+                kappa = operator.step_x * operator.size_factor(grid)
+                recorded[layer] = RecordedSteps(found, operator.step_rep.detach(), kappa)
             return found
 
         operator.steps = steps
-        replaced.append(operator)
 
-    for layer in layers:
-        for module in encoder.layers[layer].modules():
-            if hasattr(type(module), "steps"):
-                replace(module, layer)
+    replaced = [operator for operator, users in uses.items() if layers.intersection(users)]
+    for operator in replaced:
+        replace(operator, iter(uses[operator]))
     try:
         yield recorded
     finally:

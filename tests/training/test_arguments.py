@@ -2,6 +2,8 @@
 
 import dataclasses
 import re
+import runpy
+import sys
 
 import pytest
 import yaml
@@ -83,6 +85,16 @@ class TestArguments:
         assert titles == ["what to score", "data", "semantic and zero-shot segmentation", "output"]
         named = re.findall(r"^  (--\w+)", "\n".join(groups), re.M)
         assert sorted(named) == sorted(f"--{option.name}" for option in dataclasses.fields(ScoringArguments))
+
+    def test_help_without_a_task(self, monkeypatch, capsys):
+        """Of the script whose options depend on it: the tasks, and how to see the options of one."""
+        monkeypatch.setattr(sys, "argv", ["finetune.py", "--help"])
+        with pytest.raises(SystemExit) as ending:
+            runpy.run_path(str(ROOT / "training" / "finetune.py"), run_name="__main__")
+        assert not ending.value.code
+        printed = capsys.readouterr().out
+        assert "--task {image-classification,semantic-segmentation}" in printed
+        assert "accelerate launch training/finetune.py --task semantic-segmentation" in printed
 
     def test_good_options(self):
         args = parse_arguments(SegmentationArguments, [*self.NAMES, "--task=x", "--no_photometric_distortion"])

@@ -327,14 +327,17 @@ def test_comparison(stripes, masks, tmp_path):
     arguments = [f"--dataset_name={stripes}", f"--masks_name={masks}", f"--output_dir={tmp_path / 'run'}"]
     arguments += [f"--config_name={tmp_path / 'config.json'}", "--image_size=32", "--patch_size=8", "--batch_size=16"]
     arguments += ["--patch_embedding_type=patchify", "--num_epochs=2", "--num_workers=0", "--report_to=none"]
+    arguments += ["--members", "cbsa", "softmax", "mita", "cbsa-1-unique"]
     printed = run("compare.py", *arguments).stdout
     table = [line for line in printed.splitlines() if line.startswith("|")]
     header, _, *rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table]
     assert header[:4] == ["member", "accuracy", "zero-shot IoU, ncut", "zero-shot IoU, attention"]
     assert header[4:] == ["parameters", "GFLOPs", "images/s, training", "images/s, inference"]
-    assert [row[0] for row in rows] == ["`cbsa`", "`mssa`", "`tssa`", "`softmax`"]
+    assert [row[0] for row in rows] == ["`cbsa`", "`softmax`", "`mita`", "`cbsa-1-unique`"]
     assert all(0 < float(cell) < 1 for row in rows for cell in row[2:4])
-    assert len({row[4] for row in rows}) > 1
+    parameters = [int(row[4].replace(",", "")) for row in rows]
+    assert parameters[1] == parameters[2]  # those of one ViT
+    assert parameters[0] - parameters[3] == 3 * width**2 + 5 * width + 4  # one layer less: 3 matrices, norms, 4 steps
 
     tokens = patches + 1
     embedding = 2 * patches * (3 * 8 * 8) * width

@@ -13,14 +13,13 @@ from transformers import (
     ViTImageProcessorPil,
 )
 
-from training.data.loading import find_mask_columns
+from training.data.loading import find_mask_columns, read_names
 from training.data.segmentation import (
     IGNORED,
     SegmentationDataset,
     TrainingMasks,
     class_weights,
     read_mask,
-    read_names,
 )
 from training.evaluation.metrics import MeanIoU, count_pixels
 from training.tasks.segmentation import SegmentationLoss

@@ -5,15 +5,14 @@ import pytest
 import torch
 
 from cbsa_hf import CBSAConfig, CBSAForImageClassification
-from training.arguments import (
-    OPTIMIZERS,
-)
+from cbsa_hf.modeling_cbsa import drop_path
+from training.arguments import OPTIMIZERS
 from training.engine.optimization import build_optimizer, build_scheduler, parameter_groups
 
 
 class TestOptimization:
     def test_groups(self, tiny_model):
-        groups = parameter_groups(tiny_model, 3, learning_rate=1.0, weight_decay=0.1, layer_decay=0.5)
+        groups = parameter_groups(tiny_model, range(3), learning_rate=1.0, weight_decay=0.1, layer_decay=0.5)
         found = {
             id(p): (group["lr"], group["weight_decay"], group["use_muon"]) for group in groups for p in group["params"]
         }
@@ -31,6 +30,20 @@ class TestOptimization:
         parameters = dict(tiny_model.named_parameters())
         assert {name: found[id(parameters[name])] for name in expected} == expected
         assert len(found) == len(parameters)
+
+    def test_layer_decay_counts_shared_weights_where_they_are_used_last(self):
+        config = CBSAConfig(
+            hidden_size=24, num_hidden_layers=6, num_unique_layers=2, num_attention_heads=2, image_size=32
+        )
+        model = CBSAForImageClassification(config)
+        groups = parameter_groups(model, config.layer_indices, learning_rate=1.0, weight_decay=0.1, layer_decay=0.5)
+        found = {id(p): group["lr"] for group in groups for p in group["params"]}
+        rates = {name: found[id(parameter)] for name, parameter in model.named_parameters()}
+        assert rates["cbsa.embeddings.cls_token"] == 1 / 128
+        assert rates["cbsa.layers.0.attention.proj.weight"] == 1 / 4  # layer 5 of 6
+        assert rates["cbsa.layers.1.attention.proj.weight"] == 1 / 2
+        assert rates["classifier.weight"] == 1
+        assert len(found) == len(rates)
 
     def test_lion_takes_steps_of_one_size(self):
         weight = torch.nn.Parameter(torch.tensor([[1.0, -2.0]]))
@@ -76,11 +89,10 @@ def test_drop_path():
     """In evaluation nothing is dropped; in training some updates are, and the mean is kept."""
     config = CBSAConfig(hidden_size=24, num_hidden_layers=3, num_attention_heads=2, image_size=32, drop_path_rate=0.5)
     model = CBSAForImageClassification(config)
-    assert [layer.drop_path.rate for layer in model.base_model.layers] == [0, 0.25, 0.5]
-    drop_path = model.base_model.layers[2].drop_path
+    assert model.base_model.drop_path_rates == [0, 0.25, 0.5]
     updates = torch.ones(4000, 2, 3)
-    assert torch.equal(drop_path.eval()(updates), updates)
-    dropped = drop_path.train()(updates)
+    assert torch.equal(drop_path(updates, 0.5, training=False), updates)
+    dropped = drop_path(updates, 0.5, training=True)
     assert set(dropped.unique().tolist()) == {0.0, 2.0}
     assert torch.equal(dropped, dropped[:, :1, :1].expand_as(dropped))
     assert dropped.mean() == pytest.approx(1, abs=0.1)

@@ -262,14 +262,13 @@ def test_status_of_the_launcher(tmp_path):
     assert statuses == expected
 
 
-@pytest.mark.parametrize("reading", [[], STREAMING], ids=["memory", "stream"])
-def test_two_processes_learn_as_one(data, tmp_path, reading):
+def test_two_processes_learn_as_one(data, tmp_path):
     """The same losses, with a stem that has no batch norm; and each validation image counted once."""
     losses = []
     for processes in (1, 2):
         folder = tmp_path / str(processes)
         arguments = ["--patch_embedding_type=patchify", "--drop_path_rate=0", "--num_epochs=4", "--learning_rate=3e-3"]
-        arguments += ["--checkpointing_steps=1", "--keep_checkpoints=1", *reading]
+        arguments += ["--checkpointing_steps=1", "--keep_checkpoints=1"]
         pretrain(data, folder, *arguments, processes=processes)
         results = assert_scored(folder, data)
         assert (results["processes"], results["step"]) == (processes, 12)
@@ -277,6 +276,24 @@ def test_two_processes_learn_as_one(data, tmp_path, reading):
         losses.append([event.value for event in EventAccumulator(str(events)).Reload().Scalars("train/loss")])
     assert len(losses[0]) == 12
     assert losses[0] == pytest.approx(losses[1], abs=1e-4)
+
+
+def test_two_processes_read_a_stream(data, tmp_path):
+    """Each its own files; a run that goes on from the middle of an epoch ends with the same weights."""
+    folder, whole, resumed = tmp_path / "data", tmp_path / "whole", tmp_path / "resumed"
+    folder.mkdir()
+    for name in ("validation-00000-of-00001.parquet", "config.json"):
+        (folder / name).symlink_to(data / name)
+    rows = Dataset.from_parquet(str(data / "train-00000-of-00001.parquet"))
+    for shard, part in enumerate((range(10), range(10, 24))):
+        rows.select(part).to_parquet(folder / f"train-0000{shard}-of-00002.parquet")
+    arguments = [*STREAMING, "--num_epochs=3", "--num_workers=1"]
+    pretrain(folder, whole, *arguments, "--checkpointing_steps=4", "--keep_checkpoints=9", processes=2)
+    results = assert_scored(whole, data)
+    assert (results["processes"], results["step"]) == (2, 9)
+    arguments.append(f"--resume_from_checkpoint={whole / 'checkpoint-00000004'}")
+    assert "4 of 9 steps done" in pretrain(folder, resumed, *arguments, processes=2)
+    assert_same_weights(resumed, whole)
 
 
 def test_throughput(data):
@@ -365,7 +382,7 @@ def test_corrupt_images_are_skipped(data, tmp_path):
         (["--learning_rate", "1e30"], "at step 3; lower `--learning_rate`"),
         (["--train_split", "training"], "has no split 'training'; it has train, validation"),
         (["--image_column", "photo"], "has no column 'photo'; it has picture, kind"),
-        (["--label_column", "picture"], "needs an `Image` or `Array3D` and a `ClassLabel` column"),
+        (["--label_column", "picture"], "needs a column of images, of type `Image` or `Array3D`, and one of classes"),
         (["--batch_size", "32"], "24 training images are less than one batch of 32"),
         (["--num_epochs", "0"], "`--num_epochs` is 0, and has to be at least 1"),
         (["--gradient_accumulation_steps", "3"], "`--batch_size 8` is not a multiple of 3"),

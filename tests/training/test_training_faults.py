@@ -316,6 +316,11 @@ class TestOtherData:
         with pytest.raises(ValueError, match="other images"):
             DataIdentity(4, 8, [1, 0, 0, 0]).check(before, tmp_path)
 
+    def test_readers_of_a_stream(self, tmp_path):
+        DataIdentity(4, 8, [1], 2).check(DataIdentity(4, 8, [1]), tmp_path)  # version 0.1 did not say
+        with pytest.raises(ValueError, match="was trained with a stream read by 2 processes, not 1: resume with what"):
+            DataIdentity(4, 8, [1], 1).check(DataIdentity(4, 8, [1], 2), tmp_path)
+
 
 class TestOutput:
     @pytest.fixture
@@ -428,7 +433,7 @@ class TestFullDisk:
         monkeypatch.setattr(results, "write_card", write_too_much)
         with pytest.raises(ValueError, match=r"The result cannot be written to .*run \(.*File too large.*\); make"):
             start(run)
-        assert sorted(path.name for path in run.iterdir()) == [".lock", "checkpoint-00000002"]
+        assert sorted(path.name for path in run.iterdir()) == [".lock", "checkpoint-00000002", "log.csv", "log.jsonl"]
         monkeypatch.setattr(results, "write_card", write_card)
         start(run, resume_from_checkpoint="last")
         assert json.loads((run / "results.json").read_text())["step"] == 2

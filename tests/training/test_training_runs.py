@@ -1,5 +1,6 @@
 """What a training run leaves behind and what it goes on from, and scores: in this process, on a few pictures."""
 
+import csv
 import json
 import multiprocessing
 import shutil
@@ -13,7 +14,8 @@ import numpy as np
 import pytest
 import torch
 from accelerate.utils import DistributedType
-from datasets import Array3D, ClassLabel, Dataset, Features
+from datasets import Array3D, ClassLabel, Dataset, Features, List
+from datasets import Image as ImageFeature
 from PIL import Image
 from safetensors.torch import load_file
 from torch.nn import functional as F
@@ -21,6 +23,7 @@ from torch.utils.data import DataLoader
 from transformers import AutoModelForImageClassification, AutoModelForSemanticSegmentation
 from transformers.utils.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
+from cbsa_hf import load_checkpoint
 from training import score
 from training.arguments import FinetuningArguments, PretrainingArguments, ScoringArguments, parse_arguments
 from training.engine import interruption, setup
@@ -94,8 +97,14 @@ class TestRuns:
     def test_not_for_sharded_weights(self, monkeypatch, name, value):
         sharded = SimpleNamespace(num_processes=1, distributed_type=DistributedType.FSDP)
         monkeypatch.setattr(setup, "Accelerator", lambda **_: sharded)
-        with pytest.raises(ValueError, match=f"`--{name}` does not work with weights that FSDP shards"):
+        with pytest.raises(ValueError, match=f"`--{name}` does not work with FSDP, since"):
             build_accelerator(PretrainingArguments(dataset_name="", output_dir="", **{name: value}))
+
+    def test_sharding_needs_a_gpu(self, training, monkeypatch):
+        """Accelerate would leave it out in silence."""
+        monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+        with pytest.raises(ValueError, match="FSDP shards weights on GPUs, and this run is on 'cpu', where"):
+            build_accelerator(PretrainingArguments(dataset_name="", output_dir="", report_to="none"))
 
     @pytest.mark.parametrize("cached", [True, False])
     def test_what_a_teacher_says_is_learned(self, start, vit, tmp_path, monkeypatch, cached):
@@ -334,6 +343,70 @@ class TestScores:
         assert scores == pytest.approx(
             {"mean_iou": 0.5, "pixel_accuracy": 2 / 3, "iou/sky": 1.0, "iou/tree": 0.5, "iou/car": 0.0}
         )
+
+
+def test_several_labels_an_image(start, labelled, tmp_path):
+    """Which of two colours are there: metric and loss are those of the saved model, by their definitions."""
+    features = Features({"image": ImageFeature(), "labels": List(ClassLabel(names=["red", "blue"]))})
+    random, lists = np.random.default_rng(0), [[], [0], [1], [0, 1]] * 4
+    for split in ("train", "validation"):
+        arrays = random.integers(0, 100, (16, 32, 32, 3))
+        for array, each in zip(arrays, lists, strict=True):
+            array[..., [2 * label for label in each]] += 120
+        pictures = [Image.fromarray(array.astype(np.uint8)) for array in arrays]
+        rows = Dataset.from_dict({"image": pictures, "labels": lists}, features=features)
+        rows.to_parquet(tmp_path / "data" / f"{split}-00000-of-00001.parquet")
+    start(tmp_path / "run", num_epochs=20, learning_rate=1e-2, label_smoothing=0.0, mixup_alpha=0.1, keep_best=True)
+    model, processor = load_checkpoint(str(tmp_path / "run"))
+    assert model.config.problem_type == "multi_label_classification"
+    with torch.no_grad():
+        logits = model(**processor(pictures, return_tensors="pt")).logits.double()
+    labels = torch.tensor([[float(label in each) for label in range(2)] for each in lists]).double()
+    shares = logits.sigmoid()
+    expected = -(labels * shares.log() + (1 - labels) * (1 - shares).log()).mean()
+    precisions = [
+        np.mean([labels[logits[:, k] >= logits[i, k], k].mean() for i in range(16) if labels[i, k]]) for k in range(2)
+    ]
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    metrics = results["metrics"]
+    assert metrics == pytest.approx({"mean_average_precision": np.mean(precisions), "loss": expected.item()}, abs=1e-4)
+    assert metrics["mean_average_precision"] > 0.9  # of a third for want of knowing
+    card = (tmp_path / "run" / "README.md").read_text()
+    assert f"type: mean_average_precision\n      value: {round(metrics['mean_average_precision'], 4)}" in card
+    args = ScoringArguments(
+        dataset_name=str(tmp_path / "data"), checkpoint=str(tmp_path / "run"), output=str(tmp_path / "s")
+    )
+    score.main(args)
+    assert json.loads((tmp_path / "s").read_text()) == pytest.approx(metrics, abs=1e-5)
+    with pytest.raises(
+        ValueError, match="`--teacher` knows one class an image, and this data set has lists of labels"
+    ):
+        start(tmp_path / "taught", teacher="efficientnet-lite0")
+
+
+def test_a_row_for_each_epoch(start, tmp_path):
+    """In the log as JSON lines and as a table, the same ones in a run that goes on from the middle."""
+    settings = {"num_epochs": 4, "validation_epochs": 2, "keep_checkpoints": 9, "checkpointing_steps": 3}
+    start(tmp_path / "run", **settings)
+    rows = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    assert [(row["epoch"], row["step"]) for row in rows] == [(1, 2), (2, 4), (3, 6), (4, 8)]
+    assert ["validation/accuracy" in row for row in rows] == [False, True, False, True]
+    assert (
+        rows[-1]["validation/loss"] == json.loads((tmp_path / "run" / "results.json").read_text())["metrics"]["loss"]
+    )
+    with (tmp_path / "run" / "log.csv").open() as file:
+        table = list(csv.DictReader(file))
+    assert [{k: float(v) for k, v in row.items() if v} for row in table] == rows
+    for checkpoint in (3, 6):
+        shutil.copytree(tmp_path / "run", tmp_path / f"{checkpoint}")
+        for later in (tmp_path / f"{checkpoint}").glob("checkpoint-*"):
+            if int(later.name[-8:]) > checkpoint:
+                shutil.rmtree(later)
+        start(tmp_path / f"{checkpoint}", **settings, resume_from_checkpoint="last")
+        again = [json.loads(line) for line in (tmp_path / f"{checkpoint}" / "log.jsonl").read_text().splitlines()]
+        seconds = [[row.pop("seconds") for row in each] for each in ([dict(row) for row in rows], again)]
+        assert seconds[0][: checkpoint // 2] == seconds[1][: checkpoint // 2]
+        assert again == [{name: value for name, value in row.items() if name != "seconds"} for row in rows]
 
 
 @pytest.mark.parametrize(("num_channels", "kind"), [(4, "uint8"), (13, "uint16")])

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from transformers import BaseImageProcessor
 
 from cbsa_hf.segmentation.images import height_and_width, normalise, resize
-from training.data.labelled_images import LabelledImages, to_tensor
+from training.data.labelled_images import LabelledImages, label_list, to_tensor
 
 
 @dataclass
@@ -21,16 +21,23 @@ class Crop:
     Args:
         index: of the image in the data set.
         image: the whole image, in RGB, or (height, width, channels).
-        label: its class.
+        label: its class, or the list of its classes.
         box: left, upper, right and lower side of the crop, as shares of the image's width and height.
         flipped: whether the crop is mirrored.
     """
 
     index: int
     image: PILImage.Image | np.ndarray
-    label: int
+    label: int | list[int]
     box: tuple[float, float, float, float]
     flipped: bool
+
+
+def encode_label(label: int | list[int], num_labels: int) -> torch.Tensor:
+    """A class as its index; a list of classes as (num_labels,), float32, 1 for those in the list and 0 for others."""
+    if not isinstance(label, list):
+        return torch.tensor(label)
+    return torch.zeros(num_labels).index_fill(0, torch.tensor(label, dtype=torch.long), 1.0)
 
 
 class TrainingImages(LabelledImages):
@@ -136,7 +143,7 @@ class TrainingImages(LabelledImages):
         tensors = self.tensors(crop, size)
         weights = self.mixing_weights(size, random)
         if weights is None:
-            return {**tensors, "labels": torch.tensor(crop.label)}
+            return {**tensors, "labels": encode_label(crop.label, self.num_labels)}
         other = self.random_crop(int(random.integers(len(self))), random)
         others = self.tensors(other, size)
         share = weights.mean()
@@ -144,10 +151,8 @@ class TrainingImages(LabelledImages):
         for name, tensor in tensors.items():
             kept = F.adaptive_avg_pool2d(weights, tensor.shape[1:]) if tensor.ndim == 3 else share
             mixed[name] = torch.lerp(others[name], tensor, kept)
-        labels = torch.zeros(self.num_labels)
-        labels[crop.label] += share
-        labels[other.label] += 1 - share
-        return {**mixed, "labels": labels}
+        shares = [encode_label(label_list(each.label), self.num_labels) for each in (crop, other)]
+        return {**mixed, "labels": torch.lerp(shares[1], shares[0], share)}
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
         return self.item(index, self.crop_size(index))
@@ -160,7 +165,8 @@ class TrainingImages(LabelledImages):
 
 class ValidationImages(LabelledImages):
     """
-    Images as the processor alone prepares them, without augmentation. A broken image is black, with the label -100.
+    Images as the processor alone prepares them, without augmentation. A broken image is black, with the label -100, or
+    with as many of them as there are classes.
 
     Args:
         dataset, max_corrupt: see [`LabelledImages`].
@@ -174,9 +180,12 @@ class ValidationImages(LabelledImages):
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
         found = self.read(index)
         image, label = (np.zeros((1, 1, self.num_channels), np.uint8), -100) if found is None else found
+        labels = encode_label(label, self.num_labels)
+        if found is None and self.multi_label:
+            labels = torch.full((self.num_labels,), -100.0)
         if isinstance(image, np.ndarray):  # the processor would resize 1, 3 or 4 channels alone
             size = self.processor.size["width"], self.processor.size["height"]
             pixels = normalise([resize(image, size, self.processor.resample)], self.processor)[0]
         else:
             pixels = self.processor(image, return_tensors="pt")["pixel_values"][0]
-        return {"pixel_values": pixels, "labels": torch.tensor(label)}
+        return {"pixel_values": pixels, "labels": labels}

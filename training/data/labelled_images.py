@@ -9,12 +9,12 @@ from pathlib import Path
 import fsspec
 import numpy as np
 import torch
-from datasets import Array3D, Dataset, Image
+from datasets import Array3D, Dataset, Image, List
 from PIL import Image as PILImage
 from transformers import BaseImageProcessor
 
 from cbsa_hf.segmentation.images import ImageError, to_image
-from training.data.loading import class_names
+from training.data.loading import class_names, class_type
 from training.data.streaming import StreamedRows
 
 
@@ -64,10 +64,19 @@ def read_encoded(read: Callable, encoded: dict | None, name: str) -> PILImage.Im
         raise ImageError(f"{name} cannot be read: {reason.rstrip('.')}.") from error
 
 
-def check_label(label: int | None, num_labels: int, name: str):
-    """Raises ValueError if a label is not the number of a class; `name` is the image's, for the message."""
-    if type(label) is not int or not 0 <= label < num_labels:
-        given = "no label" if label is None else f"the label {label!r}"
+def label_list(label: int | list[int] | None) -> list[int | None]:
+    """The labels of an image: its one label, or those of a list."""
+    return label if isinstance(label, list) else [label]
+
+
+def check_label(label: int | list[int] | None, num_labels: int, name: str):
+    """
+    Raises ValueError if a label, or one in a list, is not the number of a class; `name` is the image's, for the
+    message.
+    """
+    wrong = [each for each in label_list(label) if type(each) is not int or not 0 <= each < num_labels]
+    if wrong:
+        given = "no label" if wrong[0] is None else f"the label {wrong[0]!r}"
         raise ValueError(f"{name} has {given}; the data set names the classes 0 to {num_labels - 1}.")
 
 
@@ -86,13 +95,13 @@ def check_labels(dataset: Dataset | StreamedRows, split: str, warns: bool = True
     if isinstance(dataset, StreamedRows):
         return
     column, names = list(dataset.features)[1], class_names(dataset)
-    labels = dataset.select_columns(column)[:][column]
-    wrong = [i for i, label in enumerate(labels) if label is None or not 0 <= label < len(names)]
+    labels = [label_list(label) for label in dataset.select_columns(column)[:][column]]
+    wrong = [i for i, each in enumerate(labels) if any(x is None or not 0 <= x < len(names) for x in each)]
     if wrong:
         more = f" (and {len(wrong) - 1} others)" if len(wrong) > 1 else ""
         check_label(labels[wrong[0]], len(names), f"Image {wrong[0]} of the split {split!r}{more}")
     if warns:
-        present = set(labels)
+        present = set().union(*labels)
         warn_of_missing([name for i, name in enumerate(names) if i not in present], f"No image of the split {split!r}")
 
 
@@ -127,7 +136,9 @@ class LabelledImages(torch.utils.data.Dataset):
                 f"The column {self.image_column!r} has arrays of shape {tuple(self.array_type.shape)}, and the model "
                 f"takes {num_channels} channels."
             )
-        self.num_labels = getattr(dataset.features[self.label_column], "num_classes", None)
+        classes = class_type(dataset.features[self.label_column])
+        self.num_labels = None if classes is None else classes.num_classes
+        self.multi_label = isinstance(dataset.features[self.label_column], List)
         # The hash of the rows that `datasets` caches by; it has no public name. A stream has none.
         self.fingerprint = getattr(dataset, "_fingerprint", None)
         if not isinstance(dataset, StreamedRows):  # which leaves images encoded already

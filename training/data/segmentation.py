@@ -1,8 +1,5 @@
 """Images with masks, as tensors for training and as arrays for validation."""
 
-import json
-from pathlib import Path
-
 import numpy as np
 import torch
 from kornia import augmentation
@@ -17,32 +14,6 @@ from training.data.streaming import StreamedRows
 
 IGNORED = 255  # the label of pixels that do not count
 CHECKED_MASKS = 100  # of each split, before the first step
-
-
-def read_names(path: str | None, dataset_name: str) -> dict[int, str]:
-    """
-    Names of the classes by number.
-
-    Args:
-        path: JSON file that maps numbers to names.
-        dataset_name: folder of the data set; its `id2label.json` is read if no path is given.
-
-    Raises:
-        ValueError: if there is no such file, it is not such a mapping, its numbers do not run from 0 without gaps, or
-            two classes have one name.
-    """
-    file = Path(path) if path is not None else Path(dataset_name) / "id2label.json"
-    try:
-        names = {int(number): str(name) for number, name in json.loads(file.read_text()).items()}
-    except OSError as error:
-        raise ValueError(
-            f"The names of the classes are not in {file}; give a JSON file like {{'0': 'sky', ...}} as `--id2label`."
-        ) from error
-    except (ValueError, AttributeError) as error:
-        raise ValueError(f"{file} is not a JSON file that maps numbers to names of classes.") from error
-    if sorted(names) != list(range(len(names))) or len(set(names.values())) < len(names):
-        raise ValueError(f"{file} does not give each number from 0 on a name of its own.")
-    return names
 
 
 def read_size(sides: list[int]) -> tuple[int, int]:

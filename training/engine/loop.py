@@ -146,13 +146,15 @@ class TrainingRun:
     def __init__(self, args: RunArguments, accelerator: Accelerator, task: Task):
         self.args, self.accelerator, self.task = args, accelerator, task
         self.started, self.output_dir = time.time(), Path(args.output_dir)
-        self.data = DataIdentity(args.batch_size, len(task.train_data), task.train_data.sample())
+        readers = accelerator.num_processes if args.streaming else None
+        self.data = DataIdentity(args.batch_size, len(task.train_data), task.train_data.sample(), readers)
         loader = build_loader(task.train_data, args, train=True)
         self.steps_per_epoch, self.num_steps = len(loader), args.num_epochs * len(loader)
         losses = task.losses
         encoder = getattr(losses.model.config, "backbone_config", None) or losses.model.config
         num_layers = getattr(encoder, "num_hidden_layers", losses.model.config.num_hidden_layers)
-        groups = parameter_groups(losses, num_layers, args.learning_rate, args.weight_decay, args.layer_decay)
+        layer_indices = getattr(encoder, "layer_indices", range(num_layers))  # a backbone shares no layers
+        groups = parameter_groups(losses, layer_indices, args.learning_rate, args.weight_decay, args.layer_decay)
         optimizer = build_optimizer(args.optimizer, groups, args.learning_rate)
         warmup_steps = args.warmup_epochs * self.steps_per_epoch
         scheduler = build_scheduler(args.schedule, optimizer, self.num_steps, warmup_steps)
@@ -183,7 +185,7 @@ class TrainingRun:
             if self.args.resume_from_checkpoint is not None:
                 self.resume()
             check_folder(self.output_dir, self.progress, self.args.keep_best)
-            self.run_log.start(asdict(self.args))
+            self.run_log.start(asdict(self.args), self.progress.step)
             with self.progress_bar() as self.bar:  # it ends its line before an error is printed
                 self.train()
             results = self.finish()
@@ -198,10 +200,12 @@ class TrainingRun:
             self.validate()
         elif self.args.resume_from_checkpoint is not None:  # or before it removed older checkpoints
             self.prune()
+        self.log_epoch()
         while self.progress.step < self.num_steps:
             self.train_epoch()
             if self.validation_is_due():
                 self.validate()
+            self.log_epoch()
             self.draw_pictures()
 
     def progress_bar(self) -> tqdm:
@@ -246,7 +250,7 @@ class TrainingRun:
             losses = self.step(self.next_batch(batches))
             step, every = self.progress.step, self.args.checkpointing_steps
             saves = every is not None and step % every == 0
-            if step % LOG_STEPS == 0 or saves or self.validation_is_due():
+            if step % LOG_STEPS == 0 or saves or step % self.steps_per_epoch == 0:
                 self.log(losses)
             if saves:
                 self.save()
@@ -306,11 +310,24 @@ class TrainingRun:
         """
         progress = self.progress
         values = {name: self.accelerator.gather(loss).mean().item() for name, loss in losses.items()}
+        progress.losses = dict(values)
         check_finite("loss", values["loss"], progress.step)  # before a checkpoint is written
         self.task.train_data.check()
         self.bar.set_postfix(loss=f"{values['loss']:.3f}")
         values |= {"lr": self.scheduler.get_last_lr()[-1], "data_wait": progress.waited / progress.seconds}
         self.run_log.write({f"train/{name}": value for name, value in values.items()}, progress.step)
+
+    def log_epoch(self):
+        """At the end of an epoch, add its row to the log: the losses of its last step, and its validation if any."""
+        progress = self.progress
+        epoch, rest = divmod(progress.step, self.steps_per_epoch)
+        if epoch == 0 or rest > 0:
+            return
+        row = {"epoch": epoch, "step": progress.step, "seconds": round(progress.seconds, 3)}
+        row |= {f"train/{name}": value for name, value in progress.losses.items()}
+        if progress.validated_step == progress.step:
+            row |= {f"validation/{name}": value for name, value in progress.metrics.items()}
+        self.run_log.write_epoch(row)
 
     def save(self):
         """

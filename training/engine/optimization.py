@@ -2,6 +2,7 @@
 
 import math
 import re
+from collections.abc import Sequence
 
 import pytorch_optimizer
 import torch
@@ -23,18 +24,22 @@ def is_decayed(name: str, parameter: nn.Parameter) -> bool:
     return parameter.ndim >= 2 and name.endswith("weight") and "representatives" not in name
 
 
-def depth(name: str, num_layers: int) -> int:
-    """The depth of a parameter: 0 in the embeddings, i + 1 in layer i, `num_layers + 1` behind the layers."""
-    if "decoder" in name:
-        return num_layers + 1
-    if "embeddings" in name:
+def depth(name: str, layer_indices: Sequence[int]) -> int:
+    """
+    The depth of a parameter: 0 in the embeddings, i + 1 in layer i of L, L + 1 behind the layers. Weights that layers
+    share have the depth of the last of these.
+    """
+    if "embeddings" in name and "decoder" not in name:
         return 0
-    layer = LAYER.search(name)
-    return num_layers + 1 if layer is None else int(layer[1]) + 1
+    layer = None if "decoder" in name else LAYER.search(name)
+    if layer is None:
+        return len(layer_indices) + 1
+    last_uses = {index: i for i, index in enumerate(layer_indices)}
+    return last_uses.get(int(layer[1]), int(layer[1])) + 1
 
 
 def parameter_groups(
-    model: nn.Module, num_layers: int, learning_rate: float, weight_decay: float, layer_decay: float
+    model: nn.Module, layer_indices: Sequence[int], learning_rate: float, weight_decay: float, layer_decay: float
 ) -> list[dict]:
     """
     Divide the parameters that need a gradient into groups with a learning rate and a weight decay of their own. In the
@@ -42,15 +47,15 @@ def parameter_groups(
 
     Args:
         model: whose parameters to divide.
-        num_layers: number of layers of the encoder.
+        layer_indices: the stored layer that each layer of the encoder uses: 0, 1, 2, ... if no layers share weights.
         learning_rate: of the parameters behind the layers.
         weight_decay: of matrices and kernels.
         layer_decay: factor on the learning rate from each layer to the one before it (arXiv 2106.08254); 1 for none.
     """
-    groups = {}
+    groups, num_layers = {}, len(layer_indices)
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            key = depth(name, num_layers), is_decayed(name, parameter)
+            key = depth(name, layer_indices), is_decayed(name, parameter)
             groups.setdefault(key, []).append(parameter)
     return [
         {

@@ -18,7 +18,11 @@ from training.engine.output import write_together
 from training.engine.run_state import DamagedCheckpoint, check_sums, checkpoint_path, read_progress
 
 
-TASK_NAMES = {"accuracy": "image-classification", "mean_iou": "image-segmentation"}  # on the Hub, by metric
+TASK_NAMES = {  # on the Hub, by metric
+    "accuracy": "image-classification",
+    "mean_average_precision": "image-classification",
+    "mean_iou": "image-segmentation",
+}
 CARD = """\
 ---
 {{ card_data }}
@@ -99,7 +103,7 @@ def write_card(folder: Path, name: str, model: PreTrainedModel, results: dict, m
         data,
         template_str=CARD,
         name=name,
-        model_class=type(model).__name__,
+        model_class=type(model).__name__.removeprefix("FSDP"),  # of sharded models
         parameters=f"{sum(parameter.numel() for parameter in model.parameters()):,}",
         dataset_name=dataset_name,
         seed=arguments["seed"],

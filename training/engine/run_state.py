@@ -37,6 +37,7 @@ class Progress:
         step: optimiser steps done.
         seconds: time spent in training, over all sessions of the run.
         waited: part of it that the main process waited for data.
+        losses: of the last step that was logged, by name.
         metrics: of the last validation.
         validated_step: step of the last validation; None before the first.
         best: the best value so far of the task's metric; None before the first validation.
@@ -46,6 +47,7 @@ class Progress:
     step: int = 0
     seconds: float = 0.0
     waited: float = 0.0
+    losses: dict[str, float] = field(default_factory=dict)
     metrics: dict[str, float] = field(default_factory=dict)
     validated_step: int | None = None
     best: float | None = None
@@ -62,19 +64,22 @@ class DataIdentity:
         batch_size: images per step.
         num_images: number of training images.
         sample: checksums of some of them. Half of them must agree, so that broken images may be mended in between.
+        num_readers: processes that share the shards of a stream; None of images in memory.
     """
 
     batch_size: int
     num_images: int
     sample: list[int]
+    num_readers: int | None = None
 
     def check(self, before: "DataIdentity", checkpoint: Path):
-        """Raises ValueError if the checkpoint was written with another batch size or other images."""
+        """Raises ValueError if the checkpoint was written with another batch size, or with other images or readers."""
         for before_and_now, what in (
             ((before.batch_size, self.batch_size), "`--batch_size {}`, not {}"),
             ((before.num_images, self.num_images), "{} training images, not {}"),
+            ((before.num_readers, self.num_readers), "a stream read by {} processes, not {}"),
         ):
-            if len(set(before_and_now)) > 1:
+            if len({*before_and_now} - {None}) > 1:
                 raise ValueError(
                     f"{checkpoint} was trained with {what.format(*before_and_now)}: resume with what it began with, "
                     "or start anew in another `--output_dir`."

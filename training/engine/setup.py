@@ -1,13 +1,14 @@
 """What a run needs before its first step: Accelerate, the output folder, the splits and their loaders."""
 
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from accelerate.utils import DataLoaderConfiguration, DistributedType, set_seed
-from datasets import Dataset
+from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
 from torch import nn
 from torch.utils.data import DataLoader
 from transformers import PreTrainedConfig, PreTrainedModel
@@ -24,7 +25,10 @@ from training.engine.run_state import CHECKPOINTS
 
 
 OVERHEAD = 2**16  # bytes of a checkpoint beside its weights: headers, random states
-UNSHARDED = ("ema_decay", "keep_best")  # options that FSDP does not work with
+UNSHARDED = {  # options that FSDP does not work with, and why
+    "ema_decay": "since every process would hold the whole average, whose memory sharding is to spare",
+    "keep_best": "since a checkpoint then holds shards, of which no process can make the result alone",
+}
 IN_MEMORY = ("class_balanced", "cutmix_alpha", "mixup_alpha", "teacher_cache")  # options that streaming rules out
 
 
@@ -50,9 +54,15 @@ def build_accelerator(args: RunArguments) -> Accelerator:
             f"`--batch_size {args.batch_size}` is not a multiple of {parts}: {accelerator.num_processes} processes "
             f"times `--gradient_accumulation_steps {args.gradient_accumulation_steps}`."
         )
-    for name in UNSHARDED:
-        if getattr(args, name) and accelerator.distributed_type == DistributedType.FSDP:
-            raise ValueError(f"`--{name}` does not work with weights that FSDP shards; leave it out, or do not shard.")
+    sharded = accelerator.distributed_type == DistributedType.FSDP
+    if not sharded and os.environ.get("ACCELERATE_USE_FSDP", "false") == "true":
+        raise ValueError(
+            f"FSDP shards weights on GPUs, and this run is on {accelerator.device.type!r}, where Accelerate leaves "
+            "FSDP out in silence: use a configuration without it."
+        )
+    for name, reason in UNSHARDED.items():
+        if sharded and getattr(args, name):
+            raise ValueError(f"`--{name}` does not work with FSDP, {reason}: leave it out, or do not shard.")
     set_seed(args.seed)
     return accelerator
 
@@ -93,26 +103,50 @@ def check_room(args: RunArguments, accelerator: Accelerator, model: nn.Module):
     check_free(folder, missing * (copies * weights + OVERHEAD))
 
 
+def choose_splits(splits: DatasetDict | IterableDatasetDict, args: RunArguments) -> list[Dataset | IterableDataset]:
+    """
+    The training and the validation split. With `--train_val_split`, each image of the training split belongs to one of
+    the two, whatever the seed.
+
+    Raises:
+        ValueError: if there is no such split, or the share is none.
+    """
+    train, share = find_split(splits, args.train_split), args.train_val_split
+    if share is not None:
+        if args.streaming or not 0 < share < 1:
+            raise ValueError(
+                f"`--train_val_split {share}` has to be between 0 and 1, and needs a split that is no stream."
+            )
+        parts = train.train_test_split(share, seed=0)
+        return [parts["train"], parts["test"]]
+    try:
+        return [train, find_split(splits, args.validation_split)]
+    except ValueError as error:
+        raise ValueError(f"{error} `--train_val_split 0.1` validates on a tenth of the training split.") from error
+
+
 def load_splits(
-    args: RunArguments, find_columns: Callable[[Dataset, str | None, str | None], list[str]]
+    args: RunArguments, select: Callable[[Dataset, RunArguments], Dataset]
 ) -> tuple[Dataset | StreamedRows, Dataset]:
     """
     The training and the validation split, each with two columns: the image, and the label or mask.
 
     Args:
-        find_columns: returns the names of the two columns of a split; see [`training.data.loading`].
+        select: leaves the two columns of a split, [`select_labelled`] or [`select_masked`].
 
     Raises:
         ValueError: if there is no such data set, split or column, or an option does not work with streaming.
     """
-    splits = load_images(args.dataset_name, args.dataset_config_name, args.streaming)
-    named = [find_split(splits, name) for name in (args.train_split, args.validation_split)]
-    train, validation = (s.select_columns(find_columns(s, args.image_column, args.label_column)) for s in named)
+    splits = load_images(args.dataset_name, args.dataset_config_name, args.streaming, args.dataset_revision)
+    train, validation = (select(split, args) for split in choose_splits(splits, args))
     if args.streaming:
         for name in IN_MEMORY:
             if getattr(args, name, None):
                 raise ValueError(f"`--{name}` needs any image at any time, which `--streaming` does not give.")
-        train = StreamedRows(train, args.num_train_images, args.seed)
+        state = PartialState()
+        train = StreamedRows(
+            train, args.num_train_images, args.seed, args.batch_size, state.process_index, state.num_processes
+        )
         validation = Dataset.from_list(list(validation.decode(False)), features=validation.features)
     return train, validation
 

@@ -22,6 +22,47 @@ class Accuracy(evaluate.Metric):
         return {"accuracy": float(np.mean(np.asarray(predictions) == np.asarray(references)))}
 
 
+class MeanAveragePrecision(evaluate.Metric):
+    """
+    Mean over the classes that occur of the average precision: the mean, over the images with the class, of the
+    precision among all images that score at least as high. Images have lists of labels.
+    """
+
+    def _info(self) -> evaluate.MetricInfo:
+        return evaluate.MetricInfo(
+            description=self.__doc__,
+            citation="",
+            inputs_description="predictions: for each image, a score of each class; references: 1 or 0 for each.",
+            features=datasets.Features(
+                {
+                    "predictions": datasets.Sequence(datasets.Value("float32")),
+                    "references": datasets.Sequence(datasets.Value("float32")),
+                }
+            ),
+        )
+
+    def _compute(self, predictions: list[list[float]], references: list[list[float]]) -> dict[str, float]:
+        scores, labels = np.asarray(predictions).T, np.asarray(references).T > 0
+        precisions = [average_precision(*pair) for pair in zip(scores, labels, strict=True) if pair[1].any()]
+        if not precisions:
+            raise ValueError("None of the images to score on has a label.")
+        return {"mean_average_precision": float(np.mean(precisions))}
+
+
+def average_precision(scores: np.ndarray, labels: np.ndarray) -> float:
+    """
+    Average precision of one class.
+
+    Args:
+        scores: (images,); those of equal score count together.
+        labels: (images,), bool; at least one is true.
+    """
+    ranked = np.sort(scores)[::-1]
+    hits = np.sort(scores[labels])[::-1]
+    as_high = np.searchsorted(-ranked, -hits, side="right")  # images that score at least as high as each hit
+    return float(np.mean(np.searchsorted(-hits, -hits, side="right") / as_high))
+
+
 class MeanIoU(evaluate.Metric):
     """
     Intersection over union of each class, its mean over the classes that occur, and the share of correct pixels.

@@ -13,7 +13,15 @@ from tqdm.auto import tqdm
 from cbsa_hf import SlidingWindowSegmenter
 from cbsa_hf.segmentation.sliding_window import label_names
 from training.engine.interruption import read_batches
-from training.evaluation.metrics import Accuracy, MeanIoU, count_pixels
+from training.evaluation.metrics import Accuracy, MeanAveragePrecision, MeanIoU, count_pixels
+
+
+def check_classes(labels: torch.Tensor, num_labels: int):
+    """Raises ValueError if a label is neither the number of a class nor -100."""
+    lowest, highest = labels.where(labels != -100, 0).aminmax()
+    if lowest < 0 or highest >= num_labels:
+        label = lowest if lowest < 0 else highest
+        raise ValueError(f"An image has the label {label}; the model has the classes 0 to {num_labels - 1}.")
 
 
 @torch.no_grad()
@@ -21,8 +29,9 @@ def evaluate_classifier(
     classify: Callable[[torch.Tensor], torch.Tensor], dataloader: DataLoader, accelerator: Accelerator
 ) -> dict[str, float]:
     """
-    Accuracy and mean cross-entropy over a dataloader. Each image counts once, for any number of processes; images with
-    the label -100 do not count.
+    Accuracy and mean cross-entropy over a dataloader; where images have lists of labels, the mean average precision
+    and the mean binary cross-entropy. Each image counts once, for any number of processes; images with the label -100
+    do not count. Of an image only its prediction is kept: the class, or a score of each class.
 
     Args:
         classify: returns the logits (batch, num_labels) for pixels (batch, channels, height, width).
@@ -32,19 +41,22 @@ def evaluate_classifier(
     Raises:
         ValueError: if a label is not the number of a class, or no image can be read.
     """
-    metric = Accuracy(keep_in_memory=True)
-    losses = []
+    metric, losses = None, []
     bar = {"desc": "validation", "total": len(dataloader), "leave": False, "disable": not accelerator.is_main_process}
     for batch in tqdm(read_batches(dataloader), **bar):
         with accelerator.autocast():
             logits = classify(batch["pixel_values"]).float()
-        lowest, highest = batch["labels"].where(batch["labels"] != -100, 0).aminmax()
-        if lowest < 0 or highest >= logits.shape[-1]:
-            label = lowest if lowest < 0 else highest
-            raise ValueError(f"An image has the label {label}; the model has the classes 0 to {logits.shape[-1] - 1}.")
-        loss = F.cross_entropy(logits, batch["labels"], reduction="none")
-        predictions, labels, loss = accelerator.gather_for_metrics((logits.argmax(-1), batch["labels"], loss))
-        counted = labels != -100
+        if batch["labels"].ndim == 2:
+            metric = metric or MeanAveragePrecision(keep_in_memory=True)
+            loss = F.binary_cross_entropy_with_logits(logits, batch["labels"], reduction="none").mean(-1)
+            found = logits
+        else:
+            metric = metric or Accuracy(keep_in_memory=True)
+            check_classes(batch["labels"], logits.shape[-1])
+            loss = F.cross_entropy(logits, batch["labels"], reduction="none")
+            found = logits.argmax(-1)
+        predictions, labels, loss = accelerator.gather_for_metrics((found, batch["labels"], loss))
+        counted = (labels[:, 0] if labels.ndim == 2 else labels) != -100
         metric.add_batch(predictions=predictions[counted].cpu(), references=labels[counted].cpu())
         losses.append(loss[counted].cpu())
     if not any(len(loss) for loss in losses):

@@ -6,13 +6,12 @@ import torch
 from accelerate import Accelerator
 from datasets import Dataset
 from torch import nn
-from torch.nn import functional as F
 from transformers import AutoModelForImageClassification, BaseImageProcessor, PreTrainedModel
 
 from cbsa_hf.conversion.convert import convert_checkpoint
 from cbsa_hf.modeling_cbsa import CBSAForImageClassification
 from training.arguments import AdaptationArguments
-from training.tasks.classification import ClassificationLoss, ClassificationTask
+from training.tasks.classification import ClassificationLoss, ClassificationTask, cross_entropy
 from training.tasks.heads import load_for_classes
 
 
@@ -51,8 +50,8 @@ class AdaptationLoss(nn.Module):
         logits = outputs.logits.float()
         if labels is None:
             return {"logits": logits}
-        loss = cross_entropy = F.cross_entropy(logits, labels, label_smoothing=self.label_smoothing)
-        losses = {"cross_entropy": cross_entropy}
+        loss = cross_entropy(logits, labels, self.model.config, self.label_smoothing)
+        losses = {"cross_entropy": loss}
         if original is not None:
             own, original = torch.stack(outputs.hidden_states[1:], dim=1).float(), original.float()
             scale = original.square().mean((0, 2, 3), keepdim=True)

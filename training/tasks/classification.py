@@ -7,18 +7,34 @@ from datasets import Dataset
 from PIL import Image
 from torch import nn
 from torch.nn import functional as F
-from transformers import BaseImageProcessor, PreTrainedModel
+from transformers import BaseImageProcessor, PreTrainedConfig, PreTrainedModel
 
 from cbsa_hf.interpretability.attention_maps import attention_maps
 from cbsa_hf.interpretability.plots import attention_grid
 from training.arguments import ClassificationArguments
 from training.data.classification import TrainingImages, ValidationImages
 from training.data.labelled_images import check_labels
+from training.data.loading import MULTI_LABEL
 from training.engine.loop import Task
 from training.engine.setup import build_loader
 from training.evaluation.scores import evaluate_classifier
 from training.tasks.distillation import DistillationDataset, prepare_targets
 from training.tasks.teachers import Teacher, prepare_teacher
+
+
+def cross_entropy(logits: torch.Tensor, labels: torch.Tensor, config: PreTrainedConfig, smoothing: float):
+    """
+    Mean cross-entropy of a classifier; where an image may have several labels, the binary one of each class.
+
+    Args:
+        logits: (batch, num_labels).
+        labels: (batch,) class indices, or (batch, num_labels) probabilities.
+        config: of the model.
+        smoothing: probability spread evenly over all classes.
+    """
+    if config.problem_type != MULTI_LABEL:
+        return F.cross_entropy(logits, labels, label_smoothing=smoothing)
+    return F.binary_cross_entropy_with_logits(logits, (1 - smoothing) * labels + smoothing / labels.shape[1])
 
 
 class ClassificationLoss(nn.Module):
@@ -76,7 +92,7 @@ class ClassificationLoss(nn.Module):
         logits = self.model.classifier(outputs.pooler_output).float()
         if labels is None:
             return {"logits": logits}
-        losses = {"cross_entropy": F.cross_entropy(logits, labels, label_smoothing=self.label_smoothing)}
+        losses = {"cross_entropy": cross_entropy(logits, labels, self.model.config, self.label_smoothing)}
         loss = losses["cross_entropy"]
         if teacher_logits is not None:
             own = logits if self.class_head is None else self.class_head(outputs.pooler_output)
@@ -106,7 +122,8 @@ class ClassificationLoss(nn.Module):
 
 class ClassificationTask(Task):
     """
-    Train a CBSA classifier, with the teacher that the options name if they do.
+    Train a CBSA classifier, with the teacher that the options name if they do. Where an image may have several labels,
+    the metric is the mean average precision.
 
     Args:
         args: the script's options.
@@ -133,6 +150,10 @@ class ClassificationTask(Task):
             check_labels(dataset, name, warns=accelerator.is_main_process)
         self.args, self.accelerator, self.processor = args, accelerator, processor
         self.teacher = None
+        if model.config.problem_type == MULTI_LABEL:
+            self.metric = "mean_average_precision"
+            if args.teacher is not None:
+                raise ValueError("`--teacher` knows one class an image, and this data set has lists of labels.")
         if args.teacher is not None:
             if model.config.num_channels != 3:
                 raise ValueError(f"`--teacher` sees photos; the model takes {model.config.num_channels} channels.")
@@ -170,7 +191,7 @@ class ClassificationTask(Task):
         return DistillationDataset(self.teacher, folder, **augmentation)
 
     def evaluate(self, losses: nn.Module) -> dict[str, float]:
-        """Accuracy and loss on the validation split."""
+        """The metric and the loss on the validation split."""
         metrics = evaluate_classifier(
             lambda pixel_values: losses(pixel_values)["logits"], self.validation_loader, self.accelerator
         )

@@ -1,0 +1,1 @@
+"""Models of Transformers for detection, captions and depth, on a CBSA encoder."""
