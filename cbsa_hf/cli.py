@@ -362,7 +362,7 @@ def add_segment_options(command: argparse.ArgumentParser):
     command.add_argument(
         "--long-side",
         type=at_least(1),
-        help="pixels of the longer side that the model sees; default: 192, or for --task semantic what the image "
+        help="pixels of the longer side that the model sees; default: 256, or for --task semantic what the image "
         "processor says, else the photo's own",
     )
     # Without defaults, so that `plan_segmentation` knows which options were given.
