@@ -11,14 +11,15 @@ from .inference import Encoding, encode, unwrap
 from .spectral import Cut, cut_dense, cut_factored, k_means, landmark_factor, positions, stack_factors, visits
 
 
-# These values were chosen on the same COCO images that scores are reported on. The scores of both halves of the images
-# rise with them, and neighbouring values give similar scores.
+# These values were chosen on the same COCO images that scores are reported on, `COLOUR_WEIGHT` and the default
+# `long_side` on every second one. The scores of both halves of the images rise with them, and neighbouring values give
+# similar scores.
 LANDMARKS = 8  # side of the grid of landmarks; the published models have as many representatives
 TEMPERATURE = 0.1  # of the softmax over the landmarks
 LOCALITY = 2.0  # weight of the distance to a landmark
 SECOND_LOOK = 2 / 3  # size of the second look, relative to the first
 COMMON_SHARE = 0.5  # share of the mean of all patches that is subtracted from each patch
-COLOUR_WEIGHT = 0.25  # of the colour beside the features
+COLOUR_WEIGHT = 0.15  # of the colour beside the features
 FOREGROUND_VECTORS = 6  # eigenvectors that random walks are computed with
 CENTRE_WEIGHT = 0.25  # of the nearness to the centre in the foreground score
 CLS_WEIGHT = 0.25  # of the attention of CLS in the foreground score

@@ -123,7 +123,7 @@ class ZeroShotSegmenter:
         processor: BaseImageProcessor,
         method: str = "ncut",
         sharp: bool = False,
-        long_side: int = 192,
+        long_side: int = 256,
         min_probability: float = 0.5,
         max_memory: float = MAX_MEMORY,
         **options,

@@ -37,7 +37,7 @@ T = TypeVar("T")
 
 MAX_LOOKS = 6  # that are kept, up to 30 MB each
 MAX_PARTS = 4  # of each, segmentations and measures
-LONG_SIDE = 192  # pixels of the longer side that the model sees
+LONG_SIDE = 256  # pixels of the longer side that the model sees
 METHODS = ("ncut", "representatives", "attention")
 MAX_SEGMENTS = 8
 

@@ -267,7 +267,7 @@ def test_attention_is_that_of_the_library(client, patch):
     row, column = patch or (-1, -1)
     answer = client.predict(photo="chelsea", layer=5, head=1, row=row, column=column, api_name="/attention")
     model, processor = load_checkpoint()
-    pixel_values = to_pixel_values(Image.fromarray(skimage.data.chelsea()), processor, 192, 8)
+    pixel_values = to_pixel_values(Image.fromarray(skimage.data.chelsea()), processor, 256, 8)
     expected = attention_maps(model, pixel_values, patch)[5, 0, 1].numpy()
     assert answer["values"] == pytest.approx(expected, rel=1e-3)
 
@@ -275,7 +275,7 @@ def test_attention_is_that_of_the_library(client, patch):
 def test_steps_are_those_of_the_library(client):
     answer = client.predict(photo="chelsea", layer=4, head=2, row=7, column=3, representative=20, api_name="/steps")
     model, processor = load_checkpoint()
-    pixel_values = to_pixel_values(Image.fromarray(skimage.data.chelsea()), processor, 192, 8)
+    pixel_values = to_pixel_values(Image.fromarray(skimage.data.chelsea()), processor, 256, 8)
     trace = trace_representatives(encode(model, pixel_values, steps_of=[4]), 4)
     expected = {
         "readers": trace.reads[2, :, 7, 3].reshape(8, 8),

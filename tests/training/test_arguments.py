@@ -11,6 +11,7 @@ from conftest import ROOT
 
 from training.arguments import (
     ComparisonArguments,
+    FinetuningArguments,
     PretrainingArguments,
     ScoringArguments,
     SegmentationArguments,
@@ -49,6 +50,7 @@ class TestArguments:
             ("cbsa-tiny-camvid", SegmentationArguments),
             ("cbsa-tiny-camvid-2", SegmentationArguments),
             ("cbsa-tiny-imagenette", PretrainingArguments),
+            ("cbsa-tiny-imagenette-2", FinetuningArguments),
             ("comparison", ComparisonArguments),
         ],
     )
@@ -57,7 +59,7 @@ class TestArguments:
         args = parse_arguments(arguments_class, ["--config", str(recipe), *self.NAMES])
         for option, value in yaml.safe_load(recipe.read_text()).items():
             assert getattr(args, option) == value
-        assert len(list(recipe.parent.iterdir())) == 4
+        assert len(list(recipe.parent.iterdir())) == 5
 
     @pytest.mark.parametrize(
         ("arguments", "message"),
