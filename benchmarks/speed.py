@@ -2,8 +2,9 @@
 Measure how fast the models are: the reference implementation's formulas, this library, the folded model, compiled and
 exported models, a ViT of the same width, and the necessary matrix products alone ("floor").
 
-    python benchmarks/speed.py --quick          # two minutes: tiny at 224 pixels
+    python benchmarks/speed.py --quick          # two minutes: tiny at 224 pixels, OpenVINO the only engine
     python benchmarks/speed.py --training       # images/s of a training step, and its memory
+    python benchmarks/speed.py --tokens         # time and memory for each patch, from 196 to 262,144 of them
     python benchmarks/speed.py --output table.md    # an hour and more; the figure goes beside it
     python benchmarks/speed.py --device cuda --output gpu.md
 
@@ -13,7 +14,6 @@ disturb least. Memory is the peak of what torch allocates beside weights and inp
 """
 
 import argparse
-import io
 import os
 import platform
 import statistics
@@ -21,29 +21,36 @@ import time
 from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from types import MethodType
 
 import numpy as np
-import onnxruntime
 import torch
 import transformers
+from PIL import Image
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import ViTConfig, ViTForImageClassification
 
+from benchmarks import zero_shot_cost
 from benchmarks.workbench import table
-from benchmarks.zero_shot_cost import measure
 from cbsa_hf import CBSAConfig, CBSAForImageClassification, fold, preset_path
 from cbsa_hf.attention_cbsa import ContractAndBroadcastSelfAttention
+from cbsa_hf.exporting import FORMATS, OneOutput, open_export, trace
 from cbsa_hf.interpretability.plots import line_panels
 from cbsa_hf.modeling_cbsa import CBSAISTA, CBSAConvStem
 from training.engine.memory import keep_freed_memory
 
 
 SECONDS = 20.0  # a slower pass runs once; none, if a smaller image took over a quarter of this
+ENGINES = ("torch.compile", "onnx", "openvino")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+Run = Callable[[], object]
 
 
 def reference_stem(self, pixel_values):
@@ -126,21 +133,26 @@ class Cell:
         return f"{self.size}, {self.pixels} px, batch {self.batch_size}, {self.dtype}"
 
     @property
-    def num_tokens(self) -> int:
+    def config(self) -> CBSAConfig:
+        """The configuration of that size, for that side, with 1000 classes."""
+        return CBSAConfig.from_pretrained(preset_path(f"cbt-{self.size}"), image_size=self.pixels, num_labels=1000)
+
+    @property
+    def num_patches(self) -> int:
         """Number of patches of an image."""
         return (self.pixels // 16) ** 2
 
 
-def export_onnx(model: nn.Module, pixel_values: torch.Tensor) -> Callable[[], object]:
-    """A function that runs the exported model in ONNX Runtime, with the same number of threads as torch."""
-    program = torch.onnx.export(model, (pixel_values,), dynamo=True, verbose=False)
-    buffer = io.BytesIO()
-    program.save(buffer)
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = torch.get_num_threads()
-    session = onnxruntime.InferenceSession(buffer.getvalue(), options, providers=["CPUExecutionProvider"])
-    feed = {session.get_inputs()[0].name: pixel_values.numpy()}
-    return lambda: session.run(None, feed)
+def export(model: nn.Module, format: str, pixel_values: np.ndarray, **options) -> Run:
+    """A run of what `cbsa export` writes of a model, as it is. The pool of the reference knows one size alone."""
+    single, pixels = OneOutput(model), torch.from_numpy(pixel_values)
+    with TemporaryDirectory() as folder:
+        with torch.no_grad():
+            program = trace(single, model.config) if model.config.folded else torch.export.export(single, (pixels,))
+        FORMATS[format].write(program, single.name, Path(folder) / FORMATS[format].file)
+        engine = open_export(folder, **options)
+        engine(pixel_values)  # while the file is there, from which OpenVINO compiles for this shape
+    return partial(engine, pixel_values)
 
 
 def build_vit(config: CBSAConfig) -> ViTForImageClassification:
@@ -152,7 +164,7 @@ def build_vit(config: CBSAConfig) -> ViTForImageClassification:
 
 def build_models(cell: Cell, device: str) -> dict[str, nn.Module]:
     """The models to measure, with random weights, in evaluation mode."""
-    config = CBSAConfig.from_pretrained(preset_path(f"cbt-{cell.size}"), image_size=cell.pixels, num_labels=1000)
+    config = cell.config
     model = CBSAForImageClassification(config).eval()
     folded = fold(model)
     models = {
@@ -172,20 +184,25 @@ def example_pixels(cell: Cell, device: str) -> torch.Tensor:
     return pixel_values.to(device, DTYPES[cell.dtype])
 
 
-def build_runs(
-    cell: Cell, models: dict[str, nn.Module], compiled: bool, device: str
-) -> dict[str, Callable[[], object]]:
-    """The functions to measure, by name; with `compiled` also compiled and exported models."""
+def build_runs(cell: Cell, models: dict[str, nn.Module], engines: list[str], device: str) -> dict[str, Run]:
+    """The functions to measure, by name; with `engines` also compiled and exported models."""
     pixel_values = example_pixels(cell, device)
     runs = {name: lambda model=model: model(pixel_values) for name, model in models.items()}
-    if compiled:
+    if "torch.compile" in engines:
         for name in ("reference", "folded", "ViT, sdpa", "floor"):
             # On a GPU, Inductor tries kernels and takes the fastest; on a CPU, it packs the weights once ("freezing").
             options = {"mode": "max-autotune"} if device == "cuda" else {"options": {"freezing": True}}
             engine = torch.compile(models[name], **options)
-            runs[f"{name}, compiled"] = lambda engine=engine: engine(pixel_values)
-        if cell.dtype == "float32" and device == "cpu":
-            runs["folded, ONNX Runtime"] = export_onnx(models["folded"], pixel_values)
+            runs[f"{name}, torch.compile"] = lambda engine=engine: engine(pixel_values)
+    if device == "cuda":
+        return runs
+    array = pixel_values.float().numpy()
+    if "openvino" in engines:
+        for name in ("reference", "folded"):
+            module = deepcopy(models[name]).float()
+            runs[f"{name}, OpenVINO"] = export(module, "openvino", array, precision=cell.dtype)
+    if "onnx" in engines and cell.dtype == "float32":
+        runs["folded, ONNX Runtime"] = export(models["folded"], "onnx", array)
     return runs
 
 
@@ -197,17 +214,17 @@ def now(device: str) -> float:
     return time.process_time() if torch.get_num_threads() == 1 else time.perf_counter()
 
 
-def seconds_of(run: Callable[[], object], device: str) -> float:
+def seconds_of(run: Run, device: str) -> float:
     """Seconds of one run; see [`now`]."""
     started = now(device)
     run()
     return now(device) - started
 
 
-def peak_memory(run: Callable[[], object], device: str) -> float:
+def peak_memory(run: Run, device: str) -> float:
     """Peak memory of one run in MiB, without weights and input."""
     if device == "cpu":
-        return measure(run)[1]
+        return zero_shot_cost.peak_memory(run)
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
     run()
@@ -247,24 +264,44 @@ def measure_training(cell: Cell, patch_size: int, rounds: int, device: str) -> s
 
 
 @torch.no_grad()
-def measure_cell(cell: Cell, rounds: int, compiled: bool, skipped: set[str], device: str) -> dict[str, dict]:
+def measure_tokens(size: str, rounds: int, device: str) -> str:
+    """Time and memory of the folded model, one image, for each patch, as a table in Markdown."""
+    rows, least = [], float("inf")
+    for pixels in (224, 512, 1024, 2048, 4096, 8192):
+        cell = Cell(size, pixels, 1, "float32")
+        run = partial(fold(CBSAForImageClassification(cell.config)).to(device), example_pixels(cell, device))
+        memory = peak_memory(run, device) * 2**20 / (cell.num_patches * cell.config.hidden_size)
+        seconds = statistics.median(seconds_of(run, device) for _ in range(rounds if pixels < 4096 else 1))
+        microseconds = 1e6 * seconds / cell.num_patches
+        least = min(least, microseconds)
+        rows.append([pixels, f"{cell.num_patches:,}", microseconds, f"{memory:.1f}"])
+    rows = [[*row[:2], f"{row[2]:.0f}", f"{row[2] / least:.2f}", row[3]] for row in rows]
+    header = ["side in pixels", "patches", "µs a patch", "of the least", "peak bytes a patch and width"]
+    return f"### Many patches: {size}, folded, batch 1, float32\n\n{table(header, rows)}\n"
+
+
+@torch.no_grad()
+def measure_cell(cell: Cell, rounds: int, engines: list[str], skipped: set[str], device: str) -> dict[str, dict]:
     """Time, spread, memory and operations of each model. Names of models that are too slow are added to `skipped`."""
     models = build_models(cell, device)
-    runs = {name: run for name, run in build_runs(cell, models, compiled, device).items() if name not in skipped}
-    found = {name: {"times": []} for name in runs}
+    runs = {name: run for name, run in build_runs(cell, models, engines, device).items() if name not in skipped}
+    found = {}
     for name, run in runs.items():
-        row = found[name]
-        row["memory"] = peak_memory(run, device)  # the first run, in which models are compiled
+        if name not in models:
+            run()  # compiles
         first = seconds_of(run, device)
-        row["times"].append(first)
-        row["once"] = first > SECONDS
+        found[name] = row = {"once": first > SECONDS, "times": [first] if first > SECONDS else []}
+        if first > SECONDS / 4:
+            skipped.add(name)
+        if row["once"]:
+            continue
+        if not name.endswith(("OpenVINO", "ONNX Runtime")):  # what they hold, torch does not see
+            row["memory"] = peak_memory(run, device)
         if name in models:
             with FlopCounterMode(display=False) as counter:
                 run()
             row["flops"] = counter.get_total_flops() / cell.batch_size
-        if first > SECONDS / 4:
-            skipped.add(name)
-    for _ in range(rounds - 1):
+    for _ in range(rounds):
         for name, run in runs.items():
             if not found[name]["once"]:
                 found[name]["times"].append(seconds_of(run, device))
@@ -272,36 +309,42 @@ def measure_cell(cell: Cell, rounds: int, compiled: bool, skipped: set[str], dev
         milliseconds = [1000 * value / cell.batch_size for value in row["times"]]
         row["ms"] = statistics.median(milliseconds)
         row["spread"] = float(np.subtract(*np.percentile(milliseconds, [75, 25])))
+    base = found.get("reference", found["this library"])["times"]
+    for row in found.values():
+        # Of the same round, in which other processes disturb all alike; of a single run where there are no rounds.
+        row["ratio"] = statistics.median(one / other for one, other in zip(base, row["times"], strict=False))
     return found
 
 
-def describe(cell: Cell, found: dict[str, dict]) -> str:
-    """A table of the cell in Markdown, with the speed of each model relative to the reference."""
-    base = found.get("reference", found["this library"])["ms"]
+def describe(cell: Cell, found: dict[str, dict], skipped: set[str]) -> str:
+    """The cell as a table in Markdown, each contestant also as a ratio to the reference."""
     rows = [
         [
             name,
             f"{row['ms']:.1f} ± {row['spread']:.1f}" + (" (one run)" if row["once"] else ""),
-            f"{base / row['ms']:.2f}",
-            f"{row['memory']:.0f}",
+            f"{row['ratio']:.2f}",
+            f"{row['memory']:.0f}" if "memory" in row else "",
             f"{row['flops'] / 1e9:.2f}" if "flops" in row else "",
         ]
         for name, row in found.items()
     ]
+    rows += [[name, "left out: too slow", "", "", ""] for name in sorted(skipped - found.keys())]
     header = ["", "ms an image", "times as fast as the reference", "peak MiB", "GFLOPs an image"]
     return f"### {cell}\n\n{table(header, rows)}\n"
 
 
-def draw(results: dict[Cell, dict[str, dict]]) -> object:
-    """Draw time against tokens, both on logarithmic axes, for `small`, batch 1, float32."""
-    cells = [cell for cell in results if (cell.size, cell.batch_size, cell.dtype) == ("small", 1, "float32")]
-    names = [name for name in results[cells[0]] if all(name in results[cell] for cell in cells)]
+def draw(results: dict[Cell, dict[str, dict]]) -> Image.Image:
+    """Time against patches, both logarithmic, of the first size, batch and precision; lines end where it took long."""
+    first = next(iter(results))
+    kind = (first.size, first.batch_size, first.dtype)
+    cells = [cell for cell in results if (cell.size, cell.batch_size, cell.dtype) == kind]
+    names = dict.fromkeys(name for cell in cells for name in results[cell])
     panel = {
-        "title": "small, one image, float32",
-        "x": "tokens",
-        "y": "milliseconds",
-        "positions": [cell.num_tokens for cell in cells],
-        "lines": {name: [[results[cell][name]["ms"] for cell in cells]] for name in names},
+        "title": f"{first.size}, batch of {first.batch_size}, {first.dtype}",
+        "x": "patches",
+        "y": "milliseconds an image",
+        "positions": [cell.num_patches for cell in cells],
+        "lines": {name: [[results[cell].get(name, {"ms": np.nan})["ms"] for cell in cells]] for name in names},
         "scale": "log",
     }
     return line_panels([panel], width=6.0, height=4.2)
@@ -322,20 +365,21 @@ def describe_machine(device: str) -> str:
 
 def write_page(args: argparse.Namespace):
     """Measure every cell, and write the table and its figure."""
-    results = {}
+    results, pages = {}, []
     for size in args.sizes:
         for dtype in args.dtypes:
             for batch_size in args.batch_sizes:
                 skipped = set()
                 for pixels in args.pixels:
                     cell = Cell(size, pixels, batch_size, dtype)
-                    compiled = not args.no_engines and pixels <= 1024
-                    results[cell] = measure_cell(cell, args.rounds, compiled, skipped, args.device)
-                    print(describe(cell, results[cell]), flush=True)
+                    left_out = skipped.copy()
+                    results[cell] = measure_cell(cell, args.rounds, args.engines, skipped, args.device)
+                    pages.append(describe(cell, results[cell], left_out))
+                    print(pages[-1], flush=True)
                     torch.compiler.reset()
     output = Path(args.output)
     header = f"{describe_machine(args.device)}.\n\n![Time against tokens]({output.stem}.png)\n"
-    output.write_text("\n".join([header, *(describe(*item) for item in results.items())]))
+    output.write_text("\n".join([header, *pages]))
     draw(results).save(output.with_suffix(".png"))
 
 
@@ -344,8 +388,9 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[1])
     parser.add_argument("--quick", action="store_true", help="measure only tiny at 224 pixels, and write no file")
     parser.add_argument("--training", action="store_true", help="measure only training steps, and write no file")
+    parser.add_argument("--tokens", action="store_true", help="measure only images of many sizes, and write no file")
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
-    parser.add_argument("--no-engines", action="store_true", help="do not measure compiled and exported models")
+    parser.add_argument("--engines", nargs="*", default=list(ENGINES), choices=ENGINES, help="beside eager PyTorch")
     parser.add_argument("--sizes", nargs="+", default=["tiny", "small", "base"])
     parser.add_argument("--pixels", nargs="+", type=int, default=[224, 512, 1024, 2048])
     parser.add_argument("--batch-sizes", nargs="+", type=int, default=[1, 8])
@@ -353,19 +398,25 @@ def main():
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--output", help="Markdown file to write; the figure goes beside it")
     args = parser.parse_args()
+    if args.device == "cuda" and not torch.cuda.is_available():
+        parser.error("torch finds no CUDA device here; leave --device out")
     torch.set_flush_denormal(True)  # the values in `Floor` shrink from layer to layer; denormal numbers are slow
     keep_freed_memory()
     if args.quick:
+        args.engines = [engine for engine in args.engines if engine == "openvino"]
         cell = Cell("tiny", 224, 4, "float32")
         print(describe_machine(args.device))
-        print(describe(cell, measure_cell(cell, args.rounds, not args.no_engines, set(), args.device)))
+        print(describe(cell, measure_cell(cell, args.rounds, args.engines, set(), args.device), set()))
     elif args.training:
         print(describe_machine(args.device))
         for size, pixels, patch_size in (("tiny", 224, 16), ("small", 224, 16), ("tiny", 128, 8)):
             cell = Cell(size, pixels, 8, args.dtypes[0])
             print(measure_training(cell, patch_size, args.rounds, args.device), flush=True)
+    elif args.tokens:
+        print(describe_machine(args.device))
+        print(measure_tokens(args.sizes[0], args.rounds, args.device))
     elif args.output is None:
-        parser.error("`--output` is missing; give the Markdown file to write, or `--quick` or `--training`")
+        parser.error("give --output, the Markdown file to write, or one of --quick, --training and --tokens")
     else:
         write_page(args)
 

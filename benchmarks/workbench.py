@@ -65,9 +65,11 @@ class Workbench:
         """The thumbnails of the `validation` split."""
         return self.thumbnails("validation")
 
-    def photos(self, processor: BaseImageProcessor, count: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """About evenly spaced validation images with their labels, `count` in all, in batches of 16."""
-        dataset = find_split(self.splits, "validation")
+    def photos(
+        self, processor: BaseImageProcessor, count: int, split: str = "validation"
+    ) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """About evenly spaced images of a split with their labels, `count` in all, in batches of 16."""
+        dataset = find_split(self.splits, split)
         image_column, label_column = find_columns(dataset)
         rows = dataset[range(0, len(dataset), max(1, len(dataset) // count))]
         images = [image.convert("RGB") for image in rows[image_column][:count]]

@@ -17,8 +17,8 @@ from cbsa_hf.segmentation.patch_grouping import descriptor_factor
 from cbsa_hf.segmentation.spectral import cut_dense, cut_factored
 
 
-def measure(run: Callable[[], object]) -> tuple[float, float]:
-    """Seconds of the second run, and the peak of what torch allocates in the first, in MiB, without weights."""
+def peak_memory(run: Callable[[], object]) -> float:
+    """The peak of what torch allocates in a run, in MiB, without weights."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
         run()
     # The peak is the largest running sum over all allocations and releases.
@@ -27,10 +27,15 @@ def measure(run: Callable[[], object]) -> tuple[float, float]:
         if event.name() == "[memory]":
             held += event.nbytes()
             peak = max(peak, held)
+    return peak / 2**20
+
+
+def measure(run: Callable[[], object]) -> tuple[float, float]:
+    """Seconds of the second run, and the peak memory of the first in MiB."""
+    peak = peak_memory(run)
     started = time.perf_counter()
     run()
-    seconds = time.perf_counter() - started
-    return seconds, peak / 2**20
+    return time.perf_counter() - started, peak
 
 
 def main():

@@ -13,6 +13,7 @@ from transformers import (
 from .attention_cbsa import ContractAndBroadcastSelfAttention, ContractionSteps
 from .checkpoints import default_checkpoint, load_checkpoint
 from .configuration_cbsa import CBSAConfig
+from .exporting import export_model, open_export
 from .folding import fold
 from .interpretability.attention_maps import attention_maps, exact_maps
 from .interpretability.class_maps import class_attention_maps
@@ -80,8 +81,10 @@ __all__ = [
     "default_checkpoint",
     "encode",
     "exact_maps",
+    "export_model",
     "fold",
     "load_checkpoint",
     "measure_layers",
+    "open_export",
     "preset_path",
 ]

@@ -26,7 +26,7 @@ from .hub import push_checkpoint
 from .interpretability.attention_maps import attention_maps, map_formula
 from .overlays import class_colours, class_legend, draw_mask, overlay_classes
 from .photo_jobs import STANDARD_INPUT, Job, check_job, find_photos, plan_folder, save_pngs
-from .segmentation.images import MAX_PIXELS, MAX_RATIO, fit_to_patches, open_image, to_pixel_values
+from .segmentation.images import MAX_PIXELS, MAX_RATIO, fit_to_patches, open_image, to_image, to_pixel_values
 from .segmentation.memory import MAX_MEMORY, check_input
 from .segmentation.patch_grouping import METHODS
 from .segmentation.sliding_window import SlidingWindowSegmenter, label_names
@@ -242,9 +242,15 @@ def convert(args: argparse.Namespace):
 def export(args: argparse.Namespace):
     """`cbsa export`."""
     check_folder(args.output)
-    check = export_model(*load_checkpoint(args.checkpoint), args.output, args.format)
+    model, processor = load_checkpoint(args.checkpoint)
+    calibration = None
+    if args.int8 is not None:
+        photos = (to_image(photo, num_channels=model.config.num_channels) for photo in find_photos(args.int8))
+        calibration = [processor(photo, return_tensors="np")["pixel_values"] for photo in photos]
+    check = export_model(model, processor, args.output, args.format, calibration)
+    name = args.format if calibration is None else f"{args.format} in 8 bits"
     print(
-        f"{args.output}: {args.format}, differs by {check.difference:.1e} of the largest output at most; one image in "
+        f"{args.output}: {name}, differs by {check.difference:.1e} of the largest output at most; one image in "
         f"{1000 * check.engine_time:.1f} ms, in PyTorch {1000 * check.eager_time:.1f} ms."
     )
 
@@ -407,6 +413,12 @@ def add_checkpoint_commands(commands):
     command.add_argument("checkpoint", metavar="CHECKPOINT", help="a folder or hub id")
     command.add_argument("-o", "--output", type=Path, required=True, help="the folder to write")
     command.add_argument("--format", choices=FORMATS, default="onnx", help="what to write (%(default)s)")
+    command.add_argument(
+        "--int8",
+        nargs="+",
+        metavar="PHOTO",
+        help="for openvino: compute in 8 bits, calibrated on these photos: files, folders or patterns; some hundred",
+    )
     command.set_defaults(run=export)
 
     command = commands.add_parser("push", help="publish a checkpoint on the Hub, with code, processor and card")

@@ -8,6 +8,7 @@ Pages are Markdown (MyST); the notebook is executed; the API page comes from the
 
 import os
 import re
+import textwrap
 import tomllib
 from pathlib import Path
 
@@ -51,13 +52,19 @@ napoleon_use_ivar = True
 default_role = "literal"  # docstrings mark code with single backticks
 
 
+def to_code_block(fenced: re.Match) -> str:
+    """The directive for a fenced example; one with prompts is a session."""
+    language = "pycon" if ">>>" in fenced[1] else "python"
+    return f".. code-block:: {language}\n\n{textwrap.indent(fenced[1], '    ')}"
+
+
 def to_restructured_text(app, what, name, obj, options, lines: list[str]):
     """Docstrings are written for Transformers' reader: names are [`Name`], and examples are fenced."""
     text = "\n".join(lines)
     public = "|".join(cbsa_hf.__all__)
     text = re.sub(rf"\[`({public})`\]", r":py:obj:`cbsa_hf.\1`", text)
     text = re.sub(r"\[(`\w+`)\]", r"\1", text)
-    text = re.sub(r"```python\n(.*?)```", lambda m: m[1], text, flags=re.DOTALL)
+    text = re.sub(r"```python\n(.*?)```", to_code_block, text, flags=re.DOTALL)
     lines[:] = text.split("\n")
 
 

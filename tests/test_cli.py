@@ -76,7 +76,7 @@ def test_segment_into_classes(photo, photo_file, tiny_segmenter, saved_segmenter
 
 
 def test_segment_into_one_class(photo, photo_file, tiny_config, tmp_path, capsys):
-    """What belongs to the class, by a sigmoid above a half, and the background."""
+    """A model with one label paints the class where the sigmoid is above a half, and the background elsewhere."""
     torch.manual_seed(0)
     tiny_config.id2label, tiny_config.label2id = {0: "fur"}, {"fur": 0}
     model = CBSAForSemanticSegmentation(tiny_config).eval()
@@ -118,7 +118,7 @@ print((peak() - before) / 1000)
 
 
 def test_memory_of_the_largest_photo(tmp_path):
-    """A small file of as many pixels as are allowed, in one of the modes that have to be converted."""
+    """A small file with the largest allowed number of pixels, in a mode that has to be converted."""
     side = math.isqrt(MAX_PIXELS)
     Image.new("RGBA", (side, side), (9, 99, 200, 128)).save(tmp_path / "large.png")
     command = ["segment", str(tmp_path / "large.png"), "-o", str(tmp_path / "x.png")]
@@ -238,7 +238,7 @@ def test_inspect_that_fails_leaves_nothing(photo_file, tmp_path, monkeypatch, ca
 
 
 def check_refusal(arguments, message, folder, capsys):
-    """One sentence and exit 2, and nothing is written."""
+    """The command prints one sentence, exits with 2, and writes nothing."""
     before = sorted(folder.rglob("*"))
     capsys.readouterr()  # the progress bars of whatever saved the files
     assert main(arguments) == 2
@@ -259,7 +259,7 @@ def test_classifier_for_semantic_segmentation(photo_file, tmp_path, capsys):
 @pytest.mark.parametrize("command", ["segment", "attention", "inspect"])
 @pytest.mark.parametrize("kind", ["encoder", "segmenter"])
 def test_any_head(photo_file, tiny_model, shipped, saved_segmenter, tmp_path, command, kind):
-    """A bare encoder, as `cbsa convert` makes of DINOv2, and a segmenter can be looked into as well."""
+    """The commands also work for a segmenter, and for a bare encoder, as `cbsa convert` makes from DINOv2."""
     checkpoint = saved_segmenter
     if kind == "encoder":
         checkpoint = tmp_path / "encoder"
@@ -373,7 +373,7 @@ def test_several_photos(photo, photo_file, shipped, tmp_path, monkeypatch, capsy
 
 
 def test_several_photos_into_their_own_folder(photo_file, photo, tmp_path, monkeypatch, capsys):
-    """The overlay of a .png there would be the photo itself."""
+    """The overlay of a .png photo would overwrite the photo."""
     monkeypatch.chdir(tmp_path)
     photo.save("dog.jpg", quality=95)
     before = photo_file.read_bytes()
@@ -412,7 +412,7 @@ def test_limits_of_a_photo(photo_file, tmp_path, capsys):
 
 
 def shown(printed: str) -> list[str]:
-    """Lines as a terminal shows them: after a carriage return what follows stands over what was there."""
+    """The lines that a terminal shows: text after a carriage return overwrites the line."""
     lines = []
     for line in printed.split("\n"):
         cells = []
@@ -447,7 +447,7 @@ def test_interrupted_while_it_writes(photo_file, photo, tmp_path, monkeypatch, c
 
 @pytest.mark.parametrize("seconds", [1, 3])
 def test_interrupted_process(photo_file, tmp_path, seconds):
-    """While it imports, and while it works or still imports, as fast as the machine is."""
+    """Ctrl-C during the imports, and later, during the work (or still the imports on a slow machine)."""
     for index in range(200):
         (tmp_path / f"cat{index}.png").hardlink_to(photo_file)
     arguments = [str(ROOT / "cbsa_command.py"), "segment", str(tmp_path), "-o", str(tmp_path / "out")]
@@ -468,14 +468,14 @@ def test_interrupted_process(photo_file, tmp_path, seconds):
 
 
 def swallow():
-    """What a library may do while it is imported."""
+    """Swallow an interruption, as some libraries do while they are imported."""
     with suppress(KeyboardInterrupt):
         signal.raise_signal(signal.SIGINT)
     return 0
 
 
 def ignore():
-    """What Python does with an exception of a destructor."""
+    """Ignore an exception, as Python does in a destructor."""
 
     class Last:
         def __del__(self):
@@ -500,7 +500,7 @@ def test_no_interruption_is_lost(monkeypatch, capsys, work):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision(tiny_model, saved_segmenter, photo_file, tmp_path, monkeypatch, dtype):
-    """Every command that takes a checkpoint takes one in half precision, and finds in it what float32 finds."""
+    """Every command takes checkpoints in half precision, and its results agree with those in float32."""
     folders = {"classifier": tmp_path / "classifier", "segmenter": saved_segmenter}
     tiny_model.to(dtype).save_pretrained(folders["classifier"])
     AutoImageProcessor.from_pretrained(saved_segmenter).save_pretrained(folders["classifier"])

@@ -1,14 +1,16 @@
 """`cbsa export`: what is written computes what the model computes."""
 
 import sys
+from dataclasses import replace
 
 import numpy as np
-import onnxruntime
 import pytest
 import torch
+from PIL import Image
+from torch._inductor import config as inductor_config
 from transformers import AutoImageProcessor
 
-from cbsa_hf import exporting
+from cbsa_hf import exporting, open_export
 from cbsa_hf.cli import main
 
 
@@ -18,43 +20,97 @@ def save(model, processor, folder):
     return folder
 
 
-@pytest.mark.parametrize("kind", ["encoder", "classifier", "classifier in bfloat16", "segmenter"])
-def test_export(tiny_model, saved_segmenter, tiny_segmenter, tmp_path, capsys, kind):
+CASES = [
+    ("onnx", "encoder"),
+    ("onnx", "classifier"),
+    ("onnx", "classifier in bfloat16"),
+    ("onnx", "segmenter"),
+    ("openvino", "classifier"),
+    ("openvino", "segmenter"),
+    ("aoti", "classifier"),
+]
+
+
+@inductor_config.patch({"aot_inductor.compile_wrapper_opt_level": "O0"})  # so that the compiler takes seconds
+@pytest.mark.parametrize(("format", "kind"), CASES)
+def test_export(tiny_model, saved_segmenter, tiny_segmenter, tmp_path, capsys, format, kind):
     processor = AutoImageProcessor.from_pretrained(saved_segmenter)
     model = {"encoder": tiny_model.cbsa, "segmenter": tiny_segmenter}.get(kind, tiny_model)
     if kind == "classifier in bfloat16":
         model.bfloat16()
-    folder = save(model, processor, tmp_path / "model")
-    assert main(["export", str(folder), "-o", str(tmp_path / "exported")]) == 0
-    assert "onnx, differs by " in capsys.readouterr().out
-    session = onnxruntime.InferenceSession(tmp_path / "exported" / "model.onnx")
+    folder, output = save(model, processor, tmp_path / "model"), tmp_path / "exported"
+    assert main(["export", str(folder), "-o", str(output), "--format", format]) == 0
+    assert f"{format}, differs by " in capsys.readouterr().out
+    engine = open_export(output)
     options = {} if kind == "segmenter" else {"interpolate_pos_encoding": True}
     for shape in [(2, 3, 32, 48), (1, 3, 41, 33)]:
         pixel_values = torch.randn(shape)
         with torch.no_grad():
             expected = model.float()(pixel_values, **options)
-        (found,) = session.run(None, {"pixel_values": pixel_values.numpy()})
+        found = engine(pixel_values.numpy())
         np.testing.assert_allclose(found, expected[0], rtol=1e-3, atol=1e-3)
-    again = AutoImageProcessor.from_pretrained(tmp_path / "exported")
+    again = AutoImageProcessor.from_pretrained(output)
     assert again.to_dict() == processor.to_dict()
+
+
+def test_lower_precisions(tiny_model, saved_segmenter, tmp_path, capsys):
+    """bfloat16 and 8 bits are near the model; 8 bits are in the file."""
+    processor = AutoImageProcessor.from_pretrained(saved_segmenter)
+    folder = save(tiny_model, processor, tmp_path / "model")
+    generator = np.random.default_rng(0)
+    for i in range(4):
+        photo = generator.integers(0, 256, (40, 40, 3), dtype=np.uint8)
+        Image.fromarray(photo).save(tmp_path / f"{i}.png")
+    output, photos = tmp_path / "exported", str(tmp_path / "*.png")
+    assert main(["export", str(folder), "-o", str(output), "--format", "openvino", "--int8", photos]) == 0
+    assert "openvino in 8 bits, differs by " in capsys.readouterr().out
+    assert "FakeQuantize" in (output / "model.xml").read_text()
+
+    pixel_values = processor(Image.fromarray(photo), return_tensors="pt")["pixel_values"]
+    with torch.no_grad():
+        expected = tiny_model(pixel_values, interpolate_pos_encoding=True).logits
+    for precision in ("float32", "bfloat16"):
+        found = torch.from_numpy(open_export(output, precision)(pixel_values.numpy()))
+        assert (found - expected).norm() < 0.1 * expected.norm()
 
 
 def test_nothing_is_written_that_differs(tiny_model, saved_segmenter, tmp_path, monkeypatch, capsys):
     folder = save(tiny_model, AutoImageProcessor.from_pretrained(saved_segmenter), tmp_path / "model")
+    onnx = exporting.FORMATS["onnx"]
 
-    def other_engine(program, name, folder):
-        (folder / "model.onnx").touch()
-        return lambda pixel_values: program.module()(torch.from_numpy(pixel_values)).detach().numpy() * 1.01
+    def open_another(path):
+        engine = onnx.open(path)
+        return lambda pixel_values: engine(pixel_values) * 1.01
 
-    monkeypatch.setitem(exporting.FORMATS, "onnx", other_engine)
+    monkeypatch.setitem(exporting.FORMATS, "onnx", replace(onnx, open=open_another))
     assert main(["export", str(folder), "-o", str(tmp_path / "exported")]) == 2
     assert "differ by 1.0e-02 of the largest" in capsys.readouterr().err
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "segmenter"]
 
 
-def test_a_missing_package(tiny_model, saved_segmenter, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize(("format", "package"), [("onnx", "onnxruntime"), ("openvino", "openvino")])
+def test_a_missing_package(tiny_model, saved_segmenter, tmp_path, monkeypatch, capsys, format, package):
     folder = save(tiny_model, AutoImageProcessor.from_pretrained(saved_segmenter), tmp_path / "model")
-    monkeypatch.setitem(sys.modules, "onnxruntime", None)
-    assert main(["export", str(folder), "-o", str(tmp_path / "exported")]) == 2
+    monkeypatch.setitem(sys.modules, package, None)
+    assert main(["export", str(folder), "-o", str(tmp_path / "exported"), "--format", format]) == 2
     assert "`pip install cbsa-hf[export]`" in capsys.readouterr().err
     assert not (tmp_path / "exported").exists()
+
+
+def test_what_cannot_be_exported_or_opened(tiny_model, tmp_path):
+    with pytest.raises(ValueError, match="8 bits are for the format 'openvino', not for 'onnx'"):
+        exporting.export_model(tiny_model, None, tmp_path / "exported", "onnx", calibration=[])
+    with pytest.raises(ValueError, match="is not the folder of an export"):
+        open_export(tmp_path)
+    (tmp_path / "model.onnx").touch()
+    with pytest.raises(ValueError, match="no precision 'float8'; choose one of float32, bfloat16"):
+        open_export(tmp_path, "float8")
+    with pytest.raises(ValueError, match="'onnx' has the precision float32 alone"):
+        open_export(tmp_path, "bfloat16")
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="the compiler is named otherwise")
+@inductor_config.patch({"cpp.cxx": ("no-such-compiler",)})
+def test_a_missing_compiler(tmp_path):
+    with pytest.raises(ValueError, match="'aoti' needs a C"):
+        exporting.write_aoti(None, "logits", tmp_path / "model.pt2")

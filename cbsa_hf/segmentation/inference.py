@@ -163,7 +163,7 @@ class Encoding:
 
     @property
     def num_prefix_tokens(self) -> int:
-        """Number of the tokens before the patches: CLS and the registers."""
+        """Number of the tokens before the patches (CLS and the registers)."""
         return self.encoder.num_prefix_tokens
 
     @property

@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.speed import as_reference
-from benchmarks.zero_shot_cost import measure
+from benchmarks.zero_shot_cost import peak_memory
 from cbsa_hf import CBSAConfig, CBSAForImageClassification, CBSAModel, fold
 from cbsa_hf.modeling_cbsa import CBSAISTA
 
@@ -119,7 +119,7 @@ def count_and_measure(run) -> tuple[dict[str, int], float, int]:
         run()
     with FlopCounterMode(display=False) as counter:
         run()
-    return dict(operations.found), measure(run)[1] * 2**20 / (BATCH * TOKENS * WIDTH), counter.get_total_flops()
+    return dict(operations.found), peak_memory(run) * 2**20 / (BATCH * TOKENS * WIDTH), counter.get_total_flops()
 
 
 @torch.no_grad()

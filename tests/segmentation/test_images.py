@@ -100,7 +100,7 @@ def png_chunk(kind: bytes, content: bytes) -> bytes:
 
 
 def with_chunk(png: bytes, chunk: bytes) -> bytes:
-    """Behind the header of 8 + 25 bytes."""
+    """Insert a chunk after the header of a PNG, which has 8 + 25 bytes."""
     return png[:33] + chunk + png[33:]
 
 
@@ -375,7 +375,7 @@ def test_other_numbers_of_channels(num_channels):
 
 @pytest.mark.parametrize(("mode", "num_channels"), [("LA", 2), ("RGBA", 4), ("CMYK", 4)])
 def test_bands_of_pictures_are_channels(noise, mode, num_channels):
-    """Nothing is laid over white or converted; turned upright as ever."""
+    """The bands are turned upright, but not converted or laid over white."""
     picture = noise.convert(mode)
     picture.putpixel((3, 2), (9,) * num_channels)
     values = np.asarray(picture)
@@ -415,7 +415,7 @@ def test_big_endian_values():
 
 
 def test_classes_are_drawn_over_the_whole(noise, monkeypatch):
-    """By one formula over all pixels; the legend is below."""
+    """All pixels are drawn by one formula; the legend is below them."""
     labels = np.asarray(noise.convert("L")) // 64
     names = dict(enumerate("abcd"))
     expected = np.array(Image.blend(noise, Image.fromarray(class_colours(4)[labels]), 0.6))
@@ -490,7 +490,7 @@ def test_estimate_of_memory_counts_every_pair_of_patches(shipped):
 
 
 def test_names_in_a_list(tmp_path):
-    """Of what has a file the file's, of anything else its place in the list."""
+    """An image from a file has the name of the file; another one is named by its place in the list."""
     dark = np.full((4, 4), 1e-9, dtype=np.float32)
     path = tmp_path / "dark.tif"
     Image.fromarray(dark).save(path)

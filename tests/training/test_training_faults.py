@@ -1,4 +1,4 @@
-"""Nothing that was trained is lost: what goes wrong in a run, and that it goes on from there to the same weights."""
+"""Faults in a training run: it loses nothing, and resumed it ends with the same weights."""
 
 import errno
 import json
@@ -64,14 +64,14 @@ def break_image(file: Path, index: int):
 
 @pytest.fixture
 def whole(start, tmp_path):
-    """The folder of a run from its beginning to its end."""
+    """The output folder of a run without any fault."""
     start(tmp_path / "whole", **SETTINGS)
     return tmp_path / "whole"
 
 
 class TestValidation:
     def test_one_that_raises_costs_nothing(self, start, tmp_path, whole):
-        """When the data are mended, the run goes on with that validation, to the same results."""
+        """After the data are repaired, the resumed run repeats the validation and has the same results."""
         file = tmp_path / "data" / "validation-00000-of-00001.parquet"
         sound = file.read_bytes()
         break_image(file, 3)
@@ -85,7 +85,7 @@ class TestValidation:
         assert_same_results(tmp_path / "run", whole)
 
     def test_one_that_is_no_number(self, start, tmp_path, monkeypatch):
-        """The checkpoints before it stay, whatever `--keep_checkpoints` says."""
+        """The checkpoints before the failed validation stay, whatever `--keep_checkpoints` says."""
         said = [0.5, float("nan")]
         monkeypatch.setattr(classification, "evaluate_classifier", lambda *_: {"accuracy": said.pop(0), "loss": 1.0})
         with pytest.raises(ValueError, match="The accuracy is nan at step 4"):
@@ -93,7 +93,7 @@ class TestValidation:
         assert names(tmp_path / "run") == ["checkpoint-00000002", "checkpoint-00000004"]
 
     def test_a_stop_before_it(self, start, tmp_path, whole, monkeypatch):
-        """It is asked for during the last step of an epoch: the checkpoint does not wait for the validation."""
+        """A stop during the last step of an epoch writes its checkpoint before the validation."""
         take_step, stops = loop.take_step, []
 
         def step_and_stop(*arguments):
@@ -114,7 +114,7 @@ class TestValidation:
         assert_same_results(tmp_path / "run", whole)
 
     def test_killed_before_older_ones_are_removed(self, start, tmp_path, monkeypatch):
-        """The resumed run, which has no step to do, removes them."""
+        """The resumed run has no step left to do, and removes the old checkpoints."""
         settings = {**SETTINGS, "keep_checkpoints": 1}
         start(tmp_path / "whole", **settings)
         prune = loop.prune_checkpoints
@@ -134,7 +134,7 @@ class TestValidation:
         assert_same_results(tmp_path / "run", tmp_path / "whole")
 
     def test_killed_while_its_result_is_written(self, whole):
-        """Between the file and its checksum the checkpoint is whole; a checksum that does not fit is damage."""
+        """A checkpoint without its last checksum is complete; a wrong checksum means damage."""
         checkpoint = whole / "checkpoint-00000006"
         sums = (checkpoint / "SHA256SUMS").read_text()
         assert sums.splitlines()[-1].endswith("  validation.json")
@@ -163,7 +163,7 @@ def test_weights_that_are_no_numbers_are_not_saved(start, tmp_path, monkeypatch)
 
 
 class Attack:
-    """What runs code where it is unpickled."""
+    """An object that runs code when it is unpickled."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -181,7 +181,7 @@ class TestDamage:
     FILES += ["progress.json", "validation.json", "data.json", "SHA256SUMS"]
 
     def test_any_file(self, start, whole, tmp_path):
-        """Empty, cut short, one bit flipped, noise, removed, a folder or a pipe: it is found, before it is loaded."""
+        """Any damage to any file is found before the file is loaded."""
         newest = whole / "checkpoint-00000006"
         assert sorted(path.name for path in newest.iterdir()) == sorted(self.FILES)
         assert subprocess.run(["sha256sum", "--check", "--quiet", "SHA256SUMS"], cwd=newest).returncode == 0
@@ -205,7 +205,7 @@ class TestDamage:
 
     @pytest.mark.parametrize("case", ["empty", "noise", "hostile", "hostile, no sums", "step", "step, no sums", "two"])
     def test_the_newest_whole_one_is_resumed(self, start, whole, tmp_path, caplog, case):
-        """Exactly; the damaged ones are named and out of the way."""
+        """The run resumes to the same weights; damaged checkpoints are named in the log and renamed."""
         run = shutil.copytree(whole, tmp_path / "run")
         for path in run.glob("*.*"):
             if path.is_file():
@@ -252,13 +252,13 @@ class TestDamage:
         assert f"{named} is damaged or not of this run: its optimizer.bin is not what was" in str(error.value)
 
     def test_another_model(self, start, whole):
-        """Nothing is damaged, and nothing is renamed."""
+        """A checkpoint of another model is not damaged, so it is not renamed."""
         with pytest.raises(ValueError, match=r"checkpoint-00000006 is of another model or other settings: .*size"):
             start(whole, **RESUMED, image_size=64)
         assert names(whole) == [f"checkpoint-0000000{step}" for step in range(1, 7)]
 
     def test_checkpoints_of_version_0_1(self, start, whole, tmp_path):
-        """They have no checksums, and say neither what data they are of nor when they were validated."""
+        """These checkpoints have no checksums, and no record of their data and of their validation."""
         run = tmp_path / "run"
         shutil.copytree(whole / "checkpoint-00000003", run / "checkpoint-00000003")
         (old,) = run.iterdir()
@@ -341,7 +341,7 @@ class TestOutput:
             start(Path("/proc/run"))
 
     def test_too_little_room(self, start, tmp_path, monkeypatch):
-        """For two checkpoints; those that are there count. Their size is known before anything is loaded."""
+        """Two checkpoints need room, and existing ones count as room. The check comes before any data is loaded."""
         usage = namedtuple("usage", "total used free")
         monkeypatch.setattr(output.shutil, "disk_usage", lambda _: usage(0, 0, 10_000))
         with pytest.raises(ValueError, match=r"run has 0\.0 MB left, and this run needs 0\.\d MB for two checkp"):
@@ -366,7 +366,7 @@ class TestOutput:
             pass
 
     def test_a_lock_ends_with_its_process(self, tmp_path):
-        """Though children of that process, such as those that load images, outlive it."""
+        """The lock ends even if child processes, such as data loaders, live on."""
         code = f"""
 import os, sys, time
 from training.engine.output import open_output
@@ -400,7 +400,7 @@ with open_output({str(tmp_path)!r}):
 
 @contextmanager
 def full_disk(room: int):
-    """No file of this process grows beyond that."""
+    """Simulate a full disk: no file of this process can grow beyond `room` bytes."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (room, hard))
     try:
@@ -423,7 +423,7 @@ class TestFullDisk:
         assert list(tmp_path.iterdir()) == [file]
 
     def test_while_the_result_is_written(self, start, tmp_path, monkeypatch):
-        """There is all of it or nothing; the training is in its checkpoint."""
+        """The result is complete or absent, and the checkpoint holds the training."""
         write_card, run = results.write_card, tmp_path / "run"
 
         def write_too_much(folder, *arguments):
@@ -453,7 +453,7 @@ class TestFullDisk:
         start(tmp_path / "run", resume_from_checkpoint="last")
 
     def test_while_the_log_is_begun(self, start, tmp_path, monkeypatch, capfd):
-        """One sentence, and no file without content but the lock."""
+        """The run ends with one sentence, and leaves no empty file but the lock."""
         begin = Accelerator.init_trackers
 
         def begin_on_a_full_disk(*arguments, **options):
@@ -468,7 +468,7 @@ class TestFullDisk:
         assert [path.name for path in (tmp_path / "run").rglob("*") if path.is_file()] == [".lock"]
 
     def test_while_the_log_is_written(self, start, tmp_path, whole, monkeypatch):
-        """The run saves a checkpoint and ends; resumed, it comes to the same results."""
+        """The run saves a checkpoint and ends. The resumed run has the same results."""
         log = Accelerator.log
 
         def log_on_a_full_disk(accelerator, values, step):
@@ -485,7 +485,7 @@ class TestFullDisk:
         assert_same_results(tmp_path / "run", whole)
 
     def test_while_the_log_is_ended(self, start, tmp_path, monkeypatch):
-        """The results are there."""
+        """The results are complete."""
         end = Mock(side_effect=OSError(errno.ENOSPC, "No space left on device"))
         monkeypatch.setattr(Accelerator, "end_training", end)
         with pytest.raises(ValueError, match=r"The log in .* cannot be written \(No space left on device\)"):
@@ -493,7 +493,7 @@ class TestFullDisk:
         assert (tmp_path / "run" / "results.json").exists()
 
     def test_while_targets_of_a_teacher_are_written(self, start, tmp_path, vit, monkeypatch):
-        """Nothing of them is left, and nothing is in the way of the next run."""
+        """No part of the targets is left, and the next run works."""
         settings = {"teacher": str(vit[1]), "teacher_cache": str(tmp_path / "targets")}
         write = distillation.write_arrays
 
@@ -531,7 +531,7 @@ class TestFullDisk:
 
 
 def test_on_the_disk_before_it_has_its_name(start, tmp_path, monkeypatch):
-    """Every file and the folder of a checkpoint, then the folder that it is in."""
+    """Before the renaming, all files and the folder are synced to the disk; after it, the parent folder."""
     run, events = tmp_path / "run", []
     fsync, rename = os.fsync, Path.rename
 
@@ -560,7 +560,7 @@ def test_on_the_disk_before_it_has_its_name(start, tmp_path, monkeypatch):
 class TestWorkers:
     @pytest.mark.parametrize("where", ["training", "validation"])
     def test_one_that_is_killed(self, start, tmp_path, whole, monkeypatch, where):
-        """One sentence, after a checkpoint of the last step."""
+        """The run saves a checkpoint of the last step, and ends with one sentence."""
         others = set(multiprocessing.active_children())
         function = {"training": "take_step", "validation": "evaluate_classifier"}[where]
         module = {"training": loop, "validation": classification}[where]
@@ -598,7 +598,7 @@ class TestWorkers:
         monkeypatch.undo()
 
     def test_what_cannot_be_read_costs_no_step(self, start, tmp_path, whole, monkeypatch):
-        """In the second epoch: the state of the step before it is saved, and the way on is told."""
+        """An unreadable image in the second epoch: the run saves its state and says how to go on."""
         set_epoch = LabelledImages.set_epoch
         file = tmp_path / "data" / "train-00000-of-00001.parquet"
 
@@ -639,7 +639,7 @@ class TestScripts:
             raise PermissionError(errno.EACCES, "Permission denied", "/log")
 
     def test_threads_get_a_turn_before_the_interpreter_ends(self, monkeypatch):
-        """One process of several would else wait for ever for a thread that waits for the interpreter's lock."""
+        """Otherwise a process could wait for ever for a thread that waits for the interpreter's lock."""
         monkeypatch.setenv("WORLD_SIZE", "2")
         waiting, done = threading.Lock(), []
         thread = threading.Thread(target=lambda: (waiting.acquire(), done.append(True)))
@@ -657,10 +657,10 @@ class TestScripts:
 
 
 class TestLabels:
-    """Looked at before the first step."""
+    """Labels are checked before the first step."""
 
     def write(self, folder: Path, split: str, labels: list, images: list | None = None):
-        """Other labels, which a `ClassLabel` would not take, and other encoded images."""
+        """Write a split with labels that `ClassLabel` would not accept, and with any encoded images."""
         file = folder / f"{split}-00000-of-00001.parquet"
         table = pq.read_table(file)
         image, label = table.schema
@@ -696,7 +696,7 @@ class TestLabels:
 
     @pytest.mark.parametrize(("label", "given"), [(-1, "the label -1"), (None, "no label")])
     def test_of_a_stream(self, start, labelled, tmp_path, label, given):
-        """At the row, by name."""
+        """A wrong label of a stream ends the run at its row, with the name of the image."""
         images = [{"bytes": image["bytes"], "path": f"{i}.png"} for i, image in enumerate(self.encoded(labelled))]
         self.write(tmp_path / "data", "train", [0, 1, 0, 1, 0, label, 0, 1], images)
         with pytest.raises(ValueError, match=rf"Image \d of this epoch \(5\.png\) has {given}"):
@@ -710,7 +710,7 @@ class TestLabels:
 
     @pytest.mark.parametrize("streaming", [False, True])
     def test_nothing_is_left(self, start, labelled, tmp_path, streaming):
-        """Whatever `--max_corrupt` says, the run ends."""
+        """If no image can be read, the run ends, whatever `--max_corrupt` says."""
         self.write(tmp_path / "data", "train", [0, 1] * 4, self.broken(labelled))
         settings = {"streaming": True, "num_train_images": 8} if streaming else {}
         with pytest.raises(ValueError, match=r"None of [48] images in turn can be read"):
@@ -750,7 +750,7 @@ class TestMasks:
         assert message in str(error.value)
 
     def test_a_class_without_a_pixel(self, caplog):
-        """Of masks of 0 and 255 the reason is told."""
+        """If masks have only the values 0 and 255, the log names the likely reason."""
         mask = np.zeros((3, 4), np.uint8)
         mask[0] = 255
         check_masks(self.images(PILImage.fromarray(mask)), "train", self.NAMES)
@@ -764,7 +764,7 @@ class TestMasks:
 
     @pytest.mark.parametrize("mask", [PILImage.new("L", (4, 3), 7), PILImage.new("L", (3, 4))], ids=["label", "size"])
     def test_of_a_stream(self, mask):
-        """At the row, by name."""
+        """A wrong mask of a stream is refused at its row, with the name of the image."""
         masks = [PILImage.new("L", (4, 3)), mask]
         features = Features({"image": Image(), "label": Image()})
         rows = Dataset.from_dict({"image": [PILImage.new("RGB", (4, 3))] * 2, "label": masks}, features=features)
@@ -783,7 +783,7 @@ class TestMasks:
 
 
 class TestAddresses:
-    """Images that streams name by an address, not by a path."""
+    """Images whose names in a stream are addresses, not paths."""
 
     def encode(self, image: PILImage.Image) -> bytes:
         stream = BytesIO()

@@ -81,7 +81,8 @@ def expected_pixels(picture: Image.Image) -> np.ndarray | None:
     """The RGB pixels (height, width, 3) of a sound picture; None if several answers are right."""
     values = np.asarray(picture)
     if picture.mode == "I;16":
-        return np.stack([values // 257] * 3, axis=-1)
+        # Where no value is above 255, a sentence says so.
+        return np.stack([values // 257] * 3, axis=-1) if values.max() > 255 else None
     if picture.mode == "F" and values.min() >= 0 and 1e-3 < values.max() <= 1:
         return np.stack([np.rint(values * 255)] * 3, axis=-1)
     if picture.mode in ("I", "F", "LAB", "HSV", "PA"):
