@@ -84,7 +84,7 @@ def page(browser, url):
     page.on("console", lambda message: problems.append(message.text) if message.type == "error" else None)
     page.on("pageerror", lambda error: problems.append(str(error)))
     page.goto(url)
-    expect(page.locator("#inside table").first).to_be_visible()
+    page.wait_for_url("**/*photo=coffee&*")  # its scripts have run
     yield page
     page.close()
     assert not problems
@@ -128,8 +128,8 @@ def test_first_result_is_there(page):
 def test_what_is_clicked_is_shown_and_in_the_address(page):
     glance, steps = source(page, "glance"), source(page, "steps")
     box = page.locator("#photo .stage").bounding_box()
-    # The middle of patch (2, 20) of 16 x 24.
-    page.mouse.click(box["x"] + box["width"] * 20.5 / 24, box["y"] + box["height"] * 2.5 / 16)
+    # The middle of patch (2, 20) of 21 x 32.
+    page.mouse.click(box["x"] + box["width"] * 20.5 / 32, box["y"] + box["height"] * 2.5 / 21)
     wait_for_change(page, "glance", glance)
     steps = wait_for_change(page, "steps", steps)
     expect(page.locator("#row input")).to_have_value("2")
@@ -169,7 +169,7 @@ def test_every_control(page):
     page.locator("#behind input").check()
     expect(page.locator("#steps .map").first).to_have_css("opacity", "0.6")
     fill(page, "row", 99)
-    expect(page.locator("#steps")).to_contain_text("The row is 99; give a whole number from 0 to 15.")
+    expect(page.locator("#steps")).to_contain_text("The row is 99; give a whole number from 0 to 20.")
 
 
 def test_every_example(page):
@@ -230,6 +230,8 @@ def test_models_are_changed_and_compared(page):
 
 def test_street_scene(page):
     page.get_by_text("Street scenes", exact=True).click()
+    for name in ("flip", "edges"):  # each takes as long again
+        page.locator(f"#{name} input").uncheck()
     page.locator("#find").click()
     expect(page.locator("#street .classes li").first).to_be_visible()
     page.locator("[data-example=chelsea]").click()
@@ -248,8 +250,8 @@ def test_downloads(page, tmp_path):
     assert set(np.unique(mask)) == {0, 255}
     assert Image.open(found["segments"]).size == (600, 400)
     with np.load(found["maps"]) as arrays:
-        assert arrays["map_of_patch"].shape == (12, 3, 16, 24)
-        assert arrays["layer_3_reads"].shape == (3, 64, 16, 24)
+        assert arrays["map_of_patch"].shape == (12, 3, 21, 32)
+        assert arrays["layer_3_reads"].shape == (3, 64, 21, 32)
 
 
 def test_upload(page, tmp_path, noise):
