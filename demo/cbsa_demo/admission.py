@@ -14,8 +14,8 @@ MAX_BODY = MAX_BYTES + 10**6  # bytes of a request; a megabyte for what surround
 MAX_UPLOADS = 10**9  # bytes of all photos that are kept
 
 
-def make_room(needed: int, most: int = MAX_UPLOADS):
-    """Delete the oldest uploads until those that stay and what is to come take no more than so many bytes."""
+def make_room(needed: int):
+    """Delete the oldest uploads until those that stay and what is to come take no more than [`MAX_UPLOADS`]."""
     uploads = []
     for file in Path(get_upload_folder()).glob("*/*"):
         try:
@@ -25,7 +25,7 @@ def make_room(needed: int, most: int = MAX_UPLOADS):
         uploads.append((status.st_mtime, status.st_size, file))
     total = needed + sum(size for _, size, _ in uploads)
     for _, size, file in sorted(uploads):
-        if total <= most:
+        if total <= MAX_UPLOADS:
             break
         shutil.rmtree(file.parent, ignore_errors=True)
         total -= size

@@ -7,7 +7,7 @@ import gradio as gr
 from . import views
 from .answers import FIRST, Answers
 from .parameters import MEAN, one_of, whole
-from .photos import EXAMPLES, PhotoError, open_photo, source_of
+from .photos import EXAMPLES, PhotoError, source_of
 
 
 ADDRESS = ("photo", "layer", "head", "row", "column", "representative")
@@ -38,12 +38,12 @@ class Choices:
                 if "example" in chosen
                 else source_of(chosen.get("file"))
             )
-            photo = open_photo(source)
             look = self.explorer.look(source, model)
         except (PhotoError, ValueError) as error:
             return gr.skip(), gr.skip(), gr.skip(), views.status(str(error), is_problem=True)
         row, column = EXAMPLES[source].patch if source in EXAMPLES else (look.grid[0] // 2, look.grid[1] // 2)
-        return source, row, column, views.status(f"{photo.title} is here. {photo.remark}".strip())
+        done = f"{look.photo.title} is here. {look.photo.remark}".strip()
+        return source, row, column, views.status(done)
 
     def click(self, event: gr.EventData):
         """A patch, a representative, or a map: row, column, layer, head, representative."""

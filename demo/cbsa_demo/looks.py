@@ -35,7 +35,7 @@ except ImportError:  # everywhere but on a ZeroGPU of Hugging Face
 
 T = TypeVar("T")
 
-MAX_LOOKS = 6  # that are kept, up to 30 MB each
+MAX_LOOKS = 4  # that are kept, up to 30 MB each
 MAX_PARTS = 4  # of each, segmentations and measures
 LONG_SIDE = 256  # pixels of the longer side that the model sees
 METHODS = ("ncut", "representatives", "attention")
@@ -215,6 +215,7 @@ class Explorer:
     def __init__(self, checkpoints: dict[str, str]):
         self.checkpoints = checkpoints
         self.models = Kept(len(checkpoints) + 1)
+        self.photos = Kept(MAX_LOOKS)
         self.looks = Kept(MAX_LOOKS)
 
     @property
@@ -245,7 +246,11 @@ class Explorer:
         """The model for street scenes that ships with the package, and its processor."""
         return self.models.get(None, lambda: load_checkpoint(task="semantic-segmentation"))
 
+    def photo(self, source: object) -> Photo:
+        """The photo, decoded once; a PhotoError where there is none."""
+        return self.photos.get(str(source), lambda: open_photo(source))
+
     def look(self, source: object, name: object) -> Look:
         """What that model finds in that photo; a PhotoError where there is no such photo or model."""
         model, processor = self.model(name)
-        return self.looks.get((str(source), name), lambda: Look(open_photo(source), model, processor))
+        return self.looks.get((str(source), name), lambda: Look(self.photo(source), model, processor))

@@ -38,6 +38,7 @@ SERVER = {
     ),
     "max_file_size": MAX_BYTES,
     "state_session_capacity": 100,  # what the server keeps of visitors; the page itself knows what it shows
+    "max_threads": 8,  # each has memory of its own
     "show_error": True,
     "mcp_server": find_spec("mcp") is not None,
     "footer_links": ["api", "gradio"],
@@ -47,6 +48,11 @@ SERVER = {
 
 class Page(gr.Blocks):
     """A page of Gradio that opens no file which was not uploaded to it, whichever component or endpoint it is for."""
+
+    def validate_inputs(self, block_fn, inputs):
+        """Refuse fewer values than a function takes."""
+        if len(inputs) < len(block_fn.inputs):  # Gradio would repeat what was sent, with the paths of uploads
+            raise PhotoError(f"This takes {len(block_fn.inputs)} values, but got {len(inputs)}.")
 
     async def preprocess_data(self, block_fn, inputs, *args, **options):
         """What Gradio does, after files that no visitor may name are refused."""
@@ -171,6 +177,7 @@ def add_more(parts: SimpleNamespace, explorer: Explorer):
             parts.edges = gr.Checkbox(HAS_KORNIA, label="Edges follow the photo", visible=HAS_KORNIA, elem_id="edges")
         parts.street = own_html(elem_id="street", classes=["result"])
     with gr.Accordion("Use it from code", open=False, elem_id="code"):
+        gr.Markdown(text.ENDPOINTS)
         gr.Code(text.CODE, language="python", label="The library", interactive=False)
         gr.Code(text.CLIENT, language="python", label="This page as a server", interactive=False)
         gr.Code(text.SHELL, language="shell", label="The command line", interactive=False)

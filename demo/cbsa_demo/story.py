@@ -225,5 +225,7 @@ def classes(look: Look) -> str:
     )
     return (
         '<div><table class="measures"><thead><tr><th scope="col">most probable classes</th>'
-        f'<th scope="col">probability</th></tr></thead><tbody>{rows}</tbody></table></div>'
+        f'<th scope="col">probability</th></tr></thead><tbody>{rows}</tbody></table>'
+        f'<p class="caption">It knows {look.model.config.num_labels} classes, and names one of them whatever it sees.'
+        "</p></div>"
     )

@@ -22,6 +22,12 @@ cbsa inspect photo.jpg -o report/       # pictures and numbers of every layer
 
 AGENT = '{"mcpServers": {"cbsa": {"url": "http://127.0.0.1:7860/gradio_api/mcp/"}}}'
 
+ENDPOINTS = """
+What the page shows as pictures, its endpoints give as numbers: `/choices`, `/segment`, `/steps`, `/attention`,
+`/inside`, `/compare`, `/street`, `/download`. *Use via API or MCP* at the foot of the page describes them. They are
+tools for agents, too.
+"""
+
 STREET = """
 <p>The segmenter that ships gives every pixel one of eleven classes: sky, building, pole, road, pavement, tree, sign,
 fence, car, pedestrian, bicyclist. Whatever the photo shows, it gets these; upload a street.</p>

@@ -1,5 +1,6 @@
 """The page in a real browser."""
 
+import base64
 import os
 import re
 import shutil
@@ -114,6 +115,7 @@ def at_rest(page: Page):
 
 
 def test_first_result_is_there(page):
+    expect(page).to_have_title("CBSA: a photo explained by a few representatives")
     for part in ("photo", "segments", "steps", "glance"):
         picture = page.locator(f"#{part} img").first
         expect(picture).to_be_visible()
@@ -259,6 +261,29 @@ def test_upload(page, tmp_path, noise):
     assert "photo=" not in page.url
 
 
+CARRY = """
+([kind, name, content]) => {
+  const bytes = Uint8Array.from(atob(content), (letter) => letter.charCodeAt(0));
+  const carried = new DataTransfer();
+  carried.items.add(new File([bytes], name, { type: "image/png" }));
+  const event = kind === "paste"
+    ? new ClipboardEvent("paste", { clipboardData: carried, bubbles: true })
+    : new DragEvent("drop", { dataTransfer: carried, bubbles: true, cancelable: true });
+  document.body.dispatchEvent(event);
+}
+"""
+
+
+@pytest.mark.parametrize("kind", ["paste", "drop"])
+def test_photo_is_pasted_or_dropped(page, tmp_path, noise, kind):
+    noise.save(tmp_path / "carried.png")
+    content = base64.b64encode((tmp_path / "carried.png").read_bytes()).decode()
+    before = source(page, "segments")
+    page.evaluate(CARRY, [kind, f"{kind}.png", content])
+    wait_for_change(page, "segments", before)
+    expect(page.locator("#photo figcaption")).to_contain_text(f"{kind}.png")
+
+
 def test_damaged_upload_is_one_sentence(page, tmp_path, photo):
     photo.save(tmp_path / "whole.png")
     (tmp_path / "cut.png").write_bytes((tmp_path / "whole.png").read_bytes()[:20000])
@@ -321,12 +346,12 @@ def test_every_width_in_light_and_dark(browser, url, tmp_path_factory, width, sc
     expect(page.locator("#inside table").first).to_be_visible()
     at_rest(page)
     assert page.evaluate("document.documentElement.scrollWidth") <= width
-    assert page.evaluate(CONTRAST) == []
+    folder = Path(os.environ.get("SCREENSHOTS") or tmp_path_factory.mktemp("screenshots"))
+    page.screenshot(path=folder / f"{width}-{scheme}.png", full_page=True)
     assert page.evaluate("[...document.images].filter((image) => image.getAttribute('alt') === null).length") == 0
     assert page.locator("button:visible:not([aria-label])").filter(has_not_text=re.compile(r"\S")).count() == 0
     if is_phone:
         photo, segments = (page.locator(f"#{part} .stage").bounding_box() for part in ("photo", "segments"))
         assert segments["y"] > photo["y"] + photo["height"]
-    folder = Path(os.environ.get("SCREENSHOTS") or tmp_path_factory.mktemp("screenshots"))
-    page.screenshot(path=folder / f"{width}-{scheme}.png", full_page=True)
+    assert page.evaluate(CONTRAST) == []
     page.close()

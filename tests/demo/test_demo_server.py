@@ -6,15 +6,14 @@ import io
 import json
 import os
 import re
-import struct
 import sys
 import threading
 import time
 import urllib.request
-import zlib
 from pathlib import Path
 from types import SimpleNamespace
 
+import app
 import httpx
 import numpy as np
 import pytest
@@ -29,6 +28,7 @@ from gradio_client.exceptions import AppError
 from PIL import Image
 from transformers import ViTImageProcessorPil
 
+from benchmarks import visitors
 from cbsa_hf import (
     CBSAForImageClassification,
     SlidingWindowSegmenter,
@@ -76,6 +76,12 @@ def call(url: str, endpoint: str, *data) -> tuple[str, str]:
     return kind, content.removeprefix("data: ")
 
 
+def sentence(text: str) -> str:
+    """The sentence in an error that [`call`] returns."""
+    message = json.loads(text)
+    return message["error"] if isinstance(message, dict) else message
+
+
 def upload(url: str, name: str, data: bytes) -> str:
     answer = httpx.post(f"{url}gradio_api/upload", files={"files": (name, data)}, timeout=60)
     answer.raise_for_status()
@@ -86,17 +92,6 @@ def to_bytes(image: Image.Image, format: str = "PNG", **options) -> bytes:
     file = io.BytesIO()
     image.save(file, format, **options)
     return file.getvalue()
-
-
-def png_of(width: int, height: int) -> bytes:
-    """A PNG of black pixels, however many."""
-
-    def chunk(kind: bytes, content: bytes) -> bytes:
-        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
-
-    header = struct.pack(">IIBBBBB", width, height, 1, 0, 0, 0, 0)
-    rows = zlib.compress(bytes((width + 7) // 8 + 1) * height, 9)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", rows) + chunk(b"IEND", b"")
 
 
 FORBIDDEN = [
@@ -151,6 +146,12 @@ def test_no_file_of_the_server_is_opened(server, forbidden, name, meta):
     assert time.monotonic() - start < 20  # a pipe without a writer would wait for ever
 
 
+def test_a_wrong_number_of_values_is_one_sentence(server):
+    kind, text = call(server[0], "segment", "coffee")
+    assert kind == "error"
+    assert sentence(text) == "This takes 5 values, but got 1."
+
+
 def test_a_file_is_found_wherever_it_hides(server, forbidden):
     nested = {"photo": [{"file": {"path": forbidden["absolute"]}}]}
     with pytest.raises(photos.PhotoError, match="Upload a photo first"):
@@ -169,8 +170,8 @@ BAD_FILES = {
     "page.html": b"<html><body>A page</body></html>",
     "drawing.svg": b'<svg xmlns="http://www.w3.org/2000/svg"><rect width="9" height="9"/></svg>',
     "phone.heic": b"\0\0\0\x18ftypheic\0\0\0\0heicmif1" + bytes(200),
-    "long.png": png_of(60_000, 60),
-    "bomb.png": png_of(30_000, 30_000),
+    "long.png": visitors.png_of(60_000, 60),
+    "bomb.png": visitors.png_of(30_000, 30_000),
     "cut.png": to_bytes(Image.effect_noise((300, 300), 60))[:9000],
 }
 
@@ -179,8 +180,7 @@ BAD_FILES = {
 def test_bad_file_is_one_sentence(server, name):
     path = upload(server[0], name, BAD_FILES[name])
     kind, text = call(server[0], "segment", {"path": path, "meta": META}, *REST)
-    message = json.loads(text)
-    message = message["error"] if isinstance(message, dict) else message
+    message = sentence(text)
     assert kind == "error"
     assert message.startswith(name)
     assert message.count(". ") == 0
@@ -360,12 +360,13 @@ def test_a_request_that_is_too_long_or_of_no_length_is_refused(server):
     assert answer(json={"data": ["coffee", ""]}) == 200
 
 
-def test_the_oldest_uploads_make_room(server):
+def test_the_oldest_uploads_make_room(server, monkeypatch):
     paths = [Path(upload(server[0], f"{name}.png", name.encode() * 1000)) for name in "abc"]
     for age, path in enumerate(paths):
         os.utime(path, (10**9 + age, 10**9 + age))
     others = sum(file.lstat().st_size for file in server[1].glob("*/*") if file not in paths)
-    admission.make_room(needed=500, most=others + 2600)
+    monkeypatch.setattr(admission, "MAX_UPLOADS", others + 2600)
+    admission.make_room(needed=500)
     assert [path.exists() for path in paths] == [False, True, True]
 
 
@@ -477,6 +478,7 @@ def test_members_without_representatives_say_so(tiny_config, tmp_path, monkeypat
     exact = answer.glance("coffee", "mixed", 5, 13, "CLS", "exact", False)
     assert exact.count("<td>none</td>") == 2 * 3  # two layers, the mean and two heads
     assert "none" in answer.inside("coffee", "mixed")
+    assert answer.explorer.card("mixed") == "This model has no model card."
 
 
 @pytest.mark.parametrize("source", ["../secret.png", "/etc/passwd", "ab/..", "rockets", None, 7, "x" * 10**6])
@@ -488,3 +490,37 @@ def test_no_other_source_is_opened(source):
 def test_unknown_model_is_one_sentence():
     with pytest.raises(photos.PhotoError, match="There is no such model; choose one of shipped"):
         looks.Explorer({"shipped": "nowhere"}).look("coffee", "hub/model")
+
+
+def test_operator_names_models_and_is_told_what_is_wrong(tmp_path, capsys):
+    for parent in ("a", "b"):
+        (tmp_path / parent / "mine").mkdir(parents=True)
+    first, second = (str(tmp_path / parent / "mine") for parent in ("a", "b"))
+    assert app.name_for_visitors(first) == "mine"
+    assert app.name_for_visitors("someone/mine") == "someone/mine"
+    assert app.main(["--checkpoint", first, "--checkpoint", second]) == 2
+    assert capsys.readouterr().err == (
+        "app.py: Two checkpoints have the same name; visitors could not tell them apart.\n"
+    )
+    assert app.main(["--checkpoint", first]) == 2
+    assert re.fullmatch(r"app\.py: .*mine.*\.\n", capsys.readouterr().err)
+
+
+def test_sessions_leave_little_behind(server, tmp_path, monkeypatch):
+    folder, photos_of_visitors = server[1], [visitors.save_photo(tmp_path, 400 + side, 300) for side in range(5)]
+    largest = max(path.stat().st_size for path in photos_of_visitors)
+    monkeypatch.setattr(admission, "MAX_UPLOADS", 3 * largest)
+    before = visitors.memory(os.getpid())
+    visitors.come_and_go(server[0], photos_of_visitors)
+    assert visitors.disk(folder) * 10**6 <= 3 * largest
+    assert visitors.memory(os.getpid()) - before < 300
+
+
+def test_bombs_are_borne(server, tmp_path):
+    photo = visitors.save_photo(tmp_path, 400, 300)
+    visitors.come_and_go(server[0], [photo])
+    files = {"refused.png": visitors.png_of(30_000, 30_000), "largest.png": visitors.png_of(5_000, 5_000, 16, 6)}
+    before = visitors.memory(os.getpid())
+    visitors.forget_peak(os.getpid())
+    visitors.bombard(server[0], files, photo)  # raises where a stranger's file is not answered as it is to be
+    assert visitors.memory(os.getpid(), "VmHWM") - before < 300
