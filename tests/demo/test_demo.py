@@ -128,8 +128,8 @@ def test_first_result_is_there(page):
 def test_what_is_clicked_is_shown_and_in_the_address(page):
     glance, steps = source(page, "glance"), source(page, "steps")
     box = page.locator("#photo .stage").bounding_box()
-    # The middle of patch (2, 20) of 16 x 24.
-    page.mouse.click(box["x"] + box["width"] * 20.5 / 24, box["y"] + box["height"] * 2.5 / 16)
+    # The middle of patch (2, 20) of 21 x 32.
+    page.mouse.click(box["x"] + box["width"] * 20.5 / 32, box["y"] + box["height"] * 2.5 / 21)
     wait_for_change(page, "glance", glance)
     steps = wait_for_change(page, "steps", steps)
     expect(page.locator("#row input")).to_have_value("2")
@@ -169,7 +169,7 @@ def test_every_control(page):
     page.locator("#behind input").check()
     expect(page.locator("#steps .map").first).to_have_css("opacity", "0.6")
     fill(page, "row", 99)
-    expect(page.locator("#steps")).to_contain_text("The row is 99; give a whole number from 0 to 15.")
+    expect(page.locator("#steps")).to_contain_text("The row is 99; give a whole number from 0 to 20.")
 
 
 def test_every_example(page):
@@ -248,8 +248,8 @@ def test_downloads(page, tmp_path):
     assert set(np.unique(mask)) == {0, 255}
     assert Image.open(found["segments"]).size == (600, 400)
     with np.load(found["maps"]) as arrays:
-        assert arrays["map_of_patch"].shape == (12, 3, 16, 24)
-        assert arrays["layer_3_reads"].shape == (3, 64, 16, 24)
+        assert arrays["map_of_patch"].shape == (12, 3, 21, 32)
+        assert arrays["layer_3_reads"].shape == (3, 64, 21, 32)
 
 
 def test_upload(page, tmp_path, noise):
