@@ -703,6 +703,15 @@ class TestLabels:
             start(tmp_path / "run", streaming=True, num_train_images=8, batch_size=2)
 
     @pytest.mark.parametrize("split", ["train", "validation"])
+    def test_a_damaged_file_of_a_stream(self, start, tmp_path, split):
+        path = tmp_path / "data" / f"{split}-00000-of-00001.parquet"
+        content = bytearray(path.read_bytes())
+        content[8:200] = bytes(192)  # of the rows; the description of the columns is at the end
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match="The rows of the data set cannot be read: "):
+            start(tmp_path / "run", streaming=True, num_train_images=8, batch_size=2)
+
+    @pytest.mark.parametrize("split", ["train", "validation"])
     def test_an_image_that_is_none(self, start, labelled, tmp_path, caplog, split):
         self.write(tmp_path / "data", split, [0, 1] * 4, [None, *self.encoded(labelled)[1:]])
         start(tmp_path / "run", max_corrupt=1)

@@ -160,7 +160,8 @@ def write_dataset(random: Random, folder: Path, masks: bool) -> str | None:
         if split == damaged and kind < 0.7:
             expected = damage_rows(random, rows, masks)
         elif split == damaged and kind < 0.75:
-            rows, expected = rows[: int(random.integers(2))], "sentence" if split == "train" else None
+            rows = rows[: int(random.integers(2))]
+            expected = "sentence" if split == "train" and not rows else None  # a batch may be one image
         elif split == damaged and kind < 0.78:
             expected = "sentence"
             continue

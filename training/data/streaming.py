@@ -15,6 +15,19 @@ class WrongLength(ValueError):
     """A stream has another number of rows than expected."""
 
 
+def sound_rows(stream: IterableDataset) -> Iterator[dict]:
+    """
+    Yield the rows of a stream.
+
+    Raises:
+        ValueError: if a file of the stream is damaged or cannot be reached.
+    """
+    try:
+        yield from stream
+    except OSError as error:  # of pyarrow and of connections, too
+        raise ValueError(f"The rows of the data set cannot be read: {error}") from error
+
+
 class StreamedRows(Sampler):
     """
     Rows of a streamed split. In every epoch its shards are shuffled and divided among the processes, and each process
@@ -78,7 +91,7 @@ class StreamedRows(Sampler):
 
     def first(self, count: int) -> list[dict]:
         """The first rows in the order of the split, with images still encoded."""
-        return list(islice(self.encoded, count))
+        return list(islice(sound_rows(self.encoded), count))
 
     def __iter__(self) -> Iterator[tuple[int, dict | None]]:
         rows = self.read()
@@ -92,12 +105,12 @@ class StreamedRows(Sampler):
 
         Raises:
             WrongLength: in a single process, after the last row.
-            ValueError: if there is no row.
+            ValueError: if there is no row, or a file is damaged.
         """
         count = 0
         while True:
             before = count
-            for row in self.rows:
+            for row in sound_rows(self.rows):
                 yield row
                 count += 1
             if self.num_processes == 1:

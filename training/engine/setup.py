@@ -16,7 +16,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from training.arguments import RunArguments
 from training.data.labelled_images import LabelledImages
 from training.data.loading import find_split, load_images
-from training.data.streaming import StreamedRows
+from training.data.streaming import StreamedRows, sound_rows
 from training.engine.interruption import outlive_interruption
 from training.engine.memory import keep_freed_memory
 from training.engine.optimization import STATES
@@ -135,7 +135,8 @@ def load_splits(
         select: leaves the two columns of a split, [`select_labelled`] or [`select_masked`].
 
     Raises:
-        ValueError: if there is no such data set, split or column, or an option does not work with streaming.
+        ValueError: if there is no such data set, split or column, it is damaged, or an option does not work with
+            streaming.
     """
     splits = load_images(args.dataset_name, args.dataset_config_name, args.streaming, args.dataset_revision)
     train, validation = (select(split, args) for split in choose_splits(splits, args))
@@ -147,7 +148,7 @@ def load_splits(
         train = StreamedRows(
             train, args.num_train_images, args.seed, args.batch_size, state.process_index, state.num_processes
         )
-        validation = Dataset.from_list(list(validation.decode(False)), features=validation.features)
+        validation = Dataset.from_list(list(sound_rows(validation.decode(False))), features=validation.features)
     return train, validation
 
 
