@@ -286,6 +286,19 @@ def test_photo_is_pasted_or_dropped(page, tmp_path, noise, kind):
     expect(page.locator("#photo figcaption")).to_contain_text(f"{kind}.png")
 
 
+def test_links_open_what_is_folded_away(page):
+    page.evaluate("window.same = true")
+    for name, content in {
+        "Model card": "cbsa-tiny-imagenette",
+        "Use it from code": "gradio_client",
+        "What it cannot do": "mean IoU",
+    }.items():
+        link = page.get_by_role("link", name=name)
+        link.click()
+        expect(page.locator(link.get_attribute("href")).get_by_text(content).first).to_be_visible()
+    assert page.evaluate("window.same")  # the page was not loaded anew
+
+
 def test_damaged_upload_is_one_sentence(page, tmp_path, photo):
     photo.save(tmp_path / "whole.png")
     (tmp_path / "cut.png").write_bytes((tmp_path / "whole.png").read_bytes()[:20000])
