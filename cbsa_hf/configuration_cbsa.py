@@ -1,7 +1,6 @@
 """Configuration of the CBSA models. It builds on no other module of this library, and all others build on it."""
 
 import inspect
-import sys
 from collections.abc import Iterable
 from dataclasses import fields
 from pathlib import Path
@@ -30,6 +29,7 @@ DTYPES = ("float32", "float16", "bfloat16", "float64")
 MAX_LAYERS = 10_000
 MAX_LABELS = 1_000_000
 MAX_REPRESENTATIVES = 1_024
+MAX_NUMBER = 1_000_000  # step sizes, epsilons and the like
 AUTO_MAP = {
     "AutoConfig": "configuration_cbsa.CBSAConfig",
     "AutoModel": "modeling_cbsa.CBSAModel",
@@ -474,7 +474,7 @@ class CBSAConfig(BackboneConfigMixin, PreTrainedConfig):
             raise ValueError(f"`drop_path_rate` is {self.drop_path_rate}, and has to be from 0 to below 1.")
 
     def validate_numbers(self):
-        """Step sizes, thresholds, epsilons and deviations are finite and not negative."""
+        """Step sizes, thresholds, epsilons and deviations are from 0 to `MAX_NUMBER`."""
         names = ("ista_step_size", "ista_threshold", "layer_norm_eps", "final_layer_norm_eps", "initializer_range")
         for name in names:
             value = getattr(self, name)
@@ -482,8 +482,8 @@ class CBSAConfig(BackboneConfigMixin, PreTrainedConfig):
                 continue
             if not value >= 0:
                 raise ValueError(f"`{name}` is {value}, and must not be negative.")
-            if value > sys.float_info.max:
-                raise ValueError(f"`{name}` is {value}, and has to be finite.")
+            if value > MAX_NUMBER:
+                raise ValueError(f"`{name}` is {value}, and has to be at most {MAX_NUMBER}.")
 
     def validate_labels(self):
         """Labels are numbered 0, 1, 2, ... as the outputs are."""

@@ -9,7 +9,7 @@ import torch
 from transformers import AutoImageProcessor, BaseImageProcessor
 from transformers.image_utils import PILImageResampling
 
-from ..configuration_cbsa import CBSAConfig, to_pair
+from ..configuration_cbsa import MAX_NUMBER, CBSAConfig, to_pair
 from ..modeling_cbsa import CBSAForImageClassification, CBSAForSemanticSegmentation, CBSAModel, CBSAPreTrainedModel
 from .weight_files import (
     CheckpointError,
@@ -116,8 +116,15 @@ def check_processor(processor: BaseImageProcessor, num_channels: int, least: int
     """
     for name in ("size", "crop_size", "pad_size"):
         sides = dict(getattr(processor, name, None) or {})
-        if not all(side is None or least <= side <= MAX_IMAGE_SIDE for side in sides.values()):
-            raise ValueError(f"`{name}` is {sides}; each side has to be from {least} to {MAX_IMAGE_SIDE} pixels")
+        if not all(
+            side is None or (isinstance(side, int) and least <= side <= MAX_IMAGE_SIDE) for side in sides.values()
+        ):
+            raise ValueError(
+                f"`{name}` is {sides}; each side has to be a whole number from {least} to {MAX_IMAGE_SIDE} pixels"
+            )
+    for name in ("image_mean", "image_std", "rescale_factor"):
+        if np.abs(np.asarray(getattr(processor, name, None) or 0, np.float64)).max() > MAX_NUMBER:
+            raise ValueError(f"`{name}` is {getattr(processor, name)}, and has to be at most {MAX_NUMBER}")
     if getattr(processor, "resample", None) is not None:
         PILImageResampling(processor.resample)
     image = np.zeros((8, 8, num_channels), dtype=np.uint8)
