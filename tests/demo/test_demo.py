@@ -374,7 +374,7 @@ CONTRAST = """
     return [255, 255, 255, 255];
   };
   const poor = [];
-  for (const node of document.querySelectorAll(".own-html *")) {
+  for (const node of document.querySelectorAll("body *")) {
     const text = [...node.childNodes].some((child) => child.nodeType === 3 && child.textContent.trim());
     if (!text || !node.checkVisibility() || node.closest(".unseen")) continue;
     const [r, g, b, a] = parse(getComputedStyle(node).color);
@@ -407,5 +407,11 @@ def test_every_width_in_light_and_dark(browser, url, tmp_path_factory, width, sc
     if is_phone:
         photo, segments = (page.locator(f"#{part} .stage").bounding_box() for part in ("photo", "segments"))
         assert segments["y"] > photo["y"] + photo["height"]
+        page.locator("#glance").scroll_into_view_if_needed()
+        page.mouse.wheel(0, 300)
+        expect(page.locator("#layer")).to_be_in_viewport()
+    for title in page.locator("button.label-wrap").all():
+        title.click()
+    page.wait_for_timeout(300)
     assert page.evaluate(CONTRAST) == []
     page.close()
