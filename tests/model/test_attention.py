@@ -78,7 +78,7 @@ def test_five_steps(grid, size, tokens, first, head_dim):
     nn.init.normal_(operator.step_rep)
     nn.init.normal_(operator.step_x)
     hidden_states = torch.randn(2, tokens, hidden_size, dtype=torch.float64)
-    update, token_map, found = operator(hidden_states, grid, output_attentions=True)
+    update, token_map, representative_attention = operator(hidden_states, grid, output_attentions=True)
     assert update.shape == hidden_states.shape
     found = vars(operator.steps(hidden_states, grid))
 
@@ -93,7 +93,7 @@ def test_five_steps(grid, size, tokens, first, head_dim):
             for name, step in steps.items():
                 torch.testing.assert_close(found[name][b, h], torch.tensor(step, dtype=torch.float64))
             attention = steps["attention"]
-            torch.testing.assert_close(found[b, h], torch.tensor(attention, dtype=torch.float64))
+            torch.testing.assert_close(representative_attention[b, h], torch.tensor(attention, dtype=torch.float64))
             for n in range(tokens):
                 outputs[n] += expected[n]
                 for k in range(tokens):
