@@ -286,6 +286,46 @@ def test_photo_is_pasted_or_dropped(page, tmp_path, noise, kind):
     expect(page.locator("#photo figcaption")).to_contain_text(f"{kind}.png")
 
 
+def test_former_results_are_dimmed_while_the_next_photo_is_at_work(page):
+    at_rest(page)
+    held = []
+    page.route("**/queue/join*", lambda route: held.append(route))
+    page.locator("[data-example=chelsea]").click()
+    for part in ("segments", "legend", "steps", "glance", "inside"):
+        expect(page.locator(f"#{part}")).to_have_css("opacity", "0.4")
+    page.unroute("**/queue/join*")  # lets go what was held
+    expect(page.locator("#status")).to_contain_text("Cat: 4 segments")
+    at_rest(page)
+    expect(page.locator("#segments")).to_have_css("opacity", "1")
+
+
+STORY = [
+    *("header", "picker", "model", "row", "column", "method", "number", "opacity", "sharp"),
+    *("save-mask", "save-segments", "save-maps", "layer", "head", "representative", "behind"),
+    *("query", "kind", "shared", "glance"),
+]
+
+
+def test_keys_reach_everything_in_the_order_of_the_story(page):
+    named = "[id]:not(input, [id^=component], [id^=range], [id^=html])"  # by this project, not by Gradio
+    reached, focused = [], f"() => document.activeElement.closest('{named}')?.id"
+    while "glance" not in reached and len(reached) < 60:
+        page.keyboard.press("Tab")
+        part = page.evaluate(focused)
+        if part not in reached:
+            reached.append(part)
+    assert [part for part in reached if part in STORY] == STORY
+
+    before = source(page, "steps")
+    page.keyboard.press("Enter")  # on the first map
+    wait_for_change(page, "steps", before)
+    expect(page.locator("#layer input[type=number]")).to_have_value("0")
+    expect(page.locator("#status [role=status]")).to_have_count(1)
+    page.locator("[data-example=chelsea]").focus()
+    page.keyboard.press("Enter")
+    expect(page.locator("#status")).to_contain_text("Cat: 4 segments")
+
+
 def test_links_open_what_is_folded_away(page):
     page.evaluate("window.same = true")
     for name, content in {
@@ -335,7 +375,7 @@ CONTRAST = """
     return [255, 255, 255, 255];
   };
   const poor = [];
-  for (const node of document.querySelectorAll(".own-html *")) {
+  for (const node of document.querySelectorAll("body *")) {
     const text = [...node.childNodes].some((child) => child.nodeType === 3 && child.textContent.trim());
     if (!text || !node.checkVisibility() || node.closest(".unseen")) continue;
     const [r, g, b, a] = parse(getComputedStyle(node).color);
@@ -368,5 +408,11 @@ def test_every_width_in_light_and_dark(browser, url, tmp_path_factory, width, sc
     if is_phone:
         photo, segments = (page.locator(f"#{part} .stage").bounding_box() for part in ("photo", "segments"))
         assert segments["y"] > photo["y"] + photo["height"]
+        page.locator("#glance").scroll_into_view_if_needed()
+        page.mouse.wheel(0, 300)
+        expect(page.locator("#layer")).to_be_in_viewport()
+    for title in page.locator("button.label-wrap").all():
+        title.click()
+    page.wait_for_timeout(300)
     assert page.evaluate(CONTRAST) == []
     page.close()
