@@ -54,6 +54,17 @@ class AtLeast:
 
 
 @dataclass(frozen=True)
+class ShareBelowOne:
+    """The value is a share, from 0 to below 1."""
+
+    def check(self, name: str, args: object, given: set[str]):
+        """Raises ValueError if the value is outside."""
+        value = getattr(args, name)
+        if value is not None and not 0 <= value < 1:
+            raise ValueError(f"`--{name}` is {value}, and has to be from 0 to below 1.")
+
+
+@dataclass(frozen=True)
 class Needs:
     """Another option, without which this one does nothing."""
 
@@ -246,7 +257,7 @@ class OptimizationArguments:
         default=None,
         metadata={"help": "decay per step of a moving average of the weights, which is then validated and saved"},
     )
-    drop_path_rate: float | None = field(
+    drop_path_rate: Annotated[float | None, ShareBelowOne()] = field(
         default=None, metadata={"help": "share of a batch that skips the last layer's blocks (stochastic depth)"}
     )
 
