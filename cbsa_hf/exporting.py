@@ -7,6 +7,7 @@ Export of a model to the engines that people deploy on, checked against the mode
 """
 
 import logging
+import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
@@ -71,6 +72,15 @@ def open_onnx(path: Path) -> Engine:
     return lambda pixel_values: session.run(None, {"pixel_values": pixel_values})[0]
 
 
+def check_openvino():
+    """
+    Raises ValueError where OpenVINO would crash: its products may not use the instructions that it found itself. Seen
+    with OpenVINO 2026.4 on a processor with AMX.
+    """
+    if os.environ.get("ONEDNN_MAX_CPU_ISA"):
+        raise ValueError("OpenVINO crashes where ONEDNN_MAX_CPU_ISA is set: unset this variable of the environment.")
+
+
 def write_openvino(program: ExportedProgram, name: str, path: Path, calibration: Sequence[np.ndarray] | None = None):
     """
     The weights are written beside the file, in float32; with `calibration`, batches of pixels that give the ranges of
@@ -78,6 +88,7 @@ def write_openvino(program: ExportedProgram, name: str, path: Path, calibration:
     """
     import openvino
 
+    check_openvino()
     model = openvino.convert_model(program)
     model.input().set_names({"pixel_values"})
     model.output().set_names({name})  # else it has the name of an operation
@@ -98,6 +109,7 @@ def open_openvino(path: Path, precision: Precision = "float32") -> Engine:
     """Keeps what it compiles for the last [`KEPT_SHAPES`] shapes: made for one shape, a graph is much faster."""
     import openvino
 
+    check_openvino()
     core = openvino.Core()
     options = {
         "INFERENCE_PRECISION_HINT": {"float32": "f32", "bfloat16": "bf16"}[precision],
@@ -182,7 +194,8 @@ def open_export(folder: str | Path, precision: Precision = "float32") -> Engine:
         the logits, or the tokens of an encoder. For `openvino`, the first batch of a shape takes seconds more.
 
     Raises:
-        ValueError: if the folder has no export, if a package is missing, or if the format has no such precision.
+        ValueError: if the folder has no export, a package is missing, the format has no such precision, or
+            `ONEDNN_MAX_CPU_ISA` is set and the format is `openvino`.
 
     Example:
 
@@ -289,8 +302,9 @@ def export_model(
         The differences and times that were found.
 
     Raises:
-        ValueError: if the format is unknown or has no 8 bits, if a package or compiler that it needs is missing, or if
-            the outputs of a model in float32 differ by more than [`TOLERANCE`]; then nothing is written.
+        ValueError: if the format is unknown or has no 8 bits; if a package or compiler that it needs is missing; if
+            the format is `openvino` and `ONEDNN_MAX_CPU_ISA` is set; or if the outputs of a model in float32 differ by
+            more than [`TOLERANCE`]. Then nothing is written.
     """
     if format not in FORMATS:
         raise ValueError(f"There is no format {format!r}; choose one of {', '.join(map(repr, FORMATS))}.")

@@ -16,7 +16,7 @@ from cbsa_hf.cli import main
 
 @pytest.fixture(autouse=True)
 def all_instructions(monkeypatch):
-    """OpenVINO 2026.4 crashes where its products may not use the instructions that it found itself."""
+    """OpenVINO crashes, and is refused, where this variable is set, as it is in CI."""
     monkeypatch.delenv("ONEDNN_MAX_CPU_ISA", raising=False)
 
 
@@ -113,6 +113,18 @@ def test_what_cannot_be_exported_or_opened(tiny_model, tmp_path):
         open_export(tmp_path, "float8")
     with pytest.raises(ValueError, match="'onnx' has the precision float32 alone"):
         open_export(tmp_path, "bfloat16")
+
+
+def test_where_openvino_would_crash(tiny_model, saved_segmenter, tmp_path, monkeypatch, capsys):
+    """When it is written and when it is opened."""
+    monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "AVX2")
+    folder = save(tiny_model, AutoImageProcessor.from_pretrained(saved_segmenter), tmp_path / "model")
+    assert main(["export", str(folder), "-o", str(tmp_path / "exported"), "--format", "openvino"]) == 2
+    assert "OpenVINO crashes where ONEDNN_MAX_CPU_ISA is set" in capsys.readouterr().err
+    assert not (tmp_path / "exported").exists()
+    (tmp_path / "model.xml").touch()
+    with pytest.raises(ValueError, match="unset this variable"):
+        open_export(tmp_path)
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="the compiler is named otherwise")

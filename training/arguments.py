@@ -46,22 +46,37 @@ class AtLeast:
     least: float
 
     def check(self, name: str, args: object, given: set[str]):
-        """Raises ValueError if the value is smaller."""
+        """Raises ValueError if the value is smaller, or no number."""
         value = getattr(args, name)
         smallest = min(value) if isinstance(value, list) else value
-        if smallest is not None and smallest < self.least:
+        if smallest is not None and not smallest >= self.least:
             raise ValueError(f"`--{name}` is {smallest}, and has to be at least {self.least}.")
 
 
 @dataclass(frozen=True)
-class ShareBelowOne:
-    """The value is a share, from 0 to below 1."""
+class AtMost:
+    """The largest value that an option may have."""
+
+    most: float
 
     def check(self, name: str, args: object, given: set[str]):
-        """Raises ValueError if the value is outside."""
+        """Raises ValueError if the value is larger."""
         value = getattr(args, name)
-        if value is not None and not 0 <= value < 1:
-            raise ValueError(f"`--{name}` is {value}, and has to be from 0 to below 1.")
+        if value is not None and value > self.most:
+            raise ValueError(f"`--{name}` is {value}, and has to be at most {self.most}.")
+
+
+@dataclass(frozen=True)
+class Below:
+    """A number that the value of an option does not reach."""
+
+    limit: float
+
+    def check(self, name: str, args: object, given: set[str]):
+        """Raises ValueError if the value reaches it."""
+        value = getattr(args, name)
+        if value is not None and value >= self.limit:
+            raise ValueError(f"`--{name}` is {value}, and has to be below {self.limit}.")
 
 
 @dataclass(frozen=True)
@@ -173,7 +188,7 @@ class OriginalArguments:
     attention_type: str = field(
         default="agent", metadata={"help": "what replaces its attention", "choices": ADAPTED_TYPES}
     )
-    hidden_states_weight: float = field(
+    hidden_states_weight: Annotated[float, AtLeast(0)] = field(
         default=0.0,
         metadata={"help": "weight of the distance to the original's tokens after each layer; 0 for none"},
     )
@@ -245,19 +260,23 @@ class OptimizationArguments:
         default=1, metadata={"help": "parts that a batch is computed in, one after the other, to save memory"}
     )
     optimizer: str = field(default="adamw", metadata={"help": "which optimiser", "choices": OPTIMIZERS})
-    learning_rate: float = field(default=1e-3, metadata={"help": "peak learning rate, for the whole batch"})
-    layer_decay: float = field(
+    learning_rate: Annotated[float, AtLeast(0)] = field(
+        default=1e-3, metadata={"help": "peak learning rate, for the whole batch"}
+    )
+    layer_decay: Annotated[float, AtLeast(0)] = field(
         default=1.0, metadata={"help": "factor on the learning rate from each layer to the one before it"}
     )
-    weight_decay: float = field(default=0.05, metadata={"help": "decay of weight matrices; nothing else decays"})
+    weight_decay: Annotated[float, AtLeast(0)] = field(
+        default=0.05, metadata={"help": "decay of weight matrices; nothing else decays"}
+    )
     schedule: str = field(default="cosine", metadata={"help": "after the warm-up", "choices": SCHEDULES})
-    warmup_epochs: float = field(default=2.0, metadata={"help": "epochs of linear warm-up"})
-    max_grad_norm: float = field(default=1.0, metadata={"help": "largest norm of the gradient"})
-    ema_decay: float | None = field(
+    warmup_epochs: Annotated[float, AtLeast(0)] = field(default=2.0, metadata={"help": "epochs of linear warm-up"})
+    max_grad_norm: Annotated[float, AtLeast(0)] = field(default=1.0, metadata={"help": "largest norm of the gradient"})
+    ema_decay: Annotated[float | None, AtLeast(0), Below(1)] = field(
         default=None,
         metadata={"help": "decay per step of a moving average of the weights, which is then validated and saved"},
     )
-    drop_path_rate: Annotated[float | None, ShareBelowOne()] = field(
+    drop_path_rate: Annotated[float | None, AtLeast(0), Below(1)] = field(
         default=None, metadata={"help": "share of a batch that skips the last layer's blocks (stochastic depth)"}
     )
 
@@ -318,12 +337,18 @@ class CropArguments:
     random_crop_sizes: bool = field(
         default=False, metadata={"help": "draw the side of every batch from crop_sizes, all through the run"}
     )
-    min_crop_scale: float = field(default=0.25, metadata={"help": "smallest share of an image's area in a crop"})
-    mixup_alpha: float = field(default=0.0, metadata={"help": "parameter of blends of two images; 0 for none"})
-    cutmix_alpha: float = field(
+    min_crop_scale: Annotated[float, AtLeast(0), AtMost(1)] = field(
+        default=0.25, metadata={"help": "smallest share of an image's area in a crop"}
+    )
+    mixup_alpha: Annotated[float, AtLeast(0)] = field(
+        default=0.0, metadata={"help": "parameter of blends of two images; 0 for none"}
+    )
+    cutmix_alpha: Annotated[float, AtLeast(0)] = field(
         default=0.0, metadata={"help": "parameter of rectangles pasted from another image; 0 for none"}
     )
-    label_smoothing: float = field(default=0.1, metadata={"help": "probability spread evenly over all classes"})
+    label_smoothing: Annotated[float, AtLeast(0), AtMost(1)] = field(
+        default=0.1, metadata={"help": "probability spread evenly over all classes"}
+    )
 
 
 @dataclass(kw_only=True)
@@ -341,8 +366,12 @@ class TeacherArguments:
             "help": "folder for the teacher's outputs for whole images, computed once; default: it sees every crop"
         },
     )
-    logits_weight: float = field(default=1.0, metadata={"help": "weight of the teacher's class probabilities"})
-    maps_weight: float = field(default=3.0, metadata={"help": "weight of the teacher's feature maps"})
+    logits_weight: Annotated[float, AtLeast(0)] = field(
+        default=1.0, metadata={"help": "weight of the teacher's class probabilities"}
+    )
+    maps_weight: Annotated[float, AtLeast(0)] = field(
+        default=3.0, metadata={"help": "weight of the teacher's feature maps"}
+    )
 
 
 @dataclass(kw_only=True)
@@ -381,8 +410,12 @@ class MaskArguments:
         default=None,
         metadata={"help": "long side that images have in training and validation, in pixels; default: their own"},
     )
-    min_resize_ratio: float = field(default=0.5, metadata={"help": "smallest further factor on it in training"})
-    max_resize_ratio: float = field(default=2.0, metadata={"help": "largest further factor on it in training"})
+    min_resize_ratio: Annotated[float, AtLeast(0)] = field(
+        default=0.5, metadata={"help": "smallest further factor on it in training"}
+    )
+    max_resize_ratio: Annotated[float, AtLeast(0)] = field(
+        default=2.0, metadata={"help": "largest further factor on it in training"}
+    )
     photometric_distortion: bool = field(default=True, metadata={"help": "distort colours at random"})
     class_balanced: bool = field(default=False, metadata={"help": "give rare classes a larger weight"})
     dice: bool = field(default=False, metadata={"help": "add the soft Dice loss, which weighs all classes the same"})
@@ -469,7 +502,7 @@ class ScoredMaskArguments:
     flip: Annotated[bool, OnlyFor(SCORED_TASKS[1:2])] = field(
         default=False, metadata={"help": "average semantic segmentation over each image and its mirror image"}
     )
-    min_foreground: Annotated[float, OnlyFor(SCORED_TASKS[2:])] = field(
+    min_foreground: Annotated[float, AtLeast(0), AtMost(1), OnlyFor(SCORED_TASKS[2:])] = field(
         default=MIN_FOREGROUND, metadata={"help": "least share of an image that is foreground, to score it"}
     )
     sharp: Annotated[bool, OnlyFor(SCORED_TASKS[1:])] = field(

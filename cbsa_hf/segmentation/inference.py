@@ -80,9 +80,12 @@ def patch_grid(model: nn.Module, pixel_values: torch.Tensor) -> tuple[int, int]:
     (height, width) of the grid of patches of an input (batch, channels, height, width).
 
     Raises:
-        ValueError: the encoder is a backbone of another library.
+        ValueError: the encoder is a backbone of another library, or the input has another shape.
     """
     check_encoder(model)
+    if pixel_values.ndim != 4:
+        shape = tuple(pixel_values.shape)
+        raise ValueError(f"`pixel_values` has the shape {shape}; give (batch, channels, height, width).")
     return unwrap(model).config.patch_grid(*pixel_values.shape[2:])
 
 

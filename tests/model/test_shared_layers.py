@@ -4,6 +4,7 @@ import pytest
 import torch
 from conftest import enable_activation_checkpointing
 from huggingface_hub.errors import StrictDataclassError
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoModelForImageClassification
 
@@ -133,11 +134,10 @@ def test_fold_and_export(models, pixel_values):
 
 
 def test_adapters_are_shared_too(models, pixel_values):
-    peft = pytest.importorskip("peft")
     shared, _ = models
     with torch.no_grad():
         before = shared(pixel_values).logits
-    model = peft.get_peft_model(shared, peft.LoraConfig(target_modules=["attention.proj"], r=2)).eval()
+    model = get_peft_model(shared, LoraConfig(target_modules=["attention.proj"], r=2)).eval()
     adapters = [module for name, module in model.named_modules() if name.endswith("lora_B.default")]
     assert len(adapters) == 2
     with torch.no_grad():

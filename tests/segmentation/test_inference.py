@@ -114,3 +114,11 @@ def test_only_what_is_asked_for_is_kept(tiny_model):
     assert encoding.hidden_states is encoding.attended_states is None
     assert encoding.attentions is encoding.representative_attentions is None
     assert encoding.recorded == {}
+
+
+@pytest.mark.parametrize("look", [encode, attention_maps, exact_maps, measure_layers])
+def test_pixels_of_another_shape(tiny_model, look):
+    """One image without its batch; and one batch where a list of batches belongs."""
+    pixel_values = torch.zeros(1, 3, 32, 32)
+    with pytest.raises(ValueError, match=r"shape \(3, 32, 32\); give \(batch, channels, height, width\)"):
+        look(tiny_model, pixel_values if look is measure_layers else pixel_values[0])

@@ -64,8 +64,10 @@ class TestArguments:
     @pytest.mark.parametrize(
         ("arguments", "message"),
         [
-            (["--drop_path_rate=1e30"], "`--drop_path_rate` is 1e+30, and has to be from 0 to below 1."),
-            (["--drop_path_rate=nan"], "`--drop_path_rate` is nan, and has to be from 0 to below 1."),
+            (["--drop_path_rate=1"], "`--drop_path_rate` is 1.0, and has to be below 1."),
+            (["--learning_rate=nan"], "`--learning_rate` is nan, and has to be at least 0."),
+            (["--mixup_alpha=-1"], "`--mixup_alpha` is -1.0, and has to be at least 0."),
+            (["--label_smoothing=1.5"], "`--label_smoothing` is 1.5, and has to be at most 1."),
             (["--num_epochs=0"], "`--num_epochs` is 0, and has to be at least 1."),
             (["--num_workers=-1"], "`--num_workers` is -1, and has to be at least 0."),
             (["--crop_sizes", "64", "0"], "`--crop_sizes` is 0, and has to be at least 1."),

@@ -34,6 +34,7 @@ def try_case(make: Callable[[Random, Folders], Case], seed: int, index: int, gua
     with warnings.catch_warnings():  # warnings about the broken files that are made
         warnings.simplefilter("ignore")
         case = make(np.random.default_rng((seed, index)), folders)
+    os.chdir(folders.output)  # where a relative output may be
     before = hash_files(folders.inputs, folders.output)
     Path("/proc/self/clear_refs").write_text("5")  # resets the peak of the memory
     had, started = memory("VmRSS"), time.process_time()
