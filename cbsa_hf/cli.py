@@ -87,7 +87,7 @@ def segment(args: argparse.Namespace) -> int:
     if failures:
         print(f"cbsa: {len(failures)} of {len(jobs)} photos could not be segmented:", file=sys.stderr)
         for error in failures:
-            print(f"cbsa: {error}", file=sys.stderr)
+            print_error(error)
     return 1 if failures else 0
 
 
@@ -428,6 +428,11 @@ def add_checkpoint_commands(commands):
     command.set_defaults(run=push)
 
 
+def print_error(error: Exception):
+    """Print an error in one line, whatever file names and messages of libraries have in them."""
+    print(f"cbsa: {' '.join(str(error).split())}", file=sys.stderr)
+
+
 def main(argv: list[str] | None = None) -> int:
     """
     Run the command.
@@ -444,7 +449,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         return args.run(args) or 0
     except (ValueError, OSError) as error:
-        print(f"cbsa: {error}", file=sys.stderr)
+        print_error(error)
         return 2
     except KeyboardInterrupt:
         print("cbsa: Interrupted.", file=sys.stderr)

@@ -520,3 +520,8 @@ def test_half_precision(tiny_model, saved_segmenter, photo_file, tmp_path, monke
                 json.loads((output / "report.json").read_text(), parse_constant=pytest.fail)  # NaN and infinity
             else:
                 assert np.asarray(Image.open(output).convert("RGB")).std() > 10
+
+
+def test_a_line_break_in_a_name(capsys):
+    assert main(["segment", "no\nphoto.png", "-o", "overlay.png"]) == 2
+    assert capsys.readouterr().err == "cbsa: There is no file no photo.png.\n"
