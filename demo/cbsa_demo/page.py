@@ -232,7 +232,8 @@ def keep_current(parts: SimpleNamespace, answers: Answers):
 def follow(parts: SimpleNamespace, choices: Choices, page: gr.Blocks):
     """What a visitor does, and which components it changes."""
     patch = [parts.row, parts.column]
-    quiet = {"show_progress": "hidden", **QUIET}
+    # Each choice counts. By default Gradio drops those that a visitor makes while the one before is at work.
+    quiet = {"show_progress": "hidden", "trigger_mode": "multiple", "concurrency_limit": 1, **QUIET}
     picked = parts.picker.select(choices.pick, parts.model, [parts.source, *patch, parts.status], **quiet)
     picked.then(js="() => document.body.classList.remove('working')", api_visibility="private")
     clicked = [*patch, parts.layer, parts.head, parts.representative]

@@ -202,7 +202,20 @@ def test_a_control_moved_while_a_photo_is_at_work_is_followed(page, browser, url
     by_link.close()
 
 
+def test_no_choice_is_lost_while_the_one_before_is_at_work(page):
+    requests, held = "**/queue/join*", []
+    page.route(requests, lambda route: held.append(route) if len(held) < 2 else route.continue_())
+    for name in ("astronaut", "chelsea"):
+        with page.expect_request(requests, timeout=20_000):
+            page.locator(f"[data-example={name}]").click()
+    for route in held:  # in the order of the clicks
+        with page.expect_response(requests):
+            route.continue_()
+    page.wait_for_url("**/*photo=chelsea&*")
+
+
 def test_a_link_that_cannot_be_shown_says_so(page, url):
+    at_rest(page)  # Gradio reports an answer that a visitor leaves under way as an error.
     page.goto(f"{url}?photo=coffee&layer=99")
     expect(page.locator("#status")).to_contain_text("The layer is 99; give a whole number from 0 to 11.")
 
