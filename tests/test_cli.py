@@ -393,15 +393,16 @@ def test_no_folder_is_made_for_nothing(photo_file, tmp_path, monkeypatch, capsys
 
 
 @pytest.mark.parametrize("command", ["segment", "attention", "inspect"])
-def test_a_photo_on_standard_input(photo, photo_file, shipped, tmp_path, monkeypatch, command):
+def test_a_photo_on_standard_input(photo, photo_file, tiny_segmenter, saved_segmenter, tmp_path, monkeypatch, command):
     class Stdin:
         buffer = io.BytesIO(photo_file.read_bytes())
 
     monkeypatch.setattr("sys.stdin", Stdin)
     output = tmp_path / ("report" if command == "inspect" else "out.png")
-    assert main([command, "-", "-o", str(output), "--long-side", "64"]) == 0
+    assert main([command, "-", "-o", str(output), "--long-side", "64", "--checkpoint", str(saved_segmenter)]) == 0
     if command == "segment":
-        expected = ZeroShotSegmenter(*shipped, long_side=64)(photo).mask
+        processor = AutoImageProcessor.from_pretrained(saved_segmenter)
+        expected = ZeroShotSegmenter(tiny_segmenter, processor, long_side=64)(photo).mask
         assert np.array_equal(np.asarray(Image.open(tmp_path / "out_mask.png")), expected)
 
 
@@ -507,10 +508,10 @@ def test_half_precision(tiny_model, saved_segmenter, photo_file, tmp_path, monke
     CBSAForSemanticSegmentation.from_pretrained(saved_segmenter, dtype=dtype).save_pretrained(saved_segmenter)
     number = 0
     for name, commands in {
-        "classifier": ["segment", "segment --segments 3", "segment --method attention"],
-        "segmenter": ["segment", "segment --task semantic"],
+        "classifier": ["segment", "segment --segments 3", "segment --method attention", "attention", "inspect"],
+        "segmenter": ["segment", "segment --task semantic", "attention", "inspect --patch 1 1"],
     }.items():
-        for command in [*commands, "attention", "inspect", "inspect --patch 1 1"]:
+        for command in commands:
             output = tmp_path / (f"{number}.png" if command.split()[0] != "inspect" else str(number))
             number += 1
             arguments = ["--long-side", "48", "--checkpoint", str(folders[name]), "-o", str(output)]
