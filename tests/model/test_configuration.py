@@ -1,4 +1,4 @@
-"""The configuration stands alone, and has the names of every table of classes."""
+"""The configuration imports no other module, and its `Literal` types match the tables of classes."""
 
 import importlib.util
 from typing import get_args
@@ -28,7 +28,7 @@ from cbsa_hf.modeling_cbsa import FEED_FORWARDS, PATCH_EMBEDDINGS
         (DECODERS, DecoderType),
     ],
 )
-def test_names_of_the_tables(table, names):
+def test_literals_match_the_tables(table, names):
     assert set(table) == set(get_args(names))
 
 
@@ -37,8 +37,8 @@ def test_attention_types_with_representatives():
     assert names == set(get_args(RepresentativeAttentionType))
 
 
-def test_builds_on_no_module_of_the_library():
-    """Executed outside of the package, where a relative import would fail."""
+def test_imports_no_other_module():
+    """The file runs outside the package, where a relative import would fail."""
     spec = importlib.util.spec_from_file_location("alone", configuration_cbsa.__file__)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -62,7 +62,7 @@ def test_builds_on_no_module_of_the_library():
         ),
     ],
 )
-def test_unknown_names(name, value, sentence):
+def test_unknown_name_raises_and_changes_nothing(name, value, sentence):
     with pytest.raises(StrictDataclassError) as given:
         CBSAConfig(**{name: value})
     config = CBSAConfig()
@@ -73,6 +73,6 @@ def test_unknown_names(name, value, sentence):
     assert config.to_dict() == before
 
 
-def test_errors_of_other_fields_stay():
+def test_wrong_type_raises():
     with pytest.raises(StrictDataclassError, match="expected int, got str"):
         CBSAConfig(hidden_size="wide")
