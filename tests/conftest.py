@@ -22,6 +22,7 @@ import torch
 from datasets import ClassLabel, Dataset, Features
 from datasets import Image as ImageFeature
 from PIL import Image
+from safetensors.torch import load_file
 from transformers import SegformerImageProcessorPil, ViTConfig, ViTForImageClassification, ViTImageProcessorPil
 
 from cbsa_hf import CBSAConfig, CBSAForImageClassification, CBSAForSemanticSegmentation, load_checkpoint
@@ -36,6 +37,23 @@ def assert_matches(actual: torch.Tensor, expected: torch.Tensor, tolerance: floa
     """Assert that no value differs by more than `tolerance` times the largest expected value."""
     assert actual.shape == expected.shape
     assert (actual - expected).abs().max() <= tolerance * expected.abs().max()
+
+
+def assert_same_weights(folder: Path, expected: Path):
+    """Assert that models saved in two folders have the same weights."""
+    weights, wanted = (load_file(path / "model.safetensors") for path in (folder, expected))
+    assert weights.keys() == wanted.keys()
+    assert all(torch.equal(weights[name], wanted[name]) for name in wanted)
+
+
+class MakesFolder:
+    """An object that makes a folder when it is unpickled."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
 
 
 def flatten_outputs(outputs) -> list[torch.Tensor]:
@@ -80,6 +98,19 @@ def enable_activation_checkpointing(model: torch.nn.Module):
 def rewrite_json(path: Path, **changes):
     """Change entries of a JSON file."""
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+# For scripts that measure memory in a process of their own.
+PEAK_MEMORY = """
+from pathlib import Path
+
+
+def peak_memory() -> int:
+    # In kB, of this process alone; `ru_maxrss` starts with the value of its parent.
+    return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0])
+
+
+"""
 
 
 def run_without_package(script: str, folder: Path, *arguments: str) -> str:

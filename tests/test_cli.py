@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
+from conftest import PEAK_MEMORY, ROOT
 from PIL import Image
 from transformers import AutoImageProcessor, Dinov2Config, SegformerImageProcessorPil
 
@@ -100,22 +100,18 @@ def test_segment_into_one_class(photo, photo_file, tiny_config, tmp_path, capsys
     assert f"fur {share:.0%}" in printed and f"background {1 - share:.0%}" in printed
 
 
-MEASURE_MEMORY = """
+MEASURE_MEMORY = (
+    PEAK_MEMORY
+    + """
 import sys
-from pathlib import Path
-
-
-def peak() -> int:
-    # In kB, of this process alone; `ru_maxrss` starts with the value of its parent.
-    return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0])
-
 
 from cbsa_hf.cli import main
 
-before = peak()
+before = peak_memory()
 assert main(sys.argv[1:]) == 0
-print((peak() - before) / 1000)
+print((peak_memory() - before) / 1000)
 """
+)
 
 
 def test_memory_of_the_largest_photo(tmp_path):

@@ -1,14 +1,13 @@
 """`cbsa convert`: converted checkpoints give the outputs of the library that they come from."""
 
 import json
-import os
 import re
 import zipfile
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import REFERENCE, assert_matches, randomise
+from conftest import REFERENCE, MakesFolder, assert_matches, randomise
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoImageProcessor,
@@ -436,18 +435,11 @@ def test_published_widths_tell_the_number_of_heads(width, num_heads, tmp_path):
     assert json.loads((tmp_path / "out" / "config.json").read_text())["num_attention_heads"] == num_heads
 
 
-class MakesFolder:
-    """An object that makes a folder when it is unpickled."""
-
-    def __reduce__(self):
-        return os.mkdir, ("executed",)
-
-
 def make_bad_inputs(vit):
     """Write checkpoints that cannot be converted to the working directory."""
     weights = to_timm(vit)
     torch.save(weights, "timm.pth")
-    torch.save({"state_dict": weights, "hook": MakesFolder()}, "code.pth")
+    torch.save({"state_dict": weights, "hook": MakesFolder(Path("executed"))}, "code.pth")
     torch.save([1, 2], "list.pth")
     torch.save({"conv1.weight": torch.ones(3)}, "resnet.pth")
     torch.save({k: v for k, v in weights.items() if k != "blocks.1.norm1.bias"}, "missing.pth")

@@ -95,11 +95,11 @@ def test_exact_map_equals_its_formula(tiny_model):
     for index, patches in enumerate(patches_of_bins((5, 7), (2, 3))):
         pooling[index, 1 + torch.tensor(patches)] = 1 / len(patches)
     maps = exact_maps(tiny_model, pixel_values)
-    for (operator, given, _), attention, found in zip(
+    for (operator, inputs, _), attention, found in zip(
         attention_steps(tiny_model, pixel_values), attentions, maps, strict=True
     ):
         for head in range(2):
-            A, W = attention[0, head], given[0] @ operator.proj.weight[12 * head : 12 * head + 12].T
+            A, W = attention[0, head], inputs[0] @ operator.proj.weight[12 * head : 12 * head + 12].T
             eta, kappa = operator.step_rep[head].item(), operator.step_x[head].item()
             Q = pooling @ W + eta * A @ W
             S = torch.softmax(Q @ Q.T / 12**0.5, dim=-1)
@@ -113,10 +113,10 @@ def test_which_maps_are_exact(make_model, name):
     pixel_values = torch.randn(1, 3, 32, 48)
     outputs = model(pixel_values, output_attentions=True)
     exact = True
-    for (operator, given, update), token_map in zip(
+    for (operator, inputs, update), token_map in zip(
         attention_steps(model, pixel_values), outputs.attentions, strict=True
     ):
-        values = operator.v_proj(given) if hasattr(operator, "v_proj") else operator.proj(given)
+        values = operator.v_proj(inputs) if hasattr(operator, "v_proj") else operator.proj(inputs)
         product = operator.merge_heads(token_map @ operator.split_heads(values))
         exact &= torch.allclose(product, update, atol=1e-5 * update.abs().max().item())
     assert map_is_exact(model) == exact

@@ -24,29 +24,35 @@ def dot(a, b) -> float:
     return sum(x * y for x, y in zip(a, b, strict=True))
 
 
+def transpose(a: list[list[float]]) -> list[tuple[float, ...]]:
+    return list(zip(*a, strict=True))
+
+
+def matmul(a: list[list[float]], b: list[list[float]]) -> list[list[float]]:
+    return [[dot(row, column) for column in transpose(b)] for row in a]
+
+
+def softmax_of_rows(scores: list[list[float]], scale: float) -> list[list[float]]:
+    return [softmax([scale * score for score in row]) for row in scores]
+
+
 def one_head(w, grid, size, first, eta, kappa):
     """Steps 1 to 4 for one head with tokens w, lists of floats. Returns the update, and the steps by name."""
     p = len(w[0])
     scale = 1 / math.sqrt(p)
-    representatives = []
+    initial = []
     for patches in patches_of_bins(grid, size):  # 1.
-        representatives.append([sum(w[first + n][c] for n in patches) / len(patches) for c in range(p)])
-    attention = [softmax([scale * dot(q, token) for token in w]) for q in representatives]  # 2.
-    q = [
-        [r[c] + eta * sum(a * token[c] for a, token in zip(weights, w, strict=True)) for c in range(p)]
-        for r, weights in zip(representatives, attention, strict=True)
-    ]
-    similarity = [softmax([scale * dot(query, key) for key in q]) for query in q]  # 3.
-    contracted = [
-        [sum(a * value[c] for a, value in zip(weights, q, strict=True)) for c in range(p)] for weights in similarity
-    ]
-    update = [  # 4.
-        [kappa * sum(attention[i][n] * contracted[i][c] for i in range(len(q))) for c in range(p)]
-        for n in range(len(w))
-    ]
+        initial.append([sum(w[first + n][c] for n in patches) / len(patches) for c in range(p)])
+    attention = softmax_of_rows(matmul(initial, transpose(w)), scale)  # 2.
+    moved = matmul(attention, w)
+    q = [[initial[i][c] + eta * moved[i][c] for c in range(p)] for i in range(len(initial))]
+    similarity = softmax_of_rows(matmul(q, transpose(q)), scale)  # 3.
+    contracted = matmul(similarity, q)
+    broadcast = matmul(transpose(attention), contracted)  # 4.
+    update = [[kappa * value for value in row] for row in broadcast]
     steps = {
         "tokens": w,
-        "initial_representatives": representatives,
+        "initial_representatives": initial,
         "attention": attention,
         "representatives": q,
         "similarity": similarity,
@@ -231,9 +237,9 @@ def mita_head(q, k, v, grid, size, num_keys):
     landmarks = []
     for patches in patches_of_bins(grid, size):
         landmarks.append([sum(q[1 + i][c] for i in patches) / len(patches) for c in range(p)])
-    logits = [[dot(r, key) / math.sqrt(p) for key in k] for r in landmarks]
+    logits = [[score / math.sqrt(p) for score in row] for row in matmul(landmarks, transpose(k))]
     attention = [softmax(row) for row in logits]
-    values = [[sum(a * v[i][c] for i, a in enumerate(row)) for c in range(p)] for row in attention]
+    values = matmul(attention, v)
     selected = [sorted(range(n), key=lambda i, row=row: -row[i])[:num_keys] for row in logits]
     update, token_map = [], []
     for query in q:

@@ -57,7 +57,7 @@ EVERY_CASE = pytest.mark.parametrize("case", CASES, ids=name_case)
 
 
 def build(case):
-    """The model, with weights so random that a part that a graph leaves out shows; and options of its forward."""
+    """The model, with random weights, so that a part that a graph leaves out shows; and options of its forward."""
     torch.manual_seed(0)
     model_class, changes = case
     model = model_class(CBSAConfig(**TINY | changes)).eval()

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from conftest import PEAK_MEMORY
 from PIL import Image, ImageDraw
 from torch import nn
 from torch.nn import functional as F
@@ -201,9 +202,10 @@ def test_model_in_training_mode_is_not_changed(tiny_segmenter, processor, pictur
     assert tiny_segmenter.training
 
 
-MEASURE_MEMORY = """
+MEASURE_MEMORY = (
+    PEAK_MEMORY
+    + """
 import sys
-from pathlib import Path
 
 import numpy as np
 from PIL import Image
@@ -211,23 +213,18 @@ from transformers import SegformerImageProcessorPil
 
 from cbsa_hf import CBSAForSemanticSegmentation, SlidingWindowSegmenter
 
-
-def peak() -> int:
-    # In kB, of this process alone; `ru_maxrss` starts with the value of its parent.
-    return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0])
-
-
 model = CBSAForSemanticSegmentation.from_pretrained(sys.argv[1]).eval()
 processor = SegformerImageProcessorPil(size={"height": 512, "width": 512})
 pixels = np.random.default_rng(0).integers(0, 256, (3000, 4000, 3), dtype=np.uint8)
 image = Image.fromarray(pixels)
 segmenter = SlidingWindowSegmenter(model, processor, batch_size=2, scales=[1, 0.2])
 segmenter(image.crop((0, 0, 300, 300)))
-before = peak()
+before = peak_memory()
 labels = segmenter(image)
 assert labels.shape == (3000, 4000) and labels.max() < 11
-print((peak() - before) / 2**10)
+print((peak_memory() - before) / 2**10)
 """
+)
 
 
 def test_memory_is_bounded(tiny_config, tmp_path):

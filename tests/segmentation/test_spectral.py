@@ -11,12 +11,12 @@ from cbsa_hf.segmentation.spectral import Cut, cut_dense, cut_factored, k_means,
 
 @pytest.fixture
 def factor() -> torch.Tensor:
-    """A of 6 representatives and 20 tokens, as a softmax over the tokens makes it."""
+    """The attention of 6 representatives to 20 tokens, a softmax over the tokens."""
     return (3 * torch.randn(6, 20, dtype=torch.float64, generator=torch.manual_seed(0))).softmax(-1)
 
 
 def solve(affinity: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """All solutions of `W y = value D y`, from the largest value."""
+    """All solutions of `W y = value D y`, with the largest value first."""
     values, vectors = eigh(affinity, np.diag(affinity.sum(1)))
     return values[::-1], vectors[:, ::-1]
 

@@ -141,18 +141,18 @@ def test_flip_scale_features(tiny_model):
     encoding = encode(tiny_model, pixel_values)
     second = flip_scale_features(encoding) - F.normalize(patch_tokens(encoding), dim=2)
     smaller = F.interpolate(pixel_values, size=(32, 16), mode="bilinear", antialias=True).flip(3)
-    seen = tiny_model.cbsa(smaller, interpolate_pos_encoding=True).last_hidden_state[0, 1:].detach()
-    seen = F.normalize(seen, dim=1).unflatten(0, (4, 2))
+    mirrored = tiny_model.cbsa(smaller, interpolate_pos_encoding=True).last_hidden_state[0, 1:].detach()
+    mirrored = F.normalize(mirrored, dim=1).unflatten(0, (4, 2))
     across = torch.tensor([[0.0, 1], [0.5, 0.5], [1, 0]])  # 2 columns, mirrored, to 3
     down = torch.zeros(6, 4)  # 4 rows to 6
     for row, place in enumerate([0, 0.5, 7 / 6, 11 / 6, 2.5, 3]):
         down[row, int(place)] = 1 - place % 1
         down[row, min(int(place) + 1, 3)] += place % 1
-    torch.testing.assert_close(second, torch.einsum("ir,jc,rcd->ijd", down, across, seen), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(second, torch.einsum("ir,jc,rcd->ijd", down, across, mirrored), rtol=1e-4, atol=1e-5)
 
 
 def test_patch_descriptors(tiny_model):
-    """Normalised features minus half their mean, and 0.15 times the difference from the mean colour."""
+    """Features minus half their mean, normalised; and 0.15 times the difference from the mean colour."""
     pixel_values = torch.randn(1, 3, 32, 48)
     encoding = encode(tiny_model, pixel_values)
     described = patch_descriptors(encoding)

@@ -72,10 +72,10 @@ class TestDistillation:
         teacher = Teacher("colours", MEAN, STD, patch_size=2)
         images = TrainingImages(**settings)
         write_targets(teacher, images, processor, 128, tmp_path / "targets")  # much finer than the crops
-        taught = DistillationDataset(teacher, tmp_path / "targets", **settings)
+        dataset = DistillationDataset(teacher, tmp_path / "targets", **settings)
         scale, shift = torch.tensor(STD).view(3, 1, 1), torch.tensor(MEAN).view(3, 1, 1)
         for index in range(len(images)):
-            item = taught[index]
+            item = dataset[index]
             torch.testing.assert_close(item["pixel_values"], images[index]["pixel_values"])
             pixels = item["pixel_values"] * scale + shift
             for i, size in enumerate((2, 4)):

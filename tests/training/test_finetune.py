@@ -132,7 +132,7 @@ def test_segmentation_learns_and_scores_each_image_once(classifier, masks, tmp_p
     torch.manual_seed(0)
     untrained = AutoModelForSemanticSegmentation.from_pretrained(classifier, num_labels=3).eval()
     losses = [loss_in_training(each, processor, masks) for each in (untrained, model)]
-    assert losses[1] < 0.7 * losses[0]  # the worst of ten seeds ended at 0.46
+    assert losses[1] < 0.7 * losses[0]  # the worst ratio of ten seeds was 0.46
     segmenter = SlidingWindowSegmenter(model, processor)  # the processor knows the size and the windows
     for name, value in measure(segmenter, masks).items():
         # Rounding may decide the class of a few pixels.
@@ -141,10 +141,10 @@ def test_segmentation_learns_and_scores_each_image_once(classifier, masks, tmp_p
 
     scoring = ["--task=semantic-segmentation", f"--dataset_name={masks}", f"--checkpoint={tmp_path}"]
     options = ["--image_size=64", "--stride", "19", "21", "--scales", "0.75", "1.25", "--flip=true"]
-    looks = {"long_side": 64, "stride": (19, 21), "scales": [0.75, 1.25], "flip": True}
+    chosen = {"long_side": 64, "stride": (19, 21), "scales": [0.75, 1.25], "flip": True}
     scored = run("score.py", *scoring, *options, processes=2)
     printed = dict(line.split() for line in scored.stdout.splitlines() if len(line.split()) == 2)
-    for name, value in measure(SlidingWindowSegmenter(model, processor, **looks), masks).items():
+    for name, value in measure(SlidingWindowSegmenter(model, processor, **chosen), masks).items():
         assert float(printed[name]) == pytest.approx(value, abs=2e-3)
 
     picture = Dataset.from_parquet(str(masks / "validation-00000-of-00001.parquet"))[0]["image"]

@@ -1,4 +1,4 @@
-"""Two processes share weights with `fully_shard`, train them, and save them whole and in shards."""
+"""Two processes shard weights with `fully_shard`, train them, and save them whole and in shards."""
 
 import os
 import subprocess

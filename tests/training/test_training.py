@@ -13,10 +13,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, assert_same_weights
 from datasets import ClassLabel, Dataset, Features, Image
 from PIL import Image as PILImage
-from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.nn import functional as F
 
@@ -98,12 +97,6 @@ def fail(data: Path, output_dir: Path, *arguments: str, **options) -> str:
     assert "Traceback" not in errors
     (sentence,) = [line for line in errors.splitlines() if line.startswith("pretrain.py: ")]
     return sentence
-
-
-def assert_same_weights(folder: Path, expected: Path):
-    weights, wanted = (load_file(path / "model.safetensors") for path in (folder, expected))
-    assert weights.keys() == wanted.keys()
-    assert all((weights[name] == wanted[name]).all() for name in wanted)
 
 
 def checkpoint_steps(folder: Path) -> list[int]:

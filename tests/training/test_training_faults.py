@@ -25,10 +25,9 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from accelerate import Accelerator
-from conftest import rewrite_json
+from conftest import MakesFolder, assert_same_weights, rewrite_json
 from datasets import Dataset, Features, Image
 from PIL import Image as PILImage
-from safetensors.torch import load_file
 
 from training.data.labelled_images import LabelledImages
 from training.data.segmentation import SegmentationDataset, check_masks
@@ -49,9 +48,7 @@ RESUMED = {**SETTINGS, "resume_from_checkpoint": "last"}
 
 
 def assert_same_results(folder: Path, expected: Path):
-    weights, wanted = (load_file(path / "model.safetensors") for path in (folder, expected))
-    assert weights.keys() == wanted.keys()
-    assert all(torch.equal(weights[name], wanted[name]) for name in wanted)
+    assert_same_weights(folder, expected)
     found, results = (json.loads((path / "results.json").read_text()) for path in (folder, expected))
     for name in ("metrics", "best", "best_step", "step", "validated_step"):
         assert found[name] == results[name]
@@ -168,16 +165,6 @@ def test_weights_that_are_not_finite_are_not_saved(start, tmp_path, monkeypatch)
     assert checkpoint_names(tmp_path / "run") == []
 
 
-class Attack:
-    """An object that runs code when it is unpickled."""
-
-    def __init__(self, path: Path):
-        self.path = path
-
-    def __reduce__(self):
-        return os.mkdir, (str(self.path),)
-
-
 class TestDamage:
     FILES = ["model.safetensors", "average.safetensors", "optimizer.bin", "scheduler.bin", "random_states_0.pkl"]
     FILES += ["progress.json", "validation.json", "data.json", "SHA256SUMS"]
@@ -219,7 +206,7 @@ class TestDamage:
             if path.is_file():
                 path.unlink()
         newest, expected = run / "checkpoint-00000006", ["checkpoint-00000006"]
-        attack = pickle.dumps(Attack(tmp_path / "attacked"))
+        attack = pickle.dumps(MakesFolder(tmp_path / "attacked"))
         if case == "empty":
             (newest / "optimizer.bin").write_bytes(b"")
         elif case == "noise":

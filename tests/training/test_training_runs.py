@@ -96,7 +96,7 @@ class TestRuns:
         assert json.loads((tmp_path / "copied" / "results.json").read_text())["metrics"]["accuracy"] == 0.75
 
     @pytest.mark.parametrize(("name", "value"), [("ema_decay", 0.5), ("keep_best", True)])
-    def test_options_without_fsdp_raise(self, monkeypatch, name, value):
+    def test_options_that_fsdp_does_not_support_raise(self, monkeypatch, name, value):
         sharded = SimpleNamespace(num_processes=1, distributed_type=DistributedType.FSDP)
         monkeypatch.setattr(setup, "Accelerator", lambda **_: sharded)
         with pytest.raises(ValueError, match=f"`--{name}` does not work with FSDP, since"):
@@ -114,14 +114,14 @@ class TestRuns:
         network, folder = vit
         forward, seen = classification.ClassificationLoss.forward, []
 
-        def watch(task, pixel_values, labels=None, **taught):
+        def watch(task, pixel_values, labels=None, **targets):
             if labels is not None:
                 outputs = task.model.base_model(pixel_values)
                 patches = outputs.last_hidden_state[:, 1:]
                 own = [task.model.classifier(outputs.pooler_output), task.class_head(outputs.pooler_output)]
                 own.append(task.map_heads[0](patches).transpose(1, 2).unflatten(2, (4, 4)))
-                losses = forward(task, pixel_values, labels, **taught)
-                tensors = [pixel_values, labels, *own, taught["teacher_logits"], taught["teacher_map_0"]]
+                losses = forward(task, pixel_values, labels, **targets)
+                tensors = [pixel_values, labels, *own, targets["teacher_logits"], targets["teacher_map_0"]]
                 seen.append(([tensor.detach().double() for tensor in tensors], losses))
                 return losses
             return forward(task, pixel_values)
@@ -338,7 +338,7 @@ class TestScores:
         with pytest.raises(ValueError, match="`--task zero-shot-segmentation` is for one process, not 2"):
             score.main(ScoringArguments(dataset_name="nowhere", task="zero-shot-segmentation"))
 
-    def test_class_that_never_occurs_is_left_out(self, start, tiny_segmenter):
+    def test_class_that_never_occurs_is_left_out(self, training, tiny_segmenter):
         accelerator = build_accelerator(PretrainingArguments(dataset_name="", output_dir="", report_to="none"))
         segmenter = Mock(return_value=np.array([[0, 1, 1]]), model=tiny_segmenter)
         scores = evaluate_segmenter(segmenter, lambda _: (None, np.array([[0, 1, 3]])), 1, accelerator)
