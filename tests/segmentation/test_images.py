@@ -257,8 +257,13 @@ def test_limits_of_pixels_and_ratio(recwarn):
         open_image(io.BytesIO(large), max_pixels=10)
 
 
-@pytest.mark.parametrize(("format", "limit"), [("WEBP", 7000), ("JPEG2000", 7000), ("PNG", 3500), ("JPEG", 3500)])
+@pytest.mark.parametrize(
+    ("format", "limit"), [("WEBP", 7000), ("AVIF", 7000), ("JPEG2000", 7000), ("PNG", 3500), ("JPEG", 3500)]
+)
 def test_decoders_that_take_more_memory_get_fewer_pixels(noise, format, limit):
+    Image.init()
+    if format not in Image.SAVE:
+        pytest.skip(f"this Pillow writes no {format}")
     data = encoded(noise, format)  # 3,500 pixels
     assert open_image(data, max_pixels=limit).size == noise.size
     with pytest.raises(ImageError, match="70 x 50 = 3,500 pixels, and the limit is 3,49"):
@@ -417,6 +422,24 @@ def test_bands_do_not_change_the_result(noise, monkeypatch):
         assert np.array_equal(np.asarray(to_rgb(picture)), whole)
     rows = [slice(0, 5), slice(5, 10), slice(10, 11)]
     assert list(bands(11, 20)) == rows
+
+
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "I;16", "F"])
+def test_an_image_is_shrunk_while_it_is_converted(noise, mode, monkeypatch):
+    image = noise.convert("L") if mode in ("I;16", "F") else noise.copy()
+    if mode == "RGBA":
+        image.putalpha(noise.convert("L").rotate(180))
+    if mode == "I;16":
+        image = Image.fromarray(np.asarray(image).astype(np.uint16) * 257)
+    if mode == "F":
+        image = Image.fromarray(np.asarray(image) / np.float32(255))
+    blocks = np.asarray(to_rgb(image))[:48, :69].reshape(16, 3, 23, 3, 3)
+    expected = np.rot90(blocks.mean((1, 3)), 3)
+    image.getexif()[0x0112] = 6  # the camera was turned: rotate by 270 degrees
+    monkeypatch.setattr(bands, "__defaults__", (300,))  # several bands
+    found = to_rgb(image, factor=3)
+    assert found.size == (17, 24)  # what is left of rows and columns makes one more
+    assert np.abs(np.asarray(found)[:23, 1:] - expected).max() < 1
 
 
 def test_big_endian_values():
