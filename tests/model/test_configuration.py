@@ -1,4 +1,4 @@
-"""The configuration imports no other module, and its `Literal` types match the tables of classes."""
+"""The configuration imports no other module, matches the tables of classes, and refuses bad values."""
 
 import importlib.util
 from typing import get_args
@@ -76,3 +76,21 @@ def test_unknown_name_raises_and_changes_nothing(name, value, sentence):
 def test_wrong_type_raises():
     with pytest.raises(StrictDataclassError, match="expected int, got str"):
         CBSAConfig(hidden_size="wide")
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"patch_size": 12}, "`patch_size` is 12, and has to be a power of two"),
+        ({"hidden_size": 100}, "`hidden_size` is 100, and has to be a multiple of 8"),
+        ({"num_attention_heads": 0}, "`num_attention_heads` is 0, and has to be at least 1"),
+        ({"pooled_tokens": "all"}, "`pooled_tokens` is 'all'; choose one of 'patches', 'all_but_last'"),
+        ({"image_size": (32, 0)}, "`image_size` is .*each at least 1"),
+        ({"image_size": [32]}, r"`image_size` is \[32\]; give one side or \(height, width\)"),
+        ({"representatives_size": (2, 2, 2)}, "'representatives_size'.* expected a tuple of length 2"),
+        ({"ista_threshold": -0.1}, "`ista_threshold` is -0.1, and must not be negative"),
+    ],
+)
+def test_bad_configuration_raises(values, message):
+    with pytest.raises((StrictDataclassError, ValueError), match=message):
+        CBSAConfig(**values)

@@ -338,21 +338,3 @@ def test_dtype_of_the_input_follows_the_model(tiny_model):
     logits = tiny_model.to(torch.bfloat16)(pixel_values).logits
     assert logits.dtype == torch.bfloat16
     torch.testing.assert_close(logits.float(), expected, rtol=0.1, atol=0.1)
-
-
-@pytest.mark.parametrize(
-    ("values", "message"),
-    [
-        ({"patch_size": 12}, "`patch_size` is 12, and has to be a power of two"),
-        ({"hidden_size": 100}, "`hidden_size` is 100, and has to be a multiple of 8"),
-        ({"num_attention_heads": 0}, "`num_attention_heads` is 0, and has to be at least 1"),
-        ({"pooled_tokens": "all"}, "`pooled_tokens` is 'all'; choose one of 'patches', 'all_but_last'"),
-        ({"image_size": (32, 0)}, "`image_size` is .*each at least 1"),
-        ({"image_size": [32]}, r"`image_size` is \[32\]; give one side or \(height, width\)"),
-        ({"representatives_size": (2, 2, 2)}, "'representatives_size'.* expected a tuple of length 2"),
-        ({"ista_threshold": -0.1}, "`ista_threshold` is -0.1, and must not be negative"),
-    ],
-)
-def test_bad_configuration_raises(values, message):
-    with pytest.raises((StrictDataclassError, ValueError), match=message):
-        CBSAConfig(**values)

@@ -21,7 +21,6 @@ from cbsa_hf import (
     ImageError,
     ZeroShotSegmentationPipeline,
     ZeroShotSegmenter,
-    attention_maps,
 )
 from cbsa_hf.attention_cbsa import ATTENTIONS
 from cbsa_hf.interpretability.attention_maps import exact_maps
@@ -46,21 +45,6 @@ from cbsa_hf.segmentation.patch_grouping import (
 @pytest.fixture(scope="module")
 def processor() -> ViTImageProcessorPil:
     return ViTImageProcessorPil(size={"height": 32, "width": 48}, do_convert_rgb=True)
-
-
-@pytest.mark.parametrize(("patch", "token"), [(None, 0), ((2, 3), 1 + 2 * 5 + 3)])
-def test_maps_are_rows_of_the_token_map(tiny_model, patch, token):
-    pixel_values = torch.randn(2, 3, 32, 40)
-    maps = attention_maps(tiny_model, pixel_values, patch)
-    dense = tiny_model(pixel_values, interpolate_pos_encoding=True, output_attentions=True).attentions
-    assert maps.shape == (3, 2, 2, 4, 5)
-    for layer in range(3):
-        torch.testing.assert_close(maps[layer].flatten(2), dense[layer][:, :, token, 1:])
-
-
-def test_patch_outside_the_grid_raises(tiny_model):
-    with pytest.raises(ValueError, match=r"outside the grid of 4 x 6"):
-        attention_maps(tiny_model, torch.randn(1, 3, 32, 48), (4, 0))
 
 
 def test_smallest_share():
