@@ -148,10 +148,10 @@ def png_of(width: int, height: int, bits: int = 1, colour: int = 0) -> bytes:
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", rows) + chunk(b"IEND", b"")
 
 
-def jpeg_of(side: int) -> bytes:
-    """A square JPEG of black pixels whose decoder has to keep all coefficients, since it is progressive."""
+def file_of(side: int, mode: str, format: str, **options) -> bytes:
+    """A file of a square picture whose pixels are all the same."""
     file = io.BytesIO()
-    Image.new("RGB", (side, side)).save(file, "JPEG", progressive=True)
+    Image.new(mode, (side, side)).save(file, format, **options)
     return file.getvalue()
 
 
@@ -163,7 +163,10 @@ def bombs() -> dict[str, bytes]:
         "largest.png": png_of(5_000, 5_000, 8, 2),
         "largest-16-bit.png": png_of(5_000, 5_000, 16, 0),
         "largest-16-bit-rgba.png": png_of(5_000, 5_000, 16, 6),
-        "largest-progressive.jpg": jpeg_of(5_000),
+        # Its decoder has to keep all coefficients.
+        "largest-progressive.jpg": file_of(5_000, "RGB", "JPEG", progressive=True, subsampling="4:4:4"),
+        "largest.webp": file_of(3_535, "RGBA", "WEBP", lossless=True),
+        "largest.avif": file_of(3_535, "RGBA", "AVIF", speed=10, subsampling="4:4:4"),
     }
 
 

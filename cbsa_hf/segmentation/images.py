@@ -27,7 +27,7 @@ T = TypeVar("T")
 MAX_PIXELS = 27_000_000  # largest number of pixels of a file: 6000 x 4500
 MAX_RATIO = 200  # largest ratio of the longer side of a file's image to the shorter side
 ROUNDING = 1e-3  # how far floats may lie below 0 or above 1
-HUNGRY_FORMATS = ("WEBP", "JPEG2000")  # half as many pixels: their decoders take up to 19 bytes for one, others 10
+HUNGRY_FORMATS = ("WEBP", "AVIF", "JPEG2000")  # half as many pixels: decoders take 14 to 24 bytes for one, others 10
 PIXELS_AT_A_TIME = 2**18  # pixels of a band of rows that is processed at once; results do not depend on it
 BYTES_PER_PIXEL = 8  # largest number of bytes that a file may have for each pixel: 16-bit RGBA, not compressed
 
@@ -190,20 +190,28 @@ def open_mask(
     return image
 
 
-def turn_upright(image: Image.Image) -> Image.Image:
-    """Turns an image by its orientation in EXIF or XMP, if there is one that can be read."""
-    image.load()
+def orientation_of(image: Image.Image) -> Image.Transpose | None:
+    """How an image has to be turned, by EXIF or XMP; None if it is upright, or if that cannot be read."""
     try:
         orientation = image.getexif().get(ExifTags.Base.Orientation)
     except Exception:  # decoders raise errors of many types
-        orientation = None
-    method = ORIENTATIONS.get(orientation) if isinstance(orientation, int) else None
+        return None
+    return ORIENTATIONS.get(orientation) if isinstance(orientation, int) else None
+
+
+def turn_upright(image: Image.Image) -> Image.Image:
+    """Turns an image by its orientation in EXIF or XMP, if there is one that can be read."""
+    image.load()
+    method = orientation_of(image)
     return image if method is None else image.transpose(method)
 
 
-def bands(height: int, width: int, pixels: int = PIXELS_AT_A_TIME) -> Iterator[slice]:
-    """Divides the rows of an image into bands of about `pixels` pixels, so that memory holds one band at a time."""
-    step = max(1, pixels // width)
+def bands(height: int, width: int, pixels: int = PIXELS_AT_A_TIME, *, multiple: int = 1) -> Iterator[slice]:
+    """
+    Divides the rows of an image into bands of about `pixels` pixels, so that memory holds one band at a time. All but
+    the last have a multiple of `multiple` rows.
+    """
+    step = max(1, pixels // (width * multiple)) * multiple
     for first in range(0, height, step):
         yield slice(first, min(first + step, height))
 
@@ -213,24 +221,32 @@ def crop_rows(image: Image.Image, rows: slice) -> Image.Image:
     return image.crop((0, rows.start, image.width, rows.stop))
 
 
-def to_rgb(image: Image.Image, name: str = "An image") -> Image.Image:
+def to_rgb(image: Image.Image, name: str = "An image", factor: int = 1) -> Image.Image:
     """
     A PIL image of any mode as an upright RGB image without metadata. Transparent parts are laid over white, and values
     are scaled as [`to_image`] says. An image that already is all this is returned itself.
 
+    Args:
+        image: the image.
+        name: name of the image in messages.
+        factor: the result is smaller by it, each pixel the mean of `factor` x `factor` pixels. So memory holds a large
+            image once, not twice.
+
     Raises:
         ImageError: the image cannot be decoded, or its values are out of range.
     """
-    if type(image) is Image.Image and image.mode == "RGB" and not image.info:
+    if type(image) is Image.Image and image.mode == "RGB" and not image.info and factor == 1:
         return image
     try:
-        image = turn_upright(image)
+        image.load()
     except Exception as error:
         raise failure(name, error) from error
-    return convert_to_rgb(image, name)
+    method = orientation_of(image)
+    image = convert_to_rgb(image, name, factor)
+    return image if method is None else image.transpose(method)
 
 
-def convert_to_rgb(image: Image.Image, name: str) -> Image.Image:
+def convert_to_rgb(image: Image.Image, name: str, factor: int = 1) -> Image.Image:
     """[`to_rgb`] for an image that is upright already. The result is a new image, made band by band."""
     try:
         has_levels = image.mode.startswith(("I", "F"))
@@ -240,11 +256,11 @@ def convert_to_rgb(image: Image.Image, name: str) -> Image.Image:
             if dtype == np.int32 and low >= 0 and high <= 65535:  # 16 bits that Pillow stores in 32
                 dtype = np.dtype(np.uint16)
             check_values(dtype, low, high, name)
-        result = Image.new("RGB", image.size)
-        for rows in bands(image.height, image.width):
+        result = Image.new("RGB", (-(-image.width // factor), -(-image.height // factor)))
+        for rows in bands(image.height, image.width, multiple=factor):
             band = crop_rows(image, rows)
             band = Image.fromarray(scale_values(np.asarray(band))) if has_levels else lay_over_white(band)
-            result.paste(band.convert("RGB"), (0, rows.start))
+            result.paste(band.convert("RGB").reduce(factor), (0, rows.start // factor))
         return result
     except ImageError:
         raise

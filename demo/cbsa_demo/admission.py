@@ -1,6 +1,11 @@
-"""How much strangers may send: no request is too long, and the uploads together take a bounded space."""
+"""
+What strangers may cost the server: no request is too long, the uploads together take a bounded space, and memory that
+was used for them is given back.
+"""
 
+import ctypes
 import shutil
+import sys
 from pathlib import Path
 
 from gradio.utils import get_upload_folder
@@ -12,6 +17,19 @@ from .photos import LIMITS, MAX_BYTES
 
 MAX_BODY = MAX_BYTES + 10**6  # bytes of a request; a megabyte for what surrounds the photo
 MAX_UPLOADS = 10**9  # bytes of all photos that are kept
+
+
+M_MMAP_THRESHOLD = -3  # from malloc.h of the GNU C library
+LARGE = 2**17  # bytes; where the library starts
+
+
+def give_large_memory_back():
+    """
+    From now on memory for pictures and tensors goes back to the system as soon as it is free. The GNU C library learns
+    from the first large pieces to keep the later ones, and does so in each thread.
+    """
+    if sys.platform == "linux" and hasattr(library := ctypes.CDLL(None), "mallopt"):
+        library.mallopt(M_MMAP_THRESHOLD, LARGE)
 
 
 def make_room(needed: int):

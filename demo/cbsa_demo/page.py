@@ -11,7 +11,7 @@ import gradio as gr
 from starlette.middleware import Middleware
 
 from . import text, views
-from .admission import Admission
+from .admission import Admission, give_large_memory_back
 from .answers import FIRST, MAPS, NO_OTHER, QUERIES, Answers
 from .choices import Choices
 from .endpoints import add_endpoints
@@ -250,6 +250,7 @@ def follow(parts: SimpleNamespace, choices: Choices, page: gr.Blocks):
 
 def build_page(explorer: Explorer) -> gr.Blocks:
     """The page, its first result already computed."""
+    give_large_memory_back()
     answers = Answers(explorer)
     for name in explorer.checkpoints:  # all at once, so that what is wrong with one is the operator's to read
         explorer.model(name)

@@ -1,19 +1,17 @@
 """Which photo a visitor means, and reading it safely: the examples, and files in the upload folder alone."""
 
-import ctypes
 import functools
 import os
 import re
 import stat
-import sys
-from concurrent.futures import ThreadPoolExecutor
+import threading
 from dataclasses import dataclass
 from pathlib import Path
 
 import gradio as gr
 import skimage.data
 from gradio.utils import get_upload_folder
-from PIL import Image
+from PIL import Image, ImageFile
 
 from cbsa_hf import ImageError
 from cbsa_hf.segmentation.image_files import has_more_pictures, open_bytes
@@ -21,12 +19,13 @@ from cbsa_hf.segmentation.images import HUNGRY_FORMATS, to_rgb
 
 
 MAX_BYTES = 30 * 10**6
-MAX_PIXELS = 25 * 10**6  # 8 bytes are needed for each, 16 in HUNGRY_FORMATS
+MAX_PIXELS = 25 * 10**6  # up to 8 bytes are needed for each, 16 in HUNGRY_FORMATS
+FORMATS = ("JPEG", "PNG", "WEBP", "AVIF", "TIFF", "GIF", "BMP")
 MAX_RATIO = 50  # of the longer side to the shorter
 LONG_SIDE = 1280  # pixels of the longer side that anything is drawn at
 UPLOADED = re.compile(r"[0-9a-f]{16,128}/[^/\\\0]{1,255}")  # Gradio's folder of an upload, and the file's own name
 
-DECODER = ThreadPoolExecutor(1, "decoder")  # one photo at a time, in one thread, whose memory is used again
+READING = threading.Lock()  # one photo at a time, since one takes up to 200 MB meanwhile
 LIMITS = f"up to {MAX_BYTES // 10**6} MB and {MAX_PIXELS // 10**6} million pixels"
 NOT_UPLOADED = "Upload a photo first, or choose one of the examples; no other files are read."
 
@@ -139,50 +138,47 @@ def read_upload(path: Path) -> bytes:
             raise PhotoError(NOT_UPLOADED)
         if status.st_size > MAX_BYTES:
             raise PhotoError(f"{path.name} has {status.st_size / 1e6:.0f} MB; this page takes photos {LIMITS}.")
+        if not status.st_size:
+            raise PhotoError(f"{path.name} is empty.")
         return file.read()
 
 
-def decode(data: bytes, name: str) -> Image.Image:
-    """The photo in a file, upright, no larger than it is drawn."""
-    image = open_bytes(data)
-    image.draft(None, (LONG_SIDE, LONG_SIDE))  # a JPEG is decoded at half of its size, or less, where that is enough
-    image = to_rgb(image, name)
-    image.thumbnail((LONG_SIDE, LONG_SIDE))
-    give_memory_back()
+def open_header(data: bytes, name: str) -> ImageFile.ImageFile:
+    """The photo in a file within the limits, before its pixels are decoded."""
+    try:
+        image = open_bytes(data)
+    except Exception:  # decoders raise errors of many types
+        image = None
+    if image is None or image.format not in FORMATS:
+        raise PhotoError(
+            f"{name} is not a photo that this page can read; give a JPEG, PNG, WebP, AVIF, TIFF, GIF or BMP file."
+        )
+    width, height = image.size
+    is_hungry = image.format in HUNGRY_FORMATS or image.mode == "CMYK"
+    most = MAX_PIXELS // 2 if is_hungry else MAX_PIXELS
+    if width * height > most or max(image.size) > MAX_RATIO * min(image.size):
+        raise PhotoError(
+            f"{name} has {width} x {height} pixels; this page takes photos {LIMITS}, half as many in WebP, AVIF and "
+            f"CMYK, no side more than {MAX_RATIO} times the other."
+        )
     return image
-
-
-def give_memory_back():
-    """What was freed goes back to the system at once; glibc would keep it for what may come."""
-    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
-        libc.malloc_trim(0)
 
 
 def open_upload(source: str) -> Photo:
     """An uploaded photo, upright and small enough to draw."""
     path = find_upload(source)
-    data = read_upload(path)
-    if not data:
-        raise PhotoError(f"{path.name} is empty.")
-    try:
-        header = open_bytes(data)
-    except Exception as error:  # decoders raise errors of many types
-        raise PhotoError(
-            f"{path.name} is not a photo that this page can read; give a JPEG, PNG, WebP, AVIF, TIFF, GIF or BMP file."
-        ) from error
-    width, height = header.size
-    most = MAX_PIXELS // 2 if header.format in HUNGRY_FORMATS else MAX_PIXELS
-    if width * height > most or max(header.size) > MAX_RATIO * min(header.size):
-        raise PhotoError(
-            f"{path.name} has {width} x {height} pixels; this page takes photos {LIMITS}, half as many in WebP and "
-            f"JPEG 2000, no side more than {MAX_RATIO} times the other."
-        )
-    try:
-        image = DECODER.submit(decode, data, path.name).result()
-    except ImageError as error:
-        raise PhotoError(str(error)) from error
-    remark = f"{path.name} holds several pictures; this is the first." if has_more_pictures(data) else ""
-    return Photo(source, image, path.name, f"The uploaded photo {path.name}", remark)
+    name = path.name
+    with READING:
+        data = read_upload(path)
+        image = open_header(data, name)
+        image.draft(None, (LONG_SIDE, LONG_SIDE))  # a JPEG is decoded at half of its size, or less, where that does
+        try:
+            image = to_rgb(image, name, max(1, max(image.size) // LONG_SIDE))
+        except ImageError as error:
+            raise PhotoError(str(error)) from error
+        image.thumbnail((LONG_SIDE, LONG_SIDE))
+        remark = f"{name} holds several pictures; this is the first." if has_more_pictures(data) else ""
+    return Photo(source, image, name, f"The uploaded photo {name}", remark)
 
 
 @functools.cache
