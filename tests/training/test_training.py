@@ -364,7 +364,7 @@ def test_corrupt_images_are_skipped(data, tmp_path):
     assert process.returncode == 0, errors
     assert errors.count("Skipped image 3,") == errors.count("Skipped image 7,") == 1
     sentence = fail(folder, tmp_path / "stopped", "--num_epochs=2", "--max_corrupt=1", "--num_workers=1")
-    assert "2 images cannot be read (the log names them), more than `--max_corrupt 1`" in sentence
+    assert "2 of the images cannot be read (the log names them), more than `--max_corrupt 1`" in sentence
 
 
 @pytest.mark.parametrize(

@@ -79,7 +79,7 @@ class TestValidation:
         sound = file.read_bytes()
         break_image(file, 3)
         settings = {**SETTINGS, "checkpointing_steps": None, "max_corrupt": 0}
-        with pytest.raises(ValueError, match="1 images cannot be read"):
+        with pytest.raises(ValueError, match="1 of the images cannot be read"):
             start(tmp_path / "run", **settings)
         assert checkpoint_names(tmp_path / "run") == ["checkpoint-00000002"]
         assert not (tmp_path / "run" / "checkpoint-00000002" / "validation.json").exists()
@@ -606,7 +606,7 @@ class TestWorkers:
         monkeypatch.setattr(LabelledImages, "set_epoch", break_all)
         break_image(file, 0)
         settings = {**SETTINGS, "checkpointing_steps": None, "max_corrupt": 7}
-        with pytest.raises(ValueError, match=r"8 images cannot be read .* goes on from step [23]"):
+        with pytest.raises(ValueError, match=r"8 of the images cannot be read .* goes on from step [23]"):
             start(tmp_path / "run", **settings)
 
 
@@ -673,7 +673,7 @@ class TestLabels:
         self.write(tmp_path / "data", split, [0, 1, 0, label, 0, 1, 0, label])
         with pytest.raises(ValueError) as error:
             start(tmp_path / "run", mixup_alpha=0.2)
-        expected = f"Image 3 of the split {split!r} (and 1 others) has {given}; the data set names the classes 0 to 1."
+        expected = f"Image 3 of the split {split!r} (and 1 more) has {given}; the data set names the classes 0 to 1."
         assert str(error.value) == expected
         assert checkpoint_names(tmp_path / "run") == []
 
@@ -758,7 +758,7 @@ class TestMasks:
         mask[0] = 255
         check_masks(self.images(PILImage.fromarray(mask)), "train", self.NAMES)
         assert (
-            "No pixel of the 1 masks looked at in the split 'train' is of the class 'cat'. 33% of the" in caplog.text
+            "No pixel of the masks looked at in the split 'train' (1) is of the class 'cat'. 33% of the" in caplog.text
         )
         assert "have the label 255, which does not count: if it is meant as a class, write that" in caplog.text
         caplog.clear()
