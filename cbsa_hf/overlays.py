@@ -1,6 +1,7 @@
 """Draw masks, classes and attention maps over photos."""
 
 from colorsys import hsv_to_rgb
+from functools import cache
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
@@ -146,11 +147,17 @@ def class_strip(
     return whole
 
 
-def colour_values(values: np.ndarray, scale: str) -> Image.Image:
-    """Values from 0 to 1 in the colours of a colour map of Matplotlib, as a picture."""
+@cache
+def colour_map(scale: str):
+    """A colour map of Matplotlib. One object each, since Matplotlib computes the colours of every new one again."""
     from matplotlib import colormaps  # imported here, since it takes long and `cbsa segment` does not need it
 
-    return Image.fromarray(colormaps[scale](values, bytes=True)[..., :3])
+    return colormaps[scale]
+
+
+def colour_values(values: np.ndarray, scale: str) -> Image.Image:
+    """Values from 0 to 1 in the colours of a colour map of Matplotlib, as a picture."""
+    return Image.fromarray(colour_map(scale)(values, bytes=True)[..., :3])
 
 
 def overlay_heat(image: Image.Image, heat: np.ndarray) -> Image.Image:

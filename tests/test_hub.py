@@ -1,10 +1,8 @@
-"""`cbsa push` and `--push_to_hub` of the training scripts, up to the upload."""
+"""`cbsa push`, and `--push_to_hub` of the training scripts, without the upload itself."""
 
 import ast
 import json
-import os
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
@@ -12,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from conftest import run_without_package
 from datasets import ClassLabel, Dataset, Features, Image
 from huggingface_hub import HfApi, ModelCard
 from PIL import Image as PILImage
@@ -26,10 +25,7 @@ CODE = {"attention_cbsa.py", "configuration_cbsa.py", "mask_decoder_cbsa.py", "m
 PIPELINE = {"images.py", "image_files.py", "inference.py", "memory.py", "patch_grouping.py", "pipeline_cbsa.py"}
 PIPELINE |= {"spectral.py", "zero_shot.py"}
 FILES = {"README.md", "config.json", "model.safetensors", "preprocessor_config.json"} | CODE
-STRANGER = """
-import sys
-
-sys.modules["cbsa_hf"] = None  # importing it raises ImportError
+LAST_EXAMPLE = """
 with open("README.md") as card:
     example = card.read().rpartition("```python\\n")[2].partition("```")[0]
 exec(example)
@@ -38,7 +34,7 @@ exec(example)
 
 @pytest.fixture
 def hub(monkeypatch, tmp_path):
-    """Stands in for the network: what would be created and uploaded."""
+    """Replaces the Hub, and records the repository that would be created and the files that would be uploaded."""
     calls = {}
 
     def create_repo(self, repo_id, *, private, exist_ok):
@@ -61,21 +57,16 @@ def hub(monkeypatch, tmp_path):
 
 def run_example(folder: Path, photo: PILImage.Image) -> str:
     """
-    What the last example of the model card prints in a process without this package, started beside the folder, so
-    that the hub id is its path.
+    What the last example of the model card prints in a process without this package. A link makes the id of the
+    repository a path there.
     """
     photo.save(folder / "photo.jpg")
-    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
-    environment["HF_MODULES_CACHE"] = str(folder / "modules")
     (folder / folder.parent.name).mkdir()
     (folder / folder.parent.name / folder.name).symlink_to(folder)
-    command = [sys.executable, "-c", STRANGER]
-    process = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
-    assert process.returncode == 0, process.stderr
-    return process.stdout.strip()
+    return run_without_package(LAST_EXAMPLE, folder).strip()
 
 
-def test_push(hub, shipped, photo, capsys):
+def test_push_of_the_shipped_classifier(hub, shipped, photo, capsys):
     assert main(["push", "somebody/cbsa-tiny-imagenette", "--private"]) == 0
     assert capsys.readouterr().out == "https://hub/somebody/cbsa-tiny-imagenette\n"
     assert hub["repo"] == ("somebody/cbsa-tiny-imagenette", True, True)
@@ -84,7 +75,7 @@ def test_push(hub, shipped, photo, capsys):
     assert (metadata.library_name, metadata.pipeline_tag) == ("transformers", "image-classification")
     assert metadata.eval_results[0].metric_type == "accuracy"
     assert metadata.datasets == ["frgfm/imagenette"]
-    # An example of the name that it is published under, which runs without this package.
+    # The example names the repository, and runs without this package.
     loaded = 'AutoModelForImageClassification.from_pretrained("somebody/cbsa-tiny-imagenette", trust_remote_code=True)'
     assert f"\nmodel = {loaded}\n" in hub["card"].text
     inputs = hub["processor"](photo, return_tensors="pt")
@@ -119,7 +110,7 @@ def test_push_of_a_segmenter(hub, tiny_segmenter, saved_segmenter):
 
 
 def test_push_of_an_encoder(hub, tiny_model, shipped, tmp_path):
-    """As `cbsa convert` makes of DINOv2."""
+    """An encoder without head, as `cbsa convert` makes from DINOv2."""
     tiny_model.cbsa.save_pretrained(tmp_path)
     shipped[1].save_pretrained(tmp_path)
     card = "---\nlicense: mit\nlibrary_name: transformers\npipeline_tag: image-feature-extraction\n---\n"
@@ -168,10 +159,10 @@ def test_push_at_the_end_of_a_run(hub, training, tmp_path, monkeypatch):
     assert metadata.eval_results[0].metric_value == accuracy
 
 
-def test_nothing_is_pushed_without_a_complete_card(hub, shipped, tmp_path, capsys):
+def test_incomplete_card_is_not_pushed(hub, shipped, tmp_path, capsys):
     shipped[0].save_pretrained(tmp_path)
     shipped[1].save_pretrained(tmp_path)
-    capsys.readouterr()  # the progress of saving
+    capsys.readouterr()  # discard the progress bars of saving
     for card, message in [(None, "has no model card"), ("---\nlicense: mit\n---\n", "library_name, pipeline_tag")]:
         if card is not None:
             (tmp_path / "README.md").write_text(card)
@@ -182,15 +173,15 @@ def test_nothing_is_pushed_without_a_complete_card(hub, shipped, tmp_path, capsy
     assert not hub
 
 
-def test_the_hub_out_of_reach_is_one_sentence(capsys):
+def test_unreachable_hub_is_one_sentence(capsys):
     assert main(["push", "somebody/model"]) == 2
     error = capsys.readouterr().err
     assert error.startswith("cbsa: The Hub did not take somebody/model")
     assert error.count("\n") == 1
 
 
-def test_what_the_trainer_saves(shipped, tmp_path):
-    """What its `push_to_hub` uploads, with `base_model` and without a path of this machine."""
+def test_files_that_the_trainer_saves(shipped, tmp_path):
+    """The files that its `push_to_hub` uploads have the `base_model` and no local path."""
     arguments = TrainingArguments(tmp_path / "run", report_to="none", use_cpu=True)
     trainer = Trainer(shipped[0], arguments, processing_class=shipped[1])
     trainer.save_model()

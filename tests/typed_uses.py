@@ -1,6 +1,4 @@
-"""
-What type checkers know of the public package: read by pyright, not run. One photo gives one result, a list a list.
-"""
+"""Types of the public package. Pyright checks this file; nothing runs it."""
 
 from pathlib import Path
 from typing import assert_type

@@ -1,4 +1,4 @@
-"""The claims, at a size of seconds: every piece runs, and the verdicts follow from the numbers."""
+"""The claims, on small models and data: every part runs, and verdicts follow from the numbers."""
 
 import json
 from dataclasses import replace
@@ -39,7 +39,7 @@ def bench(data, tmp_path):
     return Workbench(tmp_path, str(data), recipe=recipe, seeds=(0, 1), num_images=3)
 
 
-def test_small_models_learn_and_are_remembered(bench):
+def test_small_models_learn_and_are_cached(bench):
     from benchmarks.small_models import accuracy
 
     bench.recipe = replace(bench.recipe, num_epochs=24)
@@ -47,9 +47,9 @@ def test_small_models_learn_and_are_remembered(bench):
     assert accuracy(model, bench.validation_set) > 0.9
     (folder,) = bench.cache.iterdir()
     trained = load_file(folder / "model.safetensors")
-    bench.training_set.pixel_values.zero_()  # nothing could be learned any more
+    bench.training_set.pixel_values.zero_()  # a model trained again would learn nothing
     again = bench.small("cbsa", 0, attention_type="cbsa")
-    assert bench.training_set.digest != bench.validation_set.digest  # other images have models of their own
+    assert bench.training_set.digest != bench.validation_set.digest  # the cache depends on the images
     assert all(torch.equal(again.state_dict()[name], tensor) for name, tensor in trained.items())
 
 
@@ -72,7 +72,7 @@ def test_claims_about_trained_models(bench, claim):
     assert {verdict for verdict, _ in CLAIMS[claim][1](bench).verdicts.values()} == {NOT_RUN}
 
 
-def test_adaptation_replaces_the_attention_alone(bench):
+def test_adaptation_replaces_only_the_attention(bench):
     from benchmarks.small_models import with_attention
 
     model = bench.small("softmax", 0, attention_type="softmax")
@@ -85,7 +85,7 @@ def test_adaptation_replaces_the_attention_alone(bench):
 
 
 def test_masks_are_scored_once(bench, tmp_path):
-    """Claim 1 on two photos, by the real script; the second time from the cache."""
+    """Claim 1 on two photos. The second time, the scores come from the cache."""
     from benchmarks.model_claims import zero_shot_segmentation
     from benchmarks.workbench import NOT_RUN
 
@@ -115,7 +115,7 @@ def test_verdict_over_seeds():
     assert [sign_verdict(values) for values in ([1, 2], [-1, -2], [1, -1])] == [HOLDS, FAILS, OPEN]
 
 
-def test_page(tmp_path, monkeypatch, capsys):
+def test_page_of_claims(tmp_path, capsys):
     from benchmarks.claims import Arguments, main
     from benchmarks.operator_claims import linear_cost
 
@@ -125,7 +125,7 @@ def test_page(tmp_path, monkeypatch, capsys):
     assert not list(tmp_path.iterdir())
     output.parent.mkdir()
     main(Arguments(claims=[6], cache_dir=str(cache), output=str(output)))
-    main(Arguments(claims=[1, 5], cache_dir=str(cache), output=str(output)))  # 6 is still on the page
+    main(Arguments(claims=[1, 5], cache_dir=str(cache), output=str(output)))  # claim 6 stays on the page
     assert "5. Cost grows linearly with tokens: holds here" in capsys.readouterr().out
     page = output.read_text()
     assert page.count("\n## ") == 7
@@ -138,7 +138,7 @@ def test_page(tmp_path, monkeypatch, capsys):
     found = {"run": "Once.", "verdicts": {"a part": ["holds here", "by far."]}, "tables": [], "picture": None}
     (cache / "claim-1.json").write_text(json.dumps(found | {"seconds": 1, "machine": "any"}))
     main(Arguments(claims=[1], cache_dir=str(cache), output=str(output)))
-    assert "- a part: **holds here**; by far." in output.read_text()  # what cannot be run replaces nothing
+    assert "- a part: **holds here**; by far." in output.read_text()  # a claim that cannot run keeps its former result
     assert sorted(path.name for path in output.parent.iterdir()) == ["claim-5.png", "claim-6.png", "claims.md"]
     # 2 N d^2 + 3 N m d, and 2 m^2 d within the contraction; N = 16385.
     count = 2 * 16385 * 192**2 + 3 * 16385 * 64 * 192 + 2 * 64**2 * 192
@@ -149,7 +149,7 @@ def test_page(tmp_path, monkeypatch, capsys):
     ("values", "message"),
     [({"claims": [8]}, "There is no claim 8"), ({"checkpoints": "nowhere"}, "`--checkpoints nowhere` is no folder")],
 )
-def test_bad_input(tmp_path, monkeypatch, values, message):
+def test_bad_input_raises(tmp_path, monkeypatch, values, message):
     from benchmarks.claims import Arguments, main
 
     monkeypatch.chdir(tmp_path)

@@ -1,12 +1,12 @@
-"""What makes the models fast changes no output and no gradient."""
+"""Optimisations change no output and no gradient, and layers take no more operations than recorded here."""
 
 import subprocess
 import sys
 from collections import Counter
-from pathlib import Path
 
 import pytest
 import torch
+from conftest import ROOT
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -16,12 +16,12 @@ from cbsa_hf import CBSAConfig, CBSAForImageClassification, CBSAModel, fold
 from cbsa_hf.modeling_cbsa import CBSAISTA
 
 
-MEMORY = Path(__file__).resolve().parents[2] / "training" / "engine" / "memory.py"
+MEMORY = ROOT / "training" / "engine" / "memory.py"
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_gradients_of_a_training_step(dtype):
-    """The same as of the formulas as the reference implementation writes them."""
+    """Gradients are those of the formulas in the reference implementation."""
     torch.manual_seed(0)
     config = CBSAConfig(
         image_size=48, patch_size=8, hidden_size=32, num_hidden_layers=3, num_attention_heads=2, num_labels=5
@@ -57,9 +57,9 @@ def test_gradients_of_ista(num_tokens):
     torch.testing.assert_close(ista.weight.grad, 0.3 * (outer.T - dictionary @ outer - dictionary @ outer.T))
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="glibc's malloc alone is told to keep memory")
+@pytest.mark.skipif(sys.platform != "linux", reason="only glibc's malloc can be told to keep memory")
 def test_freed_memory_is_kept():
-    """Buffers of 64 MiB, allocated and freed in turn, are mapped once; without it, every time."""
+    """A buffer of 64 MiB that is freed and allocated again causes few page faults."""
     script = f"""
 import ctypes, resource, runpy
 module = runpy.run_path({str(MEMORY)!r})
@@ -82,7 +82,7 @@ for keeps in (False, True):
 
 
 class LargeOperations(TorchDispatchMode):
-    """Counts by name the operations whose result is at least as large as the tokens, views left out."""
+    """Counts operations by name, without views, whose result has at least `num_values` values."""
 
     def __init__(self, num_values: int):
         super().__init__()
@@ -100,6 +100,7 @@ BATCH, TOKENS, WIDTH, HEADS, REPRESENTATIVES = 2, 65, 32, 2, 16
 
 
 def one_layer(folded: bool):
+    """A folded layer, or one in training mode, and tokens for it."""
     config = CBSAConfig(
         hidden_size=WIDTH,
         num_attention_heads=HEADS,
@@ -114,7 +115,7 @@ def one_layer(folded: bool):
 
 
 def count_and_measure(run) -> tuple[dict[str, int], float, int]:
-    """Large operations by name, peak memory in bytes a token and width, and floating-point operations."""
+    """Large operations by name, peak memory in bytes per token and channel, and floating-point operations."""
     with LargeOperations(BATCH * TOKENS * WIDTH) as operations:
         run()
     with FlopCounterMode(display=False) as counter:
@@ -124,14 +125,14 @@ def count_and_measure(run) -> tuple[dict[str, int], float, int]:
 
 @torch.no_grad()
 def test_operations_of_inference():
-    """A copy, a pass over the tokens or a buffer more than today fails here."""
+    """Fails if a layer takes another copy, pass over the tokens, or buffer."""
     layer, tokens = one_layer(folded=True)
     found, memory, flops = count_and_measure(lambda: layer(tokens, (8, 8)))
     assert found == {
         "native_layer_norm": 2,
         "addmm": 3,  # projection, output layer, ISTA
-        "clone": 2,  # the heads split, and merged
-        "bmm": 2,  # read, broadcast; the representatives' own products are small
+        "clone": 2,  # heads are split and merged
+        "bmm": 2,  # scores and broadcast; other products have the small size of the representatives
         "_softmax": 1,
         "add": 1,  # residual
         "relu": 1,
@@ -147,19 +148,19 @@ def test_operations_of_a_training_step():
     found, memory, flops = count_and_measure(lambda: layer(tokens, (8, 8)).sum().backward())
     assert found == {
         "native_layer_norm": 2,
-        "mm": 4,  # projection; the three linear layers backwards
+        "mm": 4,  # projection; backward of the three linear layers
         "addmm": 2,
         "clone": 4,
         "bmm": 6,
         "_softmax": 1,
-        "add": 5,  # residual; gradients of tokens and attention that come from several steps
+        "add": 5,  # residual; sums of gradients of tokens and attention
         "relu": 1,
         "threshold_backward": 1,
         "native_layer_norm_backward": 2,
         "_softmax_backward_data": 1,
-        "slice_backward": 1,  # the patches among the tokens
+        "slice_backward": 1,  # the patches are a slice of the tokens
     }
     assert memory <= 4 * 12.5
     linear = 3 * TOKENS * WIDTH**2
     attention = 3 * TOKENS * WIDTH * REPRESENTATIVES + 2 * WIDTH * REPRESENTATIVES**2
-    assert flops == 3 * 2 * (BATCH * (linear + attention) + WIDTH**3)  # and D^T D
+    assert flops == 3 * 2 * (BATCH * (linear + attention) + WIDTH**3)  # D^T D is computed, too

@@ -1,4 +1,4 @@
-"""Record what the shipped checkpoint gives for the example photo; run again only when it is retrained."""
+"""Record the outputs of the shipped checkpoint for the example photo. Run it only if the checkpoint was retrained."""
 
 import numpy as np
 import skimage.data

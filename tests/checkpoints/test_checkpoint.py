@@ -1,4 +1,4 @@
-"""The shipped checkpoint computes what was recorded from it (`python tests/checkpoints/record_golden.py`)."""
+"""The shipped checkpoints: their files, and outputs as recorded by `python tests/checkpoints/record_golden.py`."""
 
 import json
 from pathlib import Path
@@ -35,7 +35,7 @@ def test_golden_outputs(shipped, photo):
 
 
 @pytest.mark.parametrize("task", TASKS)
-def test_what_ships(task):
+def test_shipped_files(task):
     folder = Path(default_checkpoint(task))
     assert {path.name for path in folder.iterdir()} == {
         "README.md",
@@ -52,9 +52,9 @@ def test_what_ships(task):
     assert 1.5e6 < sum(tensor.numel() for tensor in weights.values()) < 2e6
 
 
-def test_pipeline(shipped, photo):
+def test_classification_pipeline(shipped, photo):
     classifier = pipeline("image-classification", model=default_checkpoint())
-    grey = photo.convert("L")  # any mode
+    grey = photo.convert("L")  # an image of any mode is converted
     scores = classifier(grey)
     logits = compute(*shipped, grey.convert("RGB"))["logits"]
     expected = logits.softmax(-1)[0]
@@ -63,13 +63,13 @@ def test_pipeline(shipped, photo):
 
 
 @pytest.mark.parametrize("function", [default_checkpoint, lambda task: load_checkpoint(task=task)])
-def test_unknown_task(function):
+def test_unknown_task_raises(function):
     with pytest.raises(ValueError, match="There is no task 'semantic'; choose one of 'image-classification', 'sem"):
         function("semantic")
 
 
 def test_street_scene():
-    """Pale above and dark grey below is sky over a road."""
+    """An image that is pale above and dark grey below is sky over a road."""
     model, processor = load_checkpoint(task="semantic-segmentation")
     pixels = np.full((288, 384, 3), (200, 215, 235), dtype=np.uint8)
     pixels[170:] = (70, 70, 72)
@@ -82,7 +82,7 @@ def test_street_scene():
 
 
 def test_dtype_and_device(shipped, photo):
-    """As `from_pretrained` takes them; the outputs are those of the weights, rounded."""
+    """`dtype` and `device_map` work as in `from_pretrained`. Outputs in bfloat16 are close to those in float32."""
     model, processor = load_checkpoint(dtype=torch.bfloat16, device_map="cpu")
     assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
     assert {parameter.device.type for parameter in model.parameters()} == {"cpu"}

@@ -1,4 +1,4 @@
-"""Checkpoints that others made, or that were damaged: a model or one sentence, and no code of theirs runs."""
+"""Foreign or damaged checkpoints give a model or one sentence, and their code never runs."""
 
 import json
 import os
@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import ROOT, rewrite_json
 from huggingface_hub.errors import StrictDataclassError
 from safetensors.torch import load_file, save_file
 from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessorPil
@@ -24,12 +25,8 @@ def folder(tmp_path) -> Path:
     return Path(shutil.copytree(default_checkpoint(), tmp_path / "checkpoint"))
 
 
-def rewrite(path: Path, **changes):
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
-
-
 def refuse(folder: Path, message: str):
-    """One sentence, in little memory: what is not built takes no time either."""
+    """Assert that loading raises one sentence and takes little memory, so the model is not built."""
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     with pytest.raises(ValueError, match=message) as raised:
         load_checkpoint(str(folder))
@@ -50,7 +47,7 @@ def refuse(folder: Path, message: str):
     ids=["empty", "bytes", "list", "deep", "long"],
 )
 @pytest.mark.parametrize("name", ["config.json", "preprocessor_config.json"])
-def test_no_settings(folder, name, content, message):
+def test_settings_that_are_no_json_object_are_refused(folder, name, content, message):
     (folder / name).write_bytes(content)
     refuse(folder, message)
 
@@ -89,8 +86,8 @@ def test_no_settings(folder, name, content, message):
     ],
     ids=str,
 )
-def test_configurations(folder, changes, message):
-    rewrite(folder / "config.json", **changes)
+def test_bad_configuration_is_refused(folder, changes, message):
+    rewrite_json(folder / "config.json", **changes)
     refuse(folder, message)
 
 
@@ -113,7 +110,7 @@ def test_configurations(folder, changes, message):
     ],
     ids=str,
 )
-def test_a_configuration_of_any_values(values):
+def test_wrong_types_in_a_configuration_raise(values):
     with pytest.raises((ValueError, StrictDataclassError)):
         CBSAConfig.from_dict({"model_type": "cbsa"} | values)
 
@@ -137,8 +134,8 @@ def test_a_configuration_of_any_values(values):
     ],
     ids=str,
 )
-def test_image_processors(folder, changes, message):
-    rewrite(folder / "preprocessor_config.json", **changes)
+def test_bad_image_processor_is_refused(folder, changes, message):
+    rewrite_json(folder / "preprocessor_config.json", **changes)
     refuse(folder, message)
 
 
@@ -153,12 +150,12 @@ def edit_header(path: Path, edit):
 
 
 @pytest.mark.parametrize("content", [b"", b"\0" * 8, b"\xff" * 64, struct.pack("<Q", 10**15) + b"{}"], ids=repr)
-def test_no_safetensors(folder, content):
+def test_damaged_safetensors_are_refused(folder, content):
     (folder / "model.safetensors").write_bytes(content)
     refuse(folder, "The weights in .*model.safetensors cannot be read")
 
 
-def test_weights_of_another_type_or_shape(folder):
+def test_weights_of_wrong_type_or_shape_are_refused(folder):
     weights = folder / "model.safetensors"
     edit_header(weights, lambda header: header["classifier.weight"].update(dtype="I16"))
     refuse(folder, "`classifier.weight` is of type I16")
@@ -171,15 +168,15 @@ def test_weights_of_another_type_or_shape(folder):
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_weights_that_are_not_finite(folder, value):
+def test_weights_that_are_not_finite_are_refused(folder, value):
     weights = load_file(folder / "model.safetensors")
     weights["classifier.bias"][3] = value
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     refuse(folder, "`classifier.bias` has values that are not finite")
 
 
-def test_outputs_that_overflow(folder, photo):
-    """Finite weights of which no finite number comes are no background, either."""
+def test_outputs_that_overflow_raise(folder, photo):
+    """Finite weights can give outputs that overflow. These raise, and are not taken for background."""
     from cbsa_hf import ZeroShotSegmenter, attention_maps
 
     weights = load_file(folder / "model.safetensors")
@@ -195,13 +192,13 @@ def test_outputs_that_overflow(folder, photo):
 
 
 @pytest.mark.parametrize("name", ["pytorch_model.bin", "model.pt", "model.ckpt"])
-def test_pickles(folder, name):
+def test_pickle_is_refused(folder, name):
     torch.save(load_file(folder / "model.safetensors"), folder / name)
     (folder / "model.safetensors").unlink()
     refuse(folder, f"{name} is a pickle, which could run code and is not loaded")
 
 
-def test_shards(folder, shipped):
+def test_sharded_weights(folder, shipped):
     model, _ = shipped
     (folder / "model.safetensors").unlink()
     model.save_pretrained(folder, max_shard_size="1MB")
@@ -217,26 +214,30 @@ def test_shards(folder, shipped):
         refuse(folder, "index.json (has to name a file in the same folder|names .*, which is no file of safetensors)")
 
 
-def test_an_adapter(folder):
+def test_adapter_is_refused(folder):
     (folder / "adapter_config.json").write_text("{}")
     refuse(folder, "holds an adapter; load it with PEFT")
 
 
-FOREIGN = "from pathlib import Path\n\nPath(__file__).parents[0].joinpath('ran').touch()\nraise SystemExit('it ran')\n"
+FOREIGN_CODE = (
+    "from pathlib import Path\n\nPath(__file__).parents[0].joinpath('ran').touch()\nraise SystemExit('it ran')\n"
+)
 
 
 @pytest.mark.parametrize("kind", ["config", "processor"])
-def test_code_is_neither_run_nor_asked_about(folder, photo, tmp_path, kind):
+def test_code_of_a_checkpoint_is_not_run(folder, photo, tmp_path, kind):
     photo.save(tmp_path / "cat.png")
-    (folder / "own.py").write_text(FOREIGN)
+    (folder / "own.py").write_text(FOREIGN_CODE)
     if kind == "config":
-        rewrite(folder / "config.json", model_type="own", auto_map={"AutoConfig": "own.Own", "AutoModel": "own.Own"})
+        rewrite_json(
+            folder / "config.json", model_type="own", auto_map={"AutoConfig": "own.Own", "AutoModel": "own.Own"}
+        )
     else:
         path = folder / "preprocessor_config.json"
-        rewrite(path, auto_map={"AutoImageProcessor": "own.Own"}, image_processor_type="Own")
+        rewrite_json(path, auto_map={"AutoImageProcessor": "own.Own"}, image_processor_type="Own")
     command = ["segment", "cat.png", "-o", "out.png", "--checkpoint", "checkpoint"]
     program = "import sys; from cbsa_hf.cli import main; sys.exit(main(sys.argv[1:]))"
-    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2]), "HF_HOME": str(tmp_path / "cache")}
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "HF_HOME": str(tmp_path / "cache")}
     process = subprocess.run(
         [sys.executable, "-c", program, *command],
         cwd=tmp_path,
@@ -254,14 +255,15 @@ def test_code_is_neither_run_nor_asked_about(folder, photo, tmp_path, kind):
 
 @pytest.fixture
 def teacher(tmp_path) -> Path:
+    """The folder of a small ViT that can teach."""
     config = ViTConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8, image_size=224)
     ViTForImageClassification(config).save_pretrained(tmp_path / "teacher")
     ViTImageProcessorPil().save_pretrained(tmp_path / "teacher")
     return tmp_path / "teacher"
 
 
-def test_teachers(training, teacher):
-    """Any classifier can teach; the same holds for its folder."""
+def test_teacher_is_checked(training, teacher):
+    """The folder of a teacher is checked like a checkpoint."""
     from training.tasks.teachers import AutoTeacher
 
     assert AutoTeacher(str(teacher)).stride == 16
@@ -275,24 +277,24 @@ def test_teachers(training, teacher):
     weights["classifier.bias"][0] = float("nan")
     save_file(weights, teacher / "model.safetensors", metadata={"format": "pt"})
     refuse_teacher("`classifier.bias` has values that are not finite")
-    rewrite(teacher / "config.json", num_hidden_layers=9_999)
+    rewrite_json(teacher / "config.json", num_hidden_layers=9_999)
     refuse_teacher("describes a model that is much larger")
-    rewrite(teacher / "config.json", num_hidden_layers=10**9)
+    rewrite_json(teacher / "config.json", num_hidden_layers=10**9)
     refuse_teacher("`num_hidden_layers` is 1000000000")
-    rewrite(teacher / "config.json", num_hidden_layers=1, model_type="own", auto_map={"AutoConfig": "own.Own"})
-    (teacher / "own.py").write_text(FOREIGN)
+    rewrite_json(teacher / "config.json", num_hidden_layers=1, model_type="own", auto_map={"AutoConfig": "own.Own"})
+    (teacher / "own.py").write_text(FOREIGN_CODE)
     refuse_teacher("cannot be loaded")
     (teacher / "model.safetensors").unlink()
     torch.save({}, teacher / "pytorch_model.bin")
-    rewrite(teacher / "config.json", model_type="vit", auto_map={})
+    rewrite_json(teacher / "config.json", model_type="vit", auto_map={})
     refuse_teacher("pytorch_model.bin is a pickle")
 
 
-def test_fine_tuning_looks_at_what_it_starts_from(training, folder):
+def test_initial_checkpoint_of_fine_tuning_is_checked(training, folder):
     from transformers import AutoModelForImageClassification
 
     from training.tasks.heads import load_for_classes
 
-    rewrite(folder / "config.json", num_hidden_layers=9_999)
+    rewrite_json(folder / "config.json", num_hidden_layers=9_999)
     with pytest.raises(CheckpointError, match="describes a model that is much larger"):
         load_for_classes(AutoModelForImageClassification, str(folder), {0: "a", 1: "b"})

@@ -1,13 +1,13 @@
-"""Checkpoints of other libraries through `cbsa convert`, against the outputs of what they were made with."""
+"""`cbsa convert`: converted checkpoints give the outputs of the library that they come from."""
 
 import json
-import os
 import re
 import zipfile
 from pathlib import Path
 
 import pytest
 import torch
+from conftest import REFERENCE, MakesFolder, assert_matches, randomise
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoImageProcessor,
@@ -37,7 +37,6 @@ from cbsa_hf.conversion.convert import convert_state_dict, detect_origin
 from cbsa_hf.conversion.originals import original_outputs
 
 
-REFERENCE = Path(__file__).parents[3] / "shared" / "reference"
 needs_reference = pytest.mark.skipif(not REFERENCE.is_dir(), reason=f"no recorded tensors at {REFERENCE.name}")
 
 SIZES = {
@@ -52,20 +51,6 @@ SIZES = {
 
 def convert(source, output, *options) -> int:
     return main(["convert", str(source), "-o", str(output), *map(str, options)])
-
-
-def assert_matches(actual: torch.Tensor, expected: torch.Tensor):
-    assert actual.shape == expected.shape
-    assert (actual - expected).abs().max() <= 1e-5 * expected.abs().max()
-
-
-def randomise(model):
-    """Every weight and bias, lest a mistake in one that starts at zero or one cancels out."""
-    torch.manual_seed(0)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.normal_(std=0.3)
-    return model.eval()
 
 
 @pytest.fixture
@@ -94,13 +79,13 @@ def crate_alpha_weights(width=24, layers=2, patch=8, patches=16, labels=5) -> di
         shapes |= {f"transformer.layers.{i}.{j}.norm.{kind}": (width,) for j in (0, 1) for kind in ("weight", "bias")}
         shapes |= {f"transformer.layers.{i}.0.fn.{name}.weight": (width, width) for name in ("qkv", "to_out.0")}
         shapes |= {f"transformer.layers.{i}.1.fn.{name}": (width, 4 * width) for name in ("D", "D1")}
-    # Tokens as small as the epsilons, so that these show; a dictionary so large that part of the code is not zero.
+    # Tokens are as small as the epsilons, so that these matter. The dictionary is so large that the code is not zero.
     large = re.compile(r"norm|mlp_head\.0|fn\.D$")
     return {name: torch.randn(shape) * (0.5 if large.search(name) else 0.003) for name, shape in shapes.items()}
 
 
 def crate_alpha_logits(weights: dict[str, torch.Tensor], image: torch.Tensor, heads: int) -> torch.Tensor:
-    """Of one image (3, height, width), by the formulas of the paper, token by token in float64."""
+    """Logits of an image (3, height, width), by the formulas of the paper, token by token in float64."""
     weights = {name: tensor.double() for name, tensor in weights.items()}
     width, _, patch, _ = weights["conv1.weight"].shape
 
@@ -134,7 +119,7 @@ def crate_alpha_logits(weights: dict[str, torch.Tensor], image: torch.Tensor, he
     return weights["mlp_head.1.weight"] @ norm(tokens[0], "mlp_head.0", 1e-5) + weights["mlp_head.1.bias"]
 
 
-def test_crate_alpha(pixel_values, tmp_path, capsys):
+def test_crate_alpha(pixel_values, tmp_path):
     weights = crate_alpha_weights()
     torch.save(weights, tmp_path / "crate_alpha_B16.pth")
     assert convert(tmp_path / "crate_alpha_B16.pth", tmp_path / "out", "--num-heads", 3) == 0
@@ -206,7 +191,7 @@ def test_recorded_classifiers(name, tmp_path, capsys):
 @needs_reference
 @pytest.mark.parametrize("prefix", ["", "module."])
 @pytest.mark.parametrize("under", ["state_dict", "model", None])
-def test_torch_files(prefix, under, tmp_path):
+def test_files_of_torch_save(prefix, under, tmp_path):
     tensors = load_file(REFERENCE / "cbt_patch8.safetensors")
     weights = {
         prefix + key.removeprefix("state_dict."): tensor
@@ -214,7 +199,7 @@ def test_torch_files(prefix, under, tmp_path):
         if key.startswith("state_dict.")
     }
     torch.save({under: weights, "epoch": 3} if under else weights, tmp_path / "best.pth.tar")
-    assert convert(tmp_path / "best.pth.tar", tmp_path / "cbt") == 0  # heads: from the steps
+    assert convert(tmp_path / "best.pth.tar", tmp_path / "cbt") == 0  # the step sizes tell the number of heads
     with torch.no_grad():
         logits = load_checkpoint(str(tmp_path / "cbt"))[0](tensors["input.pixel_values"]).logits
     assert_matches(logits, tensors["output.logits"])
@@ -296,7 +281,7 @@ def test_registers(layout, pixel_values, tmp_path, capsys):
         original.save_pretrained(tmp_path / "dinov2")
     else:
         weights = to_timm(original)
-        if layout == "timm":  # the position of CLS is a part of its token
+        if layout == "timm":  # timm adds the position of CLS to its token
             weights["reg_token"] = weights.pop("register_tokens")
             weights["cls_token"] = weights["cls_token"] + weights["pos_embed"][:, :1]
             weights["pos_embed"] = weights["pos_embed"][:, 1:]
@@ -309,14 +294,14 @@ def test_registers(layout, pixel_values, tmp_path, capsys):
     assert "Beside the original on one input of noise: differs by" in capsys.readouterr().out
 
 
-def test_beside_the_original(vit, tmp_path, monkeypatch, capsys):
-    """The check runs another model than the converted one, so a wrong weight is found, and nothing is written."""
+def test_wrong_conversion_is_found(vit, tmp_path, monkeypatch, capsys):
+    """The original's formulas are computed, too, so a wrong weight is found, and nothing is written."""
     vit.save_pretrained(tmp_path / "vit")
 
     def rename_wrongly(weights, origin):
         converted, dropped = convert_state_dict(weights, origin)
-        query, key = (f"cbsa.layers.1.attention.{name}_proj.weight" for name in "qv")
-        return converted | {query: converted[key], key: converted[query]}, dropped
+        query, value = (f"cbsa.layers.1.attention.{name}_proj.weight" for name in "qv")
+        return converted | {query: converted[value], value: converted[query]}, dropped
 
     monkeypatch.setattr("cbsa_hf.conversion.convert.convert_state_dict", rename_wrongly)
     assert convert(tmp_path / "vit", tmp_path / "out") == 2
@@ -326,8 +311,8 @@ def test_beside_the_original(vit, tmp_path, monkeypatch, capsys):
 
 @needs_reference
 @pytest.mark.parametrize("name", ["cbt_patch8", "crate_patchify_patch16", "tost_conv_patch16", "segmenter_cbt"])
-def test_originals(name):
-    """The formulas that conversions are compared with give what the reference implementations gave."""
+def test_formulas_of_the_originals(name):
+    """The formulas that conversions are compared with give the recorded outputs of the reference implementations."""
     tensors = load_file(REFERENCE / f"{name}.safetensors")
     weights = {k.removeprefix("state_dict."): v for k, v in tensors.items() if k.startswith("state_dict.")}
     config = CBSAConfig(num_attention_heads=3, layer_norm_eps=1e-5)
@@ -359,13 +344,12 @@ def test_timm(vit, dinov2, pixel_values, tmp_path):
 
 def reference_segmenter(origin: str) -> dict[str, torch.Tensor]:
     """Weights of the recorded encoder, by the names of a checkpoint, with one of the two recorded decoders."""
+    decoder = {
+        "cbt-segmenter": ("segmenter_cbt", "state_dict.decoder.", "decoder."),
+        "segmenter": ("segmenter_mask_transformer_decoder", "state_dict.", "decoder."),
+    }[origin]
     weights = {}
-    for file, theirs, prefix in (
-        ("segmenter_cbt", "state_dict.encoder.", "encoder."),
-        ("segmenter_cbt", "state_dict.decoder.", "decoder.")
-        if origin == "cbt-segmenter"
-        else ("segmenter_mask_transformer_decoder", "state_dict.", "decoder."),
-    ):
+    for file, theirs, prefix in (("segmenter_cbt", "state_dict.encoder.", "encoder."), decoder):
         tensors = load_file(REFERENCE / f"{file}.safetensors")
         weights |= {prefix + k.removeprefix(theirs): v for k, v in tensors.items() if k.startswith(theirs)}
     return weights
@@ -429,7 +413,7 @@ def test_verify_of_a_segmenter(tmp_path, capsys):
         ("cbt-segmenter", {"decoder.net.layers.0.fn.step_rep": (7, 1, 1)}, "(7, 1, 1) fits"),
     ],
 )
-def test_segmenters_that_do_not_fit(origin, change, message, tmp_path, capsys):
+def test_segmenters_that_do_not_fit_are_refused(origin, change, message, tmp_path, capsys):
     weights = reference_segmenter(origin)
     for key, shape in change.items():
         weights.pop(key, None)
@@ -444,25 +428,18 @@ def test_segmenters_that_do_not_fit(origin, change, message, tmp_path, capsys):
 
 
 @pytest.mark.parametrize(("width", "num_heads"), [(192, 3), (576, 12), (1280, 16)])
-def test_published_heads(width, num_heads, tmp_path):
+def test_published_widths_tell_the_number_of_heads(width, num_heads, tmp_path):
     sizes = SIZES | {"hidden_size": width, "num_attention_heads": 1, "num_hidden_layers": 1}
     torch.save(to_timm(ViTForImageClassification(ViTConfig(**sizes))), tmp_path / "vit.pth")
     assert convert(tmp_path / "vit.pth", tmp_path / "out") == 0
     assert json.loads((tmp_path / "out" / "config.json").read_text())["num_attention_heads"] == num_heads
 
 
-class Code:
-    """Unpickled, it would make a folder."""
-
-    def __reduce__(self):
-        return os.mkdir, ("executed",)
-
-
 def make_bad_inputs(vit):
-    """In the working directory."""
+    """Write checkpoints that cannot be converted to the working directory."""
     weights = to_timm(vit)
     torch.save(weights, "timm.pth")
-    torch.save({"state_dict": weights, "hook": Code()}, "code.pth")
+    torch.save({"state_dict": weights, "hook": MakesFolder(Path("executed"))}, "code.pth")
     torch.save([1, 2], "list.pth")
     torch.save({"conv1.weight": torch.ones(3)}, "resnet.pth")
     torch.save({k: v for k, v in weights.items() if k != "blocks.1.norm1.bias"}, "missing.pth")
@@ -554,7 +531,7 @@ def make_bad_inputs(vit):
         (["timm.pth", "-o", "no/folder"], "There is no folder no"),
     ],
 )
-def test_bad_input(vit, tmp_path, monkeypatch, capsys, arguments, message):
+def test_bad_input_is_one_sentence(vit, tmp_path, monkeypatch, capsys, arguments, message):
     monkeypatch.chdir(tmp_path)
     make_bad_inputs(vit)
     before = sorted(tmp_path.rglob("*"))
@@ -568,19 +545,19 @@ def test_bad_input(vit, tmp_path, monkeypatch, capsys, arguments, message):
 
 
 @needs_reference
-def test_the_attention_of_a_reference_model_stays(tmp_path, capsys):
+def test_attention_of_a_reference_model_cannot_change(tmp_path, capsys):
     assert convert(REFERENCE / "cbt_patch8.safetensors", tmp_path / "out", "--attention", "softmax") == 2
     assert "The attention of origin cbt cannot become 'softmax', only cbsa." in capsys.readouterr().err
 
 
-def test_an_empty_folder_is_filled(vit, tmp_path):
+def test_empty_folder_is_filled(vit, tmp_path):
     vit.save_pretrained(tmp_path / "vit")
     (tmp_path / "out").mkdir()
     assert convert(tmp_path / "vit", tmp_path / "out") == 0
     assert (tmp_path / "out" / "model.safetensors").is_file()
 
 
-def test_nothing_is_left_of_a_failed_write(vit, tmp_path, monkeypatch, capsys):
+def test_failed_write_leaves_nothing(vit, tmp_path, monkeypatch, capsys):
     def fail(self, folder):
         raise OSError("No space left on device")
 
@@ -591,8 +568,8 @@ def test_nothing_is_left_of_a_failed_write(vit, tmp_path, monkeypatch, capsys):
     assert [path.name for path in tmp_path.iterdir()] == ["vit"]
 
 
-def test_weights_that_are_not_what_they_say(tmp_path, capsys):
-    """Compressed to any size, repeated by strides, of another type, not finite: none of it is converted."""
+def test_malicious_weights_are_refused(tmp_path, capsys):
+    """Weights that are compressed, expanded by strides, sparse, of wrong type or not finite are refused."""
     path = tmp_path / "weights.pt"
 
     def refuse(weights, message):
@@ -629,7 +606,7 @@ def test_weights_that_are_not_what_they_say(tmp_path, capsys):
 
 
 def timm_weights() -> dict[str, torch.Tensor]:
-    """Of a ViT of one layer, 8 wide."""
+    """Weights of a ViT with one layer of width 8, by the names of timm."""
     width, shapes = 8, {}
     shapes |= {"cls_token": (1, 1, width), "pos_embed": (1, 5, width)}
     shapes |= {"patch_embed.proj.weight": (width, 3, 4, 4), "patch_embed.proj.bias": (width,)}

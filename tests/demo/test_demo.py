@@ -37,11 +37,11 @@ pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="chromium is not instal
 
 @pytest.fixture(scope="module")
 def url(tmp_path_factory):
+    """The address of the page, served from a copy of its folder, as on a Space."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     url = f"http://127.0.0.1:{port}"
-    # From a copy of the folder, as on a Space.
     folder = shutil.copytree(ROOT / "demo", tmp_path_factory.mktemp("space") / "demo")
     path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
     environment = os.environ | {"GRADIO_TEMP_DIR": str(tmp_path_factory.mktemp("uploads")), "PYTHONPATH": path}
@@ -80,8 +80,8 @@ def browser():
 @contextmanager
 def visit(browser: Browser, url: str, **options) -> Iterator[Page]:
     """
-    A page whose scripts have run, opened anew, since Gradio reports answers as errors that a visitor leaves under way.
-    It must leave nothing on the console.
+    A page whose scripts have started. It is opened anew: if a visitor leaves a page before an answer, Gradio reports an
+    error. The test fails if an error is on the console.
     """
     page = browser.new_page(**options)
     page.set_default_timeout(60_000)
@@ -89,7 +89,7 @@ def visit(browser: Browser, url: str, **options) -> Iterator[Page]:
     page.on("console", lambda message: problems.append(message.text) if message.type == "error" else None)
     page.on("pageerror", lambda error: problems.append(str(error)))
     page.goto(url)
-    page.wait_for_url("**/*photo=*")  # its scripts have run
+    page.wait_for_url("**/*photo=*")  # its scripts have started
     yield page
     at_rest(page)
     page.close()
@@ -103,7 +103,7 @@ def page(browser, url):
 
 
 def at_rest(page: Page):
-    """Wait until no answer is under way, and none follows from the last one."""
+    """Wait until the page has all answers, and asks for no more."""
     working = page.locator(".pending, .generating, .working")
     frames = 0
     while frames < 20:  # in a row; counted, not timed, so that a slow machine has as many
@@ -129,7 +129,7 @@ def fill(page: Page, name: str, value: int):
     field.press("Enter")
 
 
-def test_first_result_is_there(page):
+def test_first_result_is_shown(page):
     expect(page).to_have_title("CBSA: a photo explained by a few representatives")
     for part in ("photo", "segments", "steps", "glance"):
         picture = page.locator(f"#{part} img").first
@@ -140,7 +140,7 @@ def test_first_result_is_there(page):
         assert photo[side] == pytest.approx(segments[side], abs=0.5)
 
 
-def test_what_is_clicked_is_shown_and_in_the_address(page):
+def test_click_changes_maps_and_address(page):
     glance, steps = source(page, "glance"), source(page, "steps")
     box = page.locator("#photo .stage").bounding_box()
     # The middle of patch (2, 20) of 21 x 32.
@@ -164,7 +164,7 @@ def test_what_is_clicked_is_shown_and_in_the_address(page):
     page.wait_for_url("**/*photo=coffee&layer=7&head=1&row=2&column=20&representative=13")
 
 
-def test_every_control(page):
+def test_controls_change_the_results(page):
     glance, segments = source(page, "glance"), source(page, "segments")
     for name, value in {"query": "CLS", "kind": "exact"}.items():
         page.locator(f"#{name} label", has_text=value).click()
@@ -187,7 +187,7 @@ def test_every_control(page):
     expect(page.locator("#steps")).to_contain_text("The row is 99; give a whole number from 0 to 20.")
 
 
-def test_every_example(page):
+def test_examples_are_shown(page):
     titles = {
         "chelsea": "Cat",
         "astronaut": "Astronaut",
@@ -203,7 +203,7 @@ def test_every_example(page):
         expect(page.locator("#photo .remark")).to_have_count(1 if "fails" in title else 0)
 
 
-def test_a_control_moved_while_a_photo_is_at_work_is_followed(page, browser, url):
+def test_control_counts_while_a_photo_is_loading(page, browser):
     page.locator("[data-example=astronaut]").click()
     fill(page, "layer", 9)
     page.locator("[data-example=chelsea]").click()
@@ -215,7 +215,7 @@ def test_a_control_moved_while_a_photo_is_at_work_is_followed(page, browser, url
             expect(by_link.locator(f"#{part} img").first).to_have_attribute("src", source(page, part))
 
 
-def test_no_choice_is_lost_while_the_one_before_is_at_work(page):
+def test_choice_counts_while_another_is_loading(page):
     requests, held = "**/queue/join*", []
     page.route(requests, lambda route: held.append(route) if len(held) < 2 else route.continue_())
     for name in ("astronaut", "chelsea"):
@@ -227,12 +227,12 @@ def test_no_choice_is_lost_while_the_one_before_is_at_work(page):
     page.wait_for_url("**/*photo=chelsea&*")
 
 
-def test_a_link_that_cannot_be_shown_says_so(browser, url):
+def test_bad_link_is_one_sentence(browser, url):
     with visit(browser, f"{url}?photo=coffee&layer=99") as page:
         expect(page.locator("#status")).to_contain_text("The layer is 99; give a whole number from 0 to 11.")
 
 
-def test_removed_photo_leaves_nothing(page):
+def test_removed_photo_clears_the_page(page):
     page.get_by_role("button", name="Remove").click()
     for part in ("photo", "segments", "steps", "glance", "inside"):
         expect(page.locator(f"#{part}")).to_contain_text("Choose an example or upload a photo.")
@@ -255,7 +255,7 @@ def test_models_are_changed_and_compared(page):
 
 def test_street_scene(page):
     page.get_by_text("Street scenes", exact=True).click()
-    for name in ("flip", "edges"):  # each takes as long again
+    for name in ("flip", "edges"):  # each doubles the time
         page.locator(f"#{name} input").uncheck()
     page.locator("#find").click()
     expect(page.locator("#street .classes li").first).to_be_visible()
@@ -311,35 +311,35 @@ def test_photo_is_pasted_or_dropped(page, tmp_path, noise, kind):
     expect(page.locator("#photo figcaption")).to_contain_text(f"{kind}.png")
 
 
-def test_former_results_are_dimmed_while_the_next_photo_is_at_work(page):
+def test_old_results_are_dimmed_while_a_photo_is_loading(page):
     at_rest(page)
     held = []
     page.route("**/queue/join*", lambda route: held.append(route))
     page.locator("[data-example=chelsea]").click()
     for part in ("segments", "legend", "steps", "glance", "inside"):
         expect(page.locator(f"#{part}")).to_have_css("opacity", "0.4")
-    page.unroute("**/queue/join*")  # lets go what was held
+    page.unroute("**/queue/join*")  # releases the held requests
     expect(page.locator("#status")).to_contain_text("Cat: 4 segments")
     at_rest(page)
     expect(page.locator("#segments")).to_have_css("opacity", "1")
 
 
-STORY = [
+ORDER = [
     *("header", "picker", "model", "row", "column", "method", "number", "opacity", "sharp"),
     *("save-mask", "save-segments", "save-maps", "layer", "head", "representative", "behind"),
     *("query", "kind", "shared", "glance"),
 ]
 
 
-def test_keys_reach_everything_in_the_order_of_the_story(page):
-    named = "[id]:not(input, [id^=component], [id^=range], [id^=html])"  # by this project, not by Gradio
+def test_keys_reach_all_parts_in_order(page):
+    named = "[id]:not(input, [id^=component], [id^=range], [id^=html])"  # named by this project, not by Gradio
     reached, focused = [], f"() => document.activeElement.closest('{named}')?.id"
     while "glance" not in reached and len(reached) < 60:
         page.keyboard.press("Tab")
         part = page.evaluate(focused)
         if part not in reached:
             reached.append(part)
-    assert [part for part in reached if part in STORY] == STORY
+    assert [part for part in reached if part in ORDER] == ORDER
 
     before = source(page, "steps")
     page.keyboard.press("Enter")  # on the first map
@@ -351,7 +351,7 @@ def test_keys_reach_everything_in_the_order_of_the_story(page):
     expect(page.locator("#status")).to_contain_text("Cat: 4 segments")
 
 
-def test_links_open_what_is_folded_away(page):
+def test_links_open_folded_parts(page):
     page.evaluate("window.same = true")
     for name, content in {
         "Model card": "cbsa-tiny-imagenette",
@@ -417,7 +417,7 @@ CONTRAST = """
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("width", [1400, 1280, 390])
 def test_every_width_in_light_and_dark(browser, url, tmp_path_factory, width, scheme):
-    """Nothing sticks out, all can be read and named; what it looks like is in the folder of screenshots."""
+    """The page fits its width, and texts and names are accessible. Screenshots go to a folder."""
     is_phone = width < 500
     options = {"is_mobile": is_phone, "has_touch": is_phone, "color_scheme": scheme}
     with visit(browser, url, viewport={"width": width, "height": 900}, **options) as page:

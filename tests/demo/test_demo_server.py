@@ -1,4 +1,4 @@
-"""The page's server: what strangers may send, what programs and agents are told, and what is kept."""
+"""The server of the page: uploads, answers to programs and agents, limits, and what it keeps."""
 
 import base64
 import importlib.util
@@ -45,7 +45,7 @@ from cbsa_hf.segmentation.inference import encode
 META = {"_type": "gradio.FileData"}
 MODELS = {"shipped": default_checkpoint(), "street": default_checkpoint("semantic-segmentation")}
 ENDPOINTS = {"choices", "segment", "steps", "attention", "inside", "compare", "street", "download"}
-REST = ("ncut", 4, False, "")  # what `segment` takes beside the photo
+REST = ("ncut", 4, False, "")  # the other arguments of `segment`
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +66,7 @@ def client(server):
 
 
 def call(url: str, endpoint: str, *data) -> tuple[str, str]:
-    """The kind of the last event that an endpoint answers with, and what it says."""
+    """The kind and the content of the last event with which an endpoint answers."""
     answer = httpx.post(f"{url}gradio_api/call/{endpoint}", json={"data": data}, timeout=60)
     if answer.status_code != 200:
         return "refused", answer.text
@@ -77,7 +77,7 @@ def call(url: str, endpoint: str, *data) -> tuple[str, str]:
 
 
 def sentence(text: str) -> str:
-    """The sentence in an error that [`call`] returns."""
+    """The sentence in an error that `call` returns."""
     message = json.loads(text)
     return message["error"] if isinstance(message, dict) else message
 
@@ -111,7 +111,7 @@ FORBIDDEN = [
 
 @pytest.fixture(scope="module")
 def forbidden(server, tmp_path_factory) -> dict[str, str]:
-    """Paths that no visitor may name, all but one of something that exists."""
+    """Paths that a visitor must not open, by kind."""
     folder = server[1]
     outside = tmp_path_factory.mktemp("server") / "secret.png"
     Image.new("RGB", (64, 64), "red").save(outside)
@@ -143,16 +143,16 @@ def test_no_file_of_the_server_is_opened(server, forbidden, name, meta):
     assert kind == "error"
     assert photos.NOT_UPLOADED in text
     assert forbidden[name] == "" or forbidden[name] not in text
-    assert time.monotonic() - start < 20  # a pipe without a writer would wait for ever
+    assert time.monotonic() - start < 20  # opening a pipe without a writer would block
 
 
-def test_a_wrong_number_of_values_is_one_sentence(server):
+def test_wrong_number_of_values_is_one_sentence(server):
     kind, text = call(server[0], "segment", "coffee")
     assert kind == "error"
     assert sentence(text) == "This takes 5 values, but got 1."
 
 
-def test_a_file_is_found_wherever_it_hides(server, forbidden):
+def test_nested_path_is_found(forbidden):
     nested = {"photo": [{"file": {"path": forbidden["absolute"]}}]}
     with pytest.raises(photos.PhotoError, match="Upload a photo first"):
         photos.admit_files([nested])
@@ -189,7 +189,7 @@ def test_bad_file_is_one_sentence(server, name):
     assert str(server[1]) not in message
 
 
-def test_too_many_bytes_are_refused_while_they_come(server):
+def test_too_large_an_upload_is_refused(server):
     answer = httpx.post(
         f"{server[0]}gradio_api/upload", files={"files": ("huge.png", bytes(photos.MAX_BYTES + 10**6))}, timeout=60
     )
@@ -198,7 +198,7 @@ def test_too_many_bytes_are_refused_while_they_come(server):
 
 
 @pytest.mark.parametrize("format", ["GIF", "TIFF", "WEBP"])
-def test_of_several_pictures_the_first_is_taken_and_said(server, format):
+def test_first_of_several_pictures_is_taken_and_named(server, format):
     first, second = Image.new("RGB", (64, 48), "red"), Image.new("RGB", (64, 48), "blue")
     options = {"lossless": True} if format == "WEBP" else {}
     name = f"many.{format.lower()}"
@@ -210,7 +210,7 @@ def test_of_several_pictures_the_first_is_taken_and_said(server, format):
     assert alone.remark == ""
 
 
-def test_a_large_photo_is_drawn_small(server):
+def test_large_photo_is_reduced(server):
     data = to_bytes(Image.effect_noise((4000, 3000), 60), "JPEG")
     photo = photos.open_photo(photos.source_of(upload(server[0], "large.jpg", data)))
     assert photo.image.size == (1280, 960)
@@ -234,7 +234,7 @@ def test_bad_choice_is_one_sentence(value):
         flag(value, "sharp")
 
 
-def test_good_parameters_are_taken():
+def test_valid_parameters_are_returned():
     assert whole(3.0, "layer", 0, 11) == 3
     assert one_of("mean", "head", ["mean"]) == "mean"
     assert flag(False, "sharp") is False
@@ -315,7 +315,7 @@ def test_classes_of_a_street_are_those_of_the_library(client, tmp_path):
         assert entry["share"] == pytest.approx((expected == entry["index"]).mean())
 
 
-def test_what_is_downloaded_is_what_is_shown(client):
+def test_downloads_equal_what_is_shown(client):
     def file(kind: str) -> io.BytesIO:
         answer = client.predict(kind, "chelsea", row=4, column=7, api_name="/download")
         assert answer["name"] == f"chelsea-{kind}.{'npz' if kind == 'maps' else 'png'}"
@@ -332,7 +332,7 @@ def test_what_is_downloaded_is_what_is_shown(client):
         assert arrays["map_of_patch"][5, 1] == pytest.approx(np.asarray(row), rel=1e-3)
 
 
-def test_choices_are_said(client):
+def test_choices_are_listed(client):
     answer = client.predict(api_name="/choices")
     assert set(answer["photos"]) == set(photos.EXAMPLES)
     assert list(answer["models"]) == list(MODELS)
@@ -351,7 +351,7 @@ def test_no_folder_of_the_server_is_a_model(client, forbidden, name):
         client.predict(model=forbidden[name], api_name="/inside")
 
 
-def test_a_request_that_is_too_long_or_of_no_length_is_refused(server):
+def test_request_that_is_too_long_or_without_length_is_refused(server):
     def answer(**content) -> int:
         return httpx.post(f"{server[0]}gradio_api/call/inside", timeout=60, **content).status_code
 
@@ -360,7 +360,7 @@ def test_a_request_that_is_too_long_or_of_no_length_is_refused(server):
     assert answer(json={"data": ["coffee", ""]}) == 200
 
 
-def test_the_oldest_uploads_make_room(server, monkeypatch):
+def test_oldest_uploads_are_removed(server, monkeypatch):
     paths = [Path(upload(server[0], f"{name}.png", name.encode() * 1000)) for name in "abc"]
     for age, path in enumerate(paths):
         os.utime(path, (10**9 + age, 10**9 + age))
@@ -379,7 +379,7 @@ def test_endpoints_are_named_and_described(client):
             assert parameter["parameter_has_default"] or parameter["parameter_name"] in ("model", "other")
 
 
-def test_agent_finds_and_uses_the_tools(server):
+def test_agent_lists_and_calls_tools(server):
     import anyio
     from mcp import ClientSession
     from mcp.client.streamable_http import streamable_http_client
@@ -410,7 +410,7 @@ def test_agent_finds_and_uses_the_tools(server):
     assert photos.NOT_UPLOADED in forbidden.content[0].text
 
 
-def test_two_who_ask_for_one_thing_wait_for_one_computation():
+def test_same_requests_share_one_computation():
     kept, computed = looks.Kept(2), []
 
     def compute():
@@ -427,14 +427,14 @@ def test_two_who_ask_for_one_thing_wait_for_one_computation():
     assert kept.get("a", compute) == 1
 
 
-def test_the_last_used_are_kept():
+def test_last_used_results_are_kept():
     kept = looks.Kept(2)
     for key in "abac":
         kept.get(key, lambda key=key: key.upper())
     assert list(kept.results) == ["a", "c"]
 
 
-def test_what_fails_is_not_kept():
+def test_failed_computation_is_not_kept():
     kept = looks.Kept(2)
     with pytest.raises(ZeroDivisionError):
         kept.get("a", lambda: 1 / 0)
@@ -454,7 +454,7 @@ def test_code_of_the_page_and_of_its_guide_runs(server, tmp_path, monkeypatch, c
     assert json.loads(text.AGENT)["mcpServers"]["cbsa"]["url"].endswith("/gradio_api/mcp/")
 
 
-def test_street_scenes_run_on_a_zerogpu_where_there_is_one(monkeypatch):
+def test_street_scenes_run_on_a_zerogpu(monkeypatch):
     decorated = []
 
     def decorate(function):
@@ -467,7 +467,7 @@ def test_street_scenes_run_on_a_zerogpu_where_there_is_one(monkeypatch):
     assert decorated == ["segment_street"]
 
 
-def test_members_without_representatives_say_so(tiny_config, tmp_path, monkeypatch):
+def test_layers_without_representatives_say_so(tiny_config, tmp_path):
     tiny_config.attention_type = ["cbsa", "mssa", "linear"]
     CBSAForImageClassification(tiny_config).save_pretrained(tmp_path)
     ViTImageProcessorPil(size={"height": 32, "width": 48}, do_convert_rgb=True).save_pretrained(tmp_path)
@@ -495,7 +495,7 @@ def test_unknown_model_is_one_sentence():
         looks.Explorer({"shipped": "nowhere"}).look("coffee", "hub/model")
 
 
-def test_operator_names_models_and_is_told_what_is_wrong(tmp_path, capsys):
+def test_bad_checkpoints_of_the_command_are_one_sentence(tmp_path, capsys):
     for parent in ("a", "b"):
         (tmp_path / parent / "mine").mkdir(parents=True)
     first, second = (str(tmp_path / parent / "mine") for parent in ("a", "b"))
@@ -509,7 +509,7 @@ def test_operator_names_models_and_is_told_what_is_wrong(tmp_path, capsys):
     assert re.fullmatch(r"app\.py: .*mine.*\.\n", capsys.readouterr().err)
 
 
-def test_sessions_leave_little_behind(server, tmp_path, monkeypatch):
+def test_sessions_leave_little_disk_and_memory(server, tmp_path, monkeypatch):
     folder, photos_of_visitors = server[1], [visitors.save_photo(tmp_path, 400 + side, 300) for side in range(5)]
     largest = max(path.stat().st_size for path in photos_of_visitors)
     monkeypatch.setattr(admission, "MAX_UPLOADS", 3 * largest)
@@ -519,11 +519,11 @@ def test_sessions_leave_little_behind(server, tmp_path, monkeypatch):
     assert visitors.memory(os.getpid()) - before < 300
 
 
-def test_bombs_are_borne(server, tmp_path):
+def test_decompression_bombs_take_little_memory(server, tmp_path):
     photo = visitors.save_photo(tmp_path, 400, 300)
     visitors.come_and_go(server[0], [photo])
     files = {"refused.png": visitors.png_of(30_000, 30_000), "largest.png": visitors.png_of(5_000, 5_000, 16, 6)}
     before = visitors.memory(os.getpid())
     visitors.forget_peak(os.getpid())
-    visitors.bombard(server[0], files, photo)  # raises where a stranger's file is not answered as it is to be
+    visitors.bombard(server[0], files, photo)  # raises if an answer is not as expected
     assert visitors.memory(os.getpid(), "VmHWM") - before < 300

@@ -1,4 +1,4 @@
-"""The commands of the guide to fine-tuning, run on a few pictures in the columns of the data set that it names."""
+"""The commands of the fine-tuning guide run, on a few images with the columns of its data set."""
 
 import json
 import shlex
@@ -21,14 +21,14 @@ BREEDS = [f"breed {i}" for i in range(37)]
 
 
 def options(script: str, **replaced: str) -> list[str]:
-    """What the guide tells that script, with other folders."""
+    """The arguments that the guide gives to a script, with other folders."""
     text = "\n".join(blocks(ROOT / "docs" / "guides" / "fine-tuning.md", "bash")).replace("\\\n", " ")
     (line,) = [line for line in text.splitlines() if script in line]
     words = shlex.split(line.partition(script)[2])
     return [replaced.get(word.replace("/", "_").replace("-", "_"), word) for word in words]
 
 
-def test_the_guide(training, tmp_path):
+def test_commands_of_the_guide(training, tmp_path):
     features = {"image": Image(), "label": ClassLabel(names=BREEDS), "image_id": Value("string")}
     features |= {"label_cat_dog": ClassLabel(names=["cat", "dog"])}
     random = np.random.default_rng(0)
@@ -47,7 +47,7 @@ def test_the_guide(training, tmp_path):
     given = options("training/finetune.py", **folders)
     finetune_classifier(parse_arguments(FinetuningArguments, [*given, *smaller, "--report_to=none"]))
     results = json.loads((tmp_path / "pets" / "results.json").read_text())
-    assert results["step"] == 2 * (33 // 8)  # four of the 37 images validate
+    assert results["step"] == 2 * (33 // 8)  # 4 of the 37 images validate
     assert len((tmp_path / "pets" / "log.csv").read_text().splitlines()) == 3
     model, _ = load_checkpoint(str(tmp_path / "pets"))
     assert list(model.config.id2label.values()) == BREEDS

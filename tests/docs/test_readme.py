@@ -1,4 +1,4 @@
-"""What README and documentation show is there, and runs: Python blocks, commands and their options, names, dates."""
+"""README and documentation are right: Python blocks run; options, files, names and dates are those of the code."""
 
 import json
 import re
@@ -25,20 +25,20 @@ from cbsa_hf.attention_cbsa import ATTENTIONS
 
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 NAMES = [str(page.relative_to(ROOT)) for page in PAGES]
-# Programs of others, whose options are not looked up.
+# Other programs, whose options are not checked.
 PROGRAMS = {".", "git", "hf", "mkdir", "pip", "pre-commit", "pytest", "python3.11", "ruff", "sphinx-build"}
 
 
 def blocks(page: Path, language: str) -> list[str]:
     """The code blocks of a page in that language."""
     found = re.findall(r"^```(\S*)\n(.*?)^```$", page.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
-    assert all(name for name, _ in found), f"{page.name} has a block of no language; bash and python are checked."
+    assert all(name for name, _ in found), f"{page.name} has a code block without a language; write bash or python."
     return [code for name, code in found if name == language]
 
 
 @pytest.mark.parametrize("page", [p for p in PAGES if blocks(p, "python")], ids=lambda p: p.stem)
 def test_python_blocks_run(page, tmp_path, monkeypatch):
-    """One after another, in one namespace, in an empty folder."""
+    """The blocks of a page run in order, in one namespace and an empty folder."""
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
     namespace = {}
@@ -47,7 +47,7 @@ def test_python_blocks_run(page, tmp_path, monkeypatch):
 
 
 def commands(page: Path) -> list[str]:
-    """The commands in shell blocks, and those in inline code that start one of this repository's programs."""
+    """The commands in shell blocks, and in inline code that starts one of this project's programs."""
     text = page.read_text(encoding="utf-8")
     lines = "\n".join(blocks(page, "bash")).replace("\\\n", " ").splitlines()
     prose = re.sub(r"^```.*?^```", "", text, flags=re.DOTALL | re.MULTILINE)
@@ -91,7 +91,7 @@ def check_options(given: list[str], known: Callable[[], set[str]], command: str)
 
 def check_command(command: str):
     words = shlex.split(command)
-    while re.match(r"\w+=", words[0]):  # of the environment
+    while re.match(r"\w+=", words[0]):  # environment variables
         words.pop(0)
     if "..." in words:
         words = words[: words.index("...")]
@@ -111,22 +111,22 @@ def check_command(command: str):
             if word == "--config":
                 assert (ROOT / value).is_file(), f"{command}: there is no {value}"
         task = [] if "--task" not in after else after[after.index("--task") :][:2]
-        if script == "training/finetune.py" and not task:  # the recipe names it
+        if script == "training/finetune.py" and not task:  # the recipe names the task
             recipe = yaml.safe_load((ROOT / after[after.index("--config") + 1]).read_text())
             task = ["--task", recipe["task"]]
         return check_options(after, lambda: options_of(script, *task), command)
-    assert program in PROGRAMS, f"{command}: what is {program}?"
+    assert program in PROGRAMS, f"{command}: {program} is not a known program"
     return None
 
 
 @pytest.mark.parametrize("page", [p for p in PAGES if commands(p)], ids=lambda p: p.stem)
-def test_commands_have_these_options(page, training, monkeypatch):
-    monkeypatch.setattr("sys.argv", ["pytest"])  # by these, accelerate decides which options its help shows
+def test_options_of_commands_exist(page, training, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["pytest"])  # accelerate shows options that depend on these
     for command in commands(page):
         check_command(command)
 
 
-def test_a_wrong_option_is_found(training):
+def test_wrong_option_is_found(training):
     with pytest.raises(AssertionError, match="there is no --no_such"):
         check_command("accelerate launch training/pretrain.py --no_such 3")
     with pytest.raises(AssertionError, match="there is no --dynamo"):
@@ -136,7 +136,7 @@ def test_a_wrong_option_is_found(training):
 
 
 @pytest.mark.parametrize("page", PAGES, ids=NAMES)
-def test_links_lead_somewhere(page):
+def test_linked_files_exist(page):
     text = page.read_text(encoding="utf-8")
     for target in re.findall(r"\]\(([^)\s#]+)(?:#[^)\s]*)?\)", text):
         if "://" not in target:
@@ -170,7 +170,7 @@ def test_hooks_download_nothing():
 
 
 def test_notebook_is_stored_without_outputs():
-    """The site is built from executed notebooks; stored outputs would be of another version."""
+    """The site executes notebooks when it is built. Stored outputs could be of another version."""
     for path in (ROOT / "docs" / "notebooks").glob("*.ipynb"):
         cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
         assert not any(cell.get("outputs") or cell.get("execution_count") for cell in cells)
@@ -178,19 +178,19 @@ def test_notebook_is_stored_without_outputs():
 
 @pytest.fixture
 def family() -> str:
-    """The text of that section."""
+    """The text of the section "The family"."""
     page = ROOT / "docs" / "how-cbsa-works.md"
     return page.read_text(encoding="utf-8").split("\n## The family\n")[1].split("\n## ")[0]
 
 
 @pytest.fixture
 def rows(family) -> list[list[str]]:
-    """The table's cells: attention type, operator, cost, preset, checkpoints."""
+    """The cells of the table: attention type, operator, cost, preset, checkpoints."""
     _, *lines = (line for line in family.splitlines() if line.startswith("| `"))  # without the heading
     return [re.split(r" *\| *", line)[1:-1] for line in lines]
 
 
-def test_every_member_has_a_line_that_runs(family, rows):
+def test_example_runs_every_attention_type(family, rows):
     ran = []
 
     def record(module, args, outputs):
@@ -210,7 +210,7 @@ def test_every_member_has_a_line_that_runs(family, rows):
     assert set(members) == {f"`{name}`" for name in ATTENTIONS}
 
 
-def test_presets_of_the_table(rows):
+def test_table_lists_every_preset(rows):
     listed = {}
     for attention, _, _, pattern, _ in rows:
         listed |= dict.fromkeys(matching(PRESETS, pattern.strip("`")), attention.strip("`"))

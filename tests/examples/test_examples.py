@@ -1,4 +1,4 @@
-"""The examples with few steps: what they draw, what they score, and that losses fall; not how far."""
+"""The examples, with few training steps: their scenes, scores, and losses that fall."""
 
 import numpy as np
 import pytest
@@ -9,8 +9,8 @@ from examples.encoders import ENCODERS
 from examples.scenes import CUTOUTS, NAMES, Scene, cut_out, draw_scenes
 
 
-def test_scenes_are_what_they_say():
-    """Boxes lie in the image, and around what differs from the scene without the object; captions are true."""
+def test_boxes_and_captions_describe_the_scene():
+    """Boxes lie inside the image and around all coloured pixels, and captions are true."""
     scenes = draw_scenes(40, seed=3)
     assert [scene.caption for scene in scenes] == [scene.caption for scene in draw_scenes(40, seed=3)]
     assert {name for scene in scenes for name in scene.names} == set(NAMES) == set(CUTOUTS)
@@ -21,7 +21,7 @@ def test_scenes_are_what_they_say():
         for left, top, right, bottom in scene.boxes:
             assert 0 <= left < right <= 96 and 0 <= top < bottom <= 96
             inside[top:bottom, left:right] = True
-            assert coloured[top:bottom, left:right].mean() > 0.4  # of an ellipse: pi / 4
+            assert coloured[top:bottom, left:right].mean() > 0.4  # an ellipse fills pi / 4
         assert not coloured[~inside].any()
         if len(scene.names) == 1:
             assert scene.caption == f"a {scene.names[0]}"
@@ -35,8 +35,8 @@ def test_scenes_are_what_they_say():
 
 
 def test_average_precision():
-    """Worked out by hand: a miss between two hits, a double detection, and an object of another class."""
-    (image, *_) = (scene.image for scene in draw_scenes(1, seed=0))
+    """Against values computed by hand, with a duplicate detection and a wrong class."""
+    image = draw_scenes(1, seed=0)[0].image
     boxes = np.array([[0, 0, 10, 10], [20, 20, 40, 40], [50, 50, 60, 90]])
     scenes = [Scene(image, [NAMES[0], NAMES[0], NAMES[1]], boxes, "")]
 
@@ -51,12 +51,13 @@ def test_average_precision():
     assert score((0.9, 0, [0, 0, 10, 10]), (0.8, 0, [0, 0, 10, 9]), (0.7, 0, [20, 20, 40, 40]), right) == (
         pytest.approx((1 + (1 + 2 / 3) / 2) / 2)
     )
-    # An overlap of 100 / 200 counts, one of 90 / 210 does not; what is of another class does not.
+    # An IoU of 100 / 200 is a hit; one of 90 / 210, or a box of another class, is none.
     assert score((0.9, 0, [0, 0, 10, 20]), right) == pytest.approx((1 + 1 / 2) / 2)
     assert score((0.9, 0, [0, 1, 10, 21]), (0.8, 1, boxes[1].tolist()), (0.1, *right[1:])) == (0 + 1 / 2) / 2
 
 
 def losses(capsys) -> list[float]:
+    """The losses that an example printed."""
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("step ")]
     return [float(line.rsplit(" ", 1)[1]) for line in lines]
 
@@ -71,7 +72,7 @@ def losses(capsys) -> list[float]:
     ],
     ids=["detection", "captioning", "depth"],
 )
-def test_examples_learn(example, steps, scores, encoder, capsys):
+def test_loss_of_every_example_falls(example, steps, scores, encoder, capsys):
     result = example.main([f"--encoder={encoder}", "--num_images=2", f"--num_steps={steps}"])
     assert set(result) == scores
     assert all(0 <= value <= 1 for value in result.values())

@@ -1,4 +1,4 @@
-"""Class-specific maps, against differences of the logit when one entry of the attention is changed."""
+"""Maps of a class, against finite differences of its logit with respect to every entry of the attention."""
 
 import pytest
 import torch
@@ -11,7 +11,7 @@ from cbsa_hf.interpretability.class_maps import class_attention_maps
 TINY = {"image_size": 12, "patch_size": 4, "patch_embedding_type": "linear", "hidden_size": 8, "num_labels": 3}
 TINY |= {"num_hidden_layers": 1, "num_attention_heads": 2, "representatives_size": 2, "landmarks_size": 2}
 
-# The update of one head as a function of its attention: A for cbsa and linear, the token-to-token map for others.
+# The update of one head, given A: attention of representatives for cbsa and linear, else the token-to-token map.
 UPDATES = {
     "cbsa": lambda A, w, q, v, start, eta, kappa: kappa * A.T @ contract(start + eta * A @ w),
     "agent": lambda A, w, q, v, start, eta, kappa: A @ v,
@@ -37,13 +37,13 @@ def build(attention_type: str, **changes) -> CBSAForImageClassification:
 
 
 def pool(tokens):
-    """2 x 2 bins over the 3 x 3 patches behind CLS: rows and columns 0 to 1, and 1 to 2."""
+    """2 x 2 bins over the 3 x 3 patches after CLS: rows and columns 0 to 1, and 1 to 2."""
     patches = tokens[1:].reshape(3, 3, -1)
     return torch.stack([patches[y : y + 2, x : x + 2].mean((0, 1)) for y in (0, 1) for x in (0, 1)])
 
 
 def logit(model, hidden_states, attentions, label):
-    """From the embeddings (10, 8) and A of both heads, by the formulas."""
+    """The logit of a class, by the formulas, from embeddings (10, 8) and the attention of both heads."""
     layer, operator = model.cbsa.layers[0], model.cbsa.layers[0].attention
     x = layer.layernorm_before(hidden_states)
     updates = []
@@ -63,7 +63,7 @@ def logit(model, hidden_states, attentions, label):
 
 @torch.no_grad()
 @pytest.mark.parametrize("attention_type", UPDATES)
-def test_against_differences(attention_type):
+def test_maps_equal_finite_differences(attention_type):
     model = build(attention_type)
     pixel_values = torch.randn(2, 3, 12, 12, dtype=torch.float64)
     labels = torch.tensor([2, 0])
@@ -86,7 +86,7 @@ def test_against_differences(attention_type):
         torch.testing.assert_close(maps[0, image], expected[:, 1:].reshape(2, 3, 3), rtol=1e-4, atol=1e-8)
 
 
-def test_frozen_folded_and_by_default_the_predicted_class():
+def test_predicted_class_is_the_default():
     model = build("cbsa", num_hidden_layers=2, num_register_tokens=2).requires_grad_(False)
     pixel_values = torch.randn(2, 3, 12, 16, dtype=torch.float64)
     labels = model(pixel_values, interpolate_pos_encoding=True).logits.argmax(-1)
@@ -97,7 +97,7 @@ def test_frozen_folded_and_by_default_the_predicted_class():
     assert not pixel_values.requires_grad
 
 
-def test_leaves_no_gradients():
+def test_class_maps_leave_no_gradients():
     model = build(["mssa", "cbsa"], num_hidden_layers=2).train()
     maps = class_attention_maps(model, torch.randn(1, 3, 12, 12, dtype=torch.float64))
     assert maps.shape == (2, 1, 2, 3, 3)
@@ -116,7 +116,7 @@ def test_representative_attentions_retain_their_gradient(attention_type):
 
 
 @pytest.mark.parametrize("attention_type", ["cbsa", "tssa"])
-def test_a_map_that_the_update_does_not_use_has_no_gradient(attention_type):
+def test_map_without_effect_has_no_gradient(attention_type):
     outputs = build(attention_type)(torch.randn(1, 3, 12, 12, dtype=torch.float64), output_attentions=True)
     with pytest.raises(RuntimeError, match="not have been used in the graph"):
         torch.autograd.grad(outputs.logits.sum(), outputs.attentions[0])
@@ -132,7 +132,7 @@ def test_a_map_that_the_update_does_not_use_has_no_gradient(attention_type):
         (build("cbsa"), [0.5], r"`labels` is \[0.5\]; give the index of a class"),
     ],
 )
-def test_refused(model, labels, message):
+def test_bad_arguments_raise(model, labels, message):
     pixel_values = torch.randn(1, 3, 12, 12, dtype=next(model.parameters()).dtype)
     with pytest.raises(ValueError, match=message):
         class_attention_maps(model, pixel_values, None if labels is None else torch.tensor(labels))

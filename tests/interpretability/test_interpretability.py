@@ -1,4 +1,4 @@
-"""Looking inside: against closed forms, dense algebra in the test, and the model's own updates."""
+"""Maps, measures and reports, against closed forms, dense matrices, and updates of the model itself."""
 
 import itertools
 import json
@@ -7,6 +7,7 @@ from copy import deepcopy
 import numpy as np
 import pytest
 import torch
+from conftest import patches_of_bins
 
 from benchmarks.synthetic import (
     distance_to_subspaces,
@@ -30,7 +31,7 @@ from cbsa_hf.segmentation.inference import token_index
 
 
 def attention_steps(model, pixel_values):
-    """Per layer its operator, what the operator was given, and the update it made, watched by hooks of the test."""
+    """The operator of every layer, its input, and its update, recorded with hooks."""
     steps, handles = [], []
     for layer in model.base_model.layers:
 
@@ -46,8 +47,8 @@ def attention_steps(model, pixel_values):
 
 
 @pytest.fixture
-def changed(tiny_config, tiny_model):
-    """The tiny model with other configuration values and random steps."""
+def make_model(tiny_config):
+    """A function that builds the tiny model with other configuration values and random step sizes."""
 
     def build(**values):
         torch.manual_seed(0)
@@ -67,8 +68,8 @@ def changed(tiny_config, tiny_model):
 @pytest.mark.parametrize(
     "values", [{}, {"pooled_tokens": "all_but_last"}, {"representatives_type": "learned"}, {"representatives_size": 3}]
 )
-def test_exact_map_reproduces_the_update(changed, values):
-    model = changed(**values)
+def test_exact_map_reproduces_the_update(make_model, values):
+    model = make_model(**values)
     pixel_values = torch.randn(2, 3, 40, 56)  # another grid than the trained one: 5 x 7
     for (operator, _, update), found in zip(
         attention_steps(model, pixel_values), exact_maps(model, pixel_values), strict=True
@@ -84,26 +85,21 @@ def test_exact_map_reproduces_the_update(changed, values):
             torch.testing.assert_close(found.column(token), found.dense()[..., token])
 
 
-def test_exact_map_is_the_formula(tiny_model):
-    """`kappa A^T S (P + eta A)`, P written out bin by bin."""
+def test_exact_map_equals_its_formula(tiny_model):
+    """`kappa A^T S (P + eta A)`, with the pooling matrix P written out bin by bin."""
     pixel_values = torch.randn(1, 3, 40, 56)
     attentions = tiny_model(
         pixel_values, interpolate_pos_encoding=True, output_representative_attentions=True
     ).representative_attentions
     pooling = torch.zeros(6, 36)
-    for row, column in itertools.product(range(2), range(3)):
-        members = [
-            1 + y * 7 + x
-            for y in range(row * 5 // 2, -(-(row + 1) * 5 // 2))
-            for x in range(column * 7 // 3, -(-(column + 1) * 7 // 3))
-        ]
-        pooling[row * 3 + column, members] = 1 / len(members)
+    for index, patches in enumerate(patches_of_bins((5, 7), (2, 3))):
+        pooling[index, 1 + torch.tensor(patches)] = 1 / len(patches)
     maps = exact_maps(tiny_model, pixel_values)
-    for (operator, given, _), attention, found in zip(
+    for (operator, inputs, _), attention, found in zip(
         attention_steps(tiny_model, pixel_values), attentions, maps, strict=True
     ):
         for head in range(2):
-            A, W = attention[0, head], given[0] @ operator.proj.weight[12 * head : 12 * head + 12].T
+            A, W = attention[0, head], inputs[0] @ operator.proj.weight[12 * head : 12 * head + 12].T
             eta, kappa = operator.step_rep[head].item(), operator.step_x[head].item()
             Q = pooling @ W + eta * A @ W
             S = torch.softmax(Q @ Q.T / 12**0.5, dim=-1)
@@ -112,15 +108,15 @@ def test_exact_map_is_the_formula(tiny_model):
 
 
 @pytest.mark.parametrize("name", ATTENTIONS)
-def test_which_maps_are_exact(changed, name):
-    model = changed(attention_type=name)
+def test_which_maps_are_exact(make_model, name):
+    model = make_model(attention_type=name)
     pixel_values = torch.randn(1, 3, 32, 48)
     outputs = model(pixel_values, output_attentions=True)
     exact = True
-    for (operator, given, update), token_map in zip(
+    for (operator, inputs, update), token_map in zip(
         attention_steps(model, pixel_values), outputs.attentions, strict=True
     ):
-        values = operator.v_proj(given) if hasattr(operator, "v_proj") else operator.proj(given)
+        values = operator.v_proj(inputs) if hasattr(operator, "v_proj") else operator.proj(inputs)
         product = operator.merge_heads(token_map @ operator.split_heads(values))
         exact &= torch.allclose(product, update, atol=1e-5 * update.abs().max().item())
     assert map_is_exact(model) == exact
@@ -131,10 +127,10 @@ def test_which_maps_are_exact(changed, name):
             exact_maps(model, pixel_values)
 
 
-def test_layers_of_several_attention_types(changed, shipped, photo):
-    """Every output has one entry a layer; what a layer does not have is None, or NaN among numbers."""
+def test_layers_of_several_attention_types(make_model, shipped, photo):
+    """Every output has one entry per layer. A value that a layer lacks is None, or NaN among numbers."""
     types = ["mssa", "cbsa", "agent"]
-    model = changed(attention_type=types, num_register_tokens=2)
+    model = make_model(attention_type=types, num_register_tokens=2)
     pixel_values = torch.randn(2, 3, 40, 56)
     assert [type(layer.attention) for layer in model.cbsa.layers] == [ATTENTIONS[name] for name in types]
     for return_dict in (True, False):
@@ -165,6 +161,21 @@ def test_layers_of_several_attention_types(changed, shipped, photo):
     report = inspect_photo(photo, model, shipped[1], long_side=64)
     assert report.numbers["exact_map"]["layers"] == report.numbers["representatives"]["layers"] == [1]
     json.dumps(report.numbers, allow_nan=False)
+
+
+@pytest.mark.parametrize(("patch", "token"), [(None, 0), ((2, 3), 1 + 2 * 5 + 3)])
+def test_maps_are_rows_of_the_token_map(tiny_model, patch, token):
+    pixel_values = torch.randn(2, 3, 32, 40)
+    maps = attention_maps(tiny_model, pixel_values, patch)
+    dense = tiny_model(pixel_values, interpolate_pos_encoding=True, output_attentions=True).attentions
+    assert maps.shape == (3, 2, 2, 4, 5)
+    for layer in range(3):
+        torch.testing.assert_close(maps[layer].flatten(2), dense[layer][:, :, token, 1:])
+
+
+def test_patch_outside_the_grid_raises(tiny_model):
+    with pytest.raises(ValueError, match=r"outside the grid of 4 x 6"):
+        attention_maps(tiny_model, torch.randn(1, 3, 32, 48), (4, 0))
 
 
 def test_token_index():
@@ -202,8 +213,8 @@ def test_hoyer_sparsity():
     assert torch.isfinite(hoyer_sparsity(tokens))
 
 
-def test_measures_of_every_layer(tiny_model):
-    """One image and layer, number by number."""
+def test_measures_of_a_layer(tiny_model):
+    """Every number of one image and one layer, computed by hand."""
     images = torch.randn(3, 3, 32, 48)
     measures = measure_layers(tiny_model, images.split(2), eps=0.3)
     outputs = tiny_model(images, output_hidden_states=True, output_attentions=True)
@@ -243,22 +254,22 @@ def test_measures_of_every_layer(tiny_model):
 
 
 @pytest.mark.parametrize("name", ATTENTIONS)
-def test_measures_of_the_family(changed, name):
-    measures = measure_layers(changed(attention_type=name), [torch.randn(1, 3, 32, 48)])
+def test_measures_of_all_attention_types(make_model, name):
+    measures = measure_layers(make_model(attention_type=name), [torch.randn(1, 3, 32, 48)])
     assert (measures.coding_rate_before is None) == (name in ("softmax", "agent", "mita"))
     assert (measures.representative_attention_rank is None) == (name in ("mssa", "tssa", "softmax"))
     assert measures.map_rank.shape == (1, 3, 2)
     assert measures.summary()["map_rank"]["std"] == [[0, 0]] * 3
 
 
-def test_nothing_to_measure(tiny_model):
+def test_no_images_to_measure_raises(tiny_model):
     with pytest.raises(ValueError, match="There are no images to measure"):
         measure_layers(tiny_model, [])
 
 
 @pytest.mark.parametrize(("name", "count"), [("cbsa", 3), ("tssa", 3), ("softmax", 9)])
-def test_noise_on_projections(changed, name, count):
-    model = changed(attention_type=name)
+def test_noise_on_projections(make_model, name, count):
+    model = make_model(attention_type=name)
     weights = dict(model.named_parameters())
     noisy = noisy_projections(model, 0.5, torch.Generator().manual_seed(1))
     assert len(noisy) == count
@@ -268,10 +279,10 @@ def test_noise_on_projections(changed, name, count):
 
 
 def test_accuracy_under_noise(tiny_model):
-    """As a copy has it that is given the noisy weights."""
+    """Equal to the accuracy of a copy with the noisy weights."""
     images = torch.randn(40, 3, 32, 48)
     with torch.no_grad():
-        tiny_model.classifier.bias -= tiny_model(images).logits.mean(0)  # lest one class gets all
+        tiny_model.classifier.bias -= tiny_model(images).logits.mean(0)  # so that the images get several classes
     labels = tiny_model(images).logits.argmax(-1)
     batches = [*zip(images.split(25), labels.split(25), strict=True)]
     copy = deepcopy(tiny_model)
@@ -284,12 +295,12 @@ def test_accuracy_under_noise(tiny_model):
     assert expected[2] < 0.9
 
 
-def test_looking_changes_nothing(tiny_model, photo, shipped):
-    """State, mode of every module, hooks and gradients: all as before, in training mode too."""
+def test_measuring_does_not_change_the_model(tiny_model, photo, shipped):
+    """State, modes, hooks and gradients stay as they were, also in training mode."""
     model = tiny_model.train()
     model.cbsa.layers[0].eval()
     images = torch.randn(2, 3, 32, 48)
-    model(images, output_hidden_states=True)  # Transformers installs its recorders for good, once
+    model(images, output_hidden_states=True)  # Transformers installs its hooks at the first request, and keeps them
     state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     modes = [module.training for module in model.modules()]
     hooks = [(dict(m._forward_hooks), dict(m._forward_pre_hooks)) for m in model.modules()]
@@ -316,9 +327,9 @@ MAPS = {
 
 
 @pytest.mark.parametrize("name", MAPS)
-def test_report_of_the_family(changed, photo, shipped, tmp_path, name):
-    """What an attention type does not have is null, and its pictures are not there."""
-    report = inspect_photo(photo, changed(attention_type=name), shipped[1], long_side=48, patch=(0, 1))
+def test_report_of_other_attention_types(make_model, photo, shipped, tmp_path, name):
+    """A part that an attention type lacks is null and has no picture."""
+    report = inspect_photo(photo, make_model(attention_type=name), shipped[1], long_side=48, patch=(0, 1))
     save_report(report, tmp_path / "report")
     numbers = json.loads((tmp_path / "report" / "report.json").read_text())
     assert sorted(path.name for path in (tmp_path / "report").iterdir()) == [
@@ -336,14 +347,14 @@ def test_report_of_the_family(changed, photo, shipped, tmp_path, name):
 def test_synthetic_tokens_are_compressed():
     tokens, bases, labels = draw_union_of_subspaces(3, 3, 48, 96, 0.5, torch.Generator().manual_seed(0))
     assert labels.bincount().tolist() == [32, 32, 32]
-    assert (labels[1:] != labels[:-1]).sum() > 30  # interleaved
+    assert (labels[1:] != labels[:-1]).sum() > 30  # neighbours differ
     torch.testing.assert_close(bases @ bases.transpose(1, 2), torch.eye(3).double().expand(3, 3, 3))
     states = iterate_operator(operator_of_bases(bases, 6), tokens, (8, 12), 6)
     torch.testing.assert_close(states.norm(dim=2), torch.full((7, 96), 48**0.5).double())
-    own = []
+    own = []  # per step, the mean distance of the tokens to their own subspace
     for state in states.numpy():
-        residuals = [z - U.T @ (U @ z) for z, U in zip(state, bases[labels].numpy(), strict=True)]
-        own.append(np.mean([np.linalg.norm(r) / np.linalg.norm(z) for r, z in zip(residuals, state, strict=True)]))
+        pairs = zip(state, bases[labels].numpy(), strict=True)
+        own.append(np.mean([np.linalg.norm(z - U.T @ (U @ z)) / np.linalg.norm(z) for z, U in pairs]))
     distances = distance_to_subspaces(states, bases)
     measured = distances.gather(2, labels.expand(7, -1).unsqueeze(2)).mean((1, 2))
     assert measured.tolist() == pytest.approx(own)

@@ -1,25 +1,22 @@
-"""What representatives do, against the steps written out in NumPy for one head after the other."""
+"""The trace of the representatives, against the steps in NumPy, head by head."""
 
 import numpy as np
 import pytest
 import torch
+from conftest import patches_of_bins
+from scipy.special import softmax
 
 from cbsa_hf import CBSAForImageClassification
 from cbsa_hf.interpretability.representatives import trace_representatives
 from cbsa_hf.segmentation.inference import encode
 
 
-def softmax(values: np.ndarray) -> np.ndarray:
-    exponentials = np.exp(values - values.max(-1, keepdims=True))
-    return exponentials / exponentials.sum(-1, keepdims=True)
-
-
-def test_trace_is_the_steps_written_out(tiny_model):
-    """5 x 7 patches, 2 x 3 representatives; the model is made for 4 x 6 patches."""
+def test_trace_equals_the_steps(tiny_model):
+    """The image has 5 x 7 patches, the `image_size` of the model 4 x 6. There are 2 x 3 representatives."""
     pixel_values = torch.randn(1, 3, 40, 56)
-    given = []
+    inputs = []
     handle = tiny_model.base_model.layers[1].attention.register_forward_hook(
-        lambda module, args, output: given.append(args[0])
+        lambda module, args, output: inputs.append(args[0])
     )
     with torch.no_grad():
         tiny_model(pixel_values, interpolate_pos_encoding=True)
@@ -28,24 +25,11 @@ def test_trace_is_the_steps_written_out(tiny_model):
     trace = trace_representatives(encode(tiny_model, pixel_values, steps_of=[1]), 1)
     for head in range(2):
         weight = operator.proj.weight[12 * head : 12 * head + 12].detach().double().numpy()
-        W = given[0][0].double().numpy() @ weight.T
-        Q0 = np.stack(
-            [
-                np.mean(
-                    [
-                        W[1 + y * 7 + x]
-                        for y in range(row * 5 // 2, -(-(row + 1) * 5 // 2))
-                        for x in range(column * 7 // 3, -(-(column + 1) * 7 // 3))
-                    ],
-                    axis=0,
-                )
-                for row in range(2)
-                for column in range(3)
-            ]
-        )
-        A = softmax(Q0 @ W.T / 12**0.5)
+        W = inputs[0][0].double().numpy() @ weight.T
+        Q0 = np.stack([W[1:][patches].mean(0) for patches in patches_of_bins((5, 7), (2, 3))])
+        A = softmax(Q0 @ W.T / 12**0.5, axis=1)
         Q = Q0 + operator.step_rep[head].item() * A @ W
-        S = softmax(Q @ Q.T / 12**0.5)
+        S = softmax(Q @ Q.T / 12**0.5, axis=1)
         C = S @ Q
         kappa = operator.step_x[head].item() * (5 * 7) / (4 * 6)
         expected = {
@@ -61,7 +45,7 @@ def test_trace_is_the_steps_written_out(tiny_model):
             assert found == pytest.approx(np.array(values), rel=1e-3, abs=1e-6), name
 
 
-def test_other_members_have_no_trace(tiny_config):
+def test_other_attention_types_have_no_trace(tiny_config):
     tiny_config.attention_type = "mssa"
     model = CBSAForImageClassification(tiny_config).eval()
     encoding = encode(model, torch.randn(1, 3, 32, 48), steps_of=range(3))

@@ -1,9 +1,10 @@
-"""The operator against the five steps written as plain loops."""
+"""The attention operators, against plain loops and closed forms in float64."""
 
 import math
 
 import pytest
 import torch
+from conftest import patches_of_bins
 from torch import nn
 
 from cbsa_hf.attention_cbsa import (
@@ -23,35 +24,35 @@ def dot(a, b) -> float:
     return sum(x * y for x, y in zip(a, b, strict=True))
 
 
+def transpose(a: list[list[float]]) -> list[tuple[float, ...]]:
+    return list(zip(*a, strict=True))
+
+
+def matmul(a: list[list[float]], b: list[list[float]]) -> list[list[float]]:
+    return [[dot(row, column) for column in transpose(b)] for row in a]
+
+
+def softmax_of_rows(scores: list[list[float]], scale: float) -> list[list[float]]:
+    return [softmax([scale * score for score in row]) for row in scores]
+
+
 def one_head(w, grid, size, first, eta, kappa):
-    """Steps 1 to 4 for one head: tokens w as lists of floats -> the update, and the steps up to it by name."""
-    (height, width), (rows, columns), p = grid, size, len(w[0])
+    """Steps 1 to 4 for one head with tokens w, lists of floats. Returns the update, and the steps by name."""
+    p = len(w[0])
     scale = 1 / math.sqrt(p)
-    representatives = []
-    for i in range(rows):  # 1. bin i of `rows` over `height` covers floor(i h / rows) .. ceil((i + 1) h / rows) - 1
-        for j in range(columns):
-            members = [
-                w[first + y * width + x]
-                for y in range(i * height // rows, math.ceil((i + 1) * height / rows))
-                for x in range(j * width // columns, math.ceil((j + 1) * width / columns))
-            ]
-            representatives.append([sum(m[c] for m in members) / len(members) for c in range(p)])
-    attention = [softmax([scale * dot(q, token) for token in w]) for q in representatives]  # 2.
-    q = [
-        [r[c] + eta * sum(a * token[c] for a, token in zip(weights, w, strict=True)) for c in range(p)]
-        for r, weights in zip(representatives, attention, strict=True)
-    ]
-    similarity = [softmax([scale * dot(query, key) for key in q]) for query in q]  # 3.
-    contracted = [
-        [sum(a * value[c] for a, value in zip(weights, q, strict=True)) for c in range(p)] for weights in similarity
-    ]
-    update = [  # 4.
-        [kappa * sum(attention[i][n] * contracted[i][c] for i in range(len(q))) for c in range(p)]
-        for n in range(len(w))
-    ]
+    initial = []
+    for patches in patches_of_bins(grid, size):  # 1.
+        initial.append([sum(w[first + n][c] for n in patches) / len(patches) for c in range(p)])
+    attention = softmax_of_rows(matmul(initial, transpose(w)), scale)  # 2.
+    moved = matmul(attention, w)
+    q = [[initial[i][c] + eta * moved[i][c] for c in range(p)] for i in range(len(initial))]
+    similarity = softmax_of_rows(matmul(q, transpose(q)), scale)  # 3.
+    contracted = matmul(similarity, q)
+    broadcast = matmul(transpose(attention), contracted)  # 4.
+    update = [[kappa * value for value in row] for row in broadcast]
     steps = {
         "tokens": w,
-        "initial_representatives": representatives,
+        "initial_representatives": initial,
         "attention": attention,
         "representatives": q,
         "similarity": similarity,
@@ -104,8 +105,8 @@ def test_five_steps(grid, size, tokens, first, head_dim):
 
 
 @pytest.mark.parametrize(("cls", "tolerance"), [(0, 1e-5), (1, 1e-2)])
-def test_size_factor(cls, tolerance):
-    """Each patch repeated k x k is the same image, larger: with N / N0 the update of every patch stays."""
+def test_size_factor_of_a_larger_image(cls, tolerance):
+    """If each patch is repeated k x k times, its update stays the same, since N / N0 scales it."""
     torch.manual_seed(0)
     operator = ContractAndBroadcastSelfAttention(12, 2, 6, PooledRepresentatives((2, 4), cls), base_num_patches=128)
     operator = operator.double()
@@ -134,7 +135,7 @@ def test_size_factor_counts_class_tokens():
 
 
 def build(name: str, hidden_size=6, heads=2, head_dim=3, learned=False):
-    """The operator in float64, random throughout, with 2 x 2 representatives on a grid behind CLS."""
+    """An operator in float64 with random weights, and 2 x 2 representatives of the patches after CLS."""
     torch.manual_seed(0)
     representatives = LearnedRepresentatives(heads, 4, head_dim) if learned else PooledRepresentatives((2, 2), 1)
     operator = ATTENTIONS[name](hidden_size, heads, head_dim, representatives)
@@ -145,7 +146,7 @@ def build(name: str, hidden_size=6, heads=2, head_dim=3, learned=False):
 
 @pytest.mark.parametrize("name", ATTENTIONS)
 @pytest.mark.parametrize("learned", [False, True])
-def test_gradients(name, learned):
+def test_gradients_by_finite_differences(name, learned):
     operator = build(name, learned=learned)
     hidden_states = torch.randn(2, 10, 6, dtype=torch.float64, requires_grad=True)
     parameters = tuple(operator.parameters())
@@ -158,7 +159,7 @@ def test_gradients(name, learned):
 
 
 @pytest.mark.parametrize("name", ATTENTIONS)
-def test_asking_for_maps_changes_nothing(name):
+def test_maps_on_request_do_not_change_the_update(name):
     operator = build(name)
     hidden_states = torch.randn(2, 10, 6, dtype=torch.float64)
     update, nothing, _ = operator(hidden_states, (3, 3))
@@ -171,13 +172,13 @@ def test_asking_for_maps_changes_nothing(name):
     assert (attention is not None) == operator.has_representative_attentions
     if operator.map_is_gram:
         torch.testing.assert_close(token_map, torch.einsum("bhmn,bhmk->bhnk", attention, attention))
-    elif name != "tssa":  # whose map is a softmax over heads
+    elif name != "tssa":  # its map is a softmax over heads
         torch.testing.assert_close(token_map.sum(-1), torch.ones(2, 2, 10, dtype=torch.float64))
 
 
 @pytest.mark.parametrize("name", ATTENTIONS)
 def test_permuting_tokens(name):
-    """Operators that do not pool know no order; pooling knows the grid, and sees it mirrored when it is mirrored."""
+    """All operators are equivariant to mirroring the grid; those that do not pool, to any permutation."""
     operator = build(name)
     hidden_states = torch.randn(1, 10, 6, dtype=torch.float64)
     mirrored = torch.cat([torch.tensor([0]), 1 + torch.arange(9).reshape(3, 3).flip(1).flatten()])
@@ -188,7 +189,7 @@ def test_permuting_tokens(name):
     assert torch.allclose(after, update[:, shuffled]) != operator.uses_representatives
 
 
-def test_learned_representatives_know_no_order():
+def test_learned_representatives_are_equivariant_to_permutations():
     operator = build("cbsa", learned=True)
     hidden_states = torch.randn(1, 10, 6, dtype=torch.float64)
     shuffled = torch.randperm(10)
@@ -211,7 +212,7 @@ def test_mssa_is_cbsa_in_which_tokens_represent_themselves():
 
 
 def test_linear_is_cbsa_without_contraction():
-    """Step 2 and 4 with Q0 dropped, eta = kappa = 1, the contraction skipped, and phi(W) = A^T."""
+    """Steps 2 and 4 without Q0 and without contraction, with eta = kappa = 1 and A^T = phi(W)."""
     operator = build("linear")
     hidden_states = torch.randn(1, 10, 6, dtype=torch.float64)
     _, token_map, attention = operator(hidden_states, (3, 3), output_attentions=True)
@@ -231,20 +232,14 @@ def test_linear_is_cbsa_without_contraction():
 
 
 def mita_head(q, k, v, grid, size, num_keys):
-    """One head of MiTA: lists of floats -> the update and the token-to-token map."""
-    (height, width), (rows, columns), p, n = grid, size, len(q[0]), len(q)
+    """One head of MiTA with queries, keys and values as lists of floats. Returns the update and the token map."""
+    p, n = len(q[0]), len(q)
     landmarks = []
-    for i in range(rows):
-        for j in range(columns):
-            members = [
-                q[1 + y * width + x]
-                for y in range(i * height // rows, math.ceil((i + 1) * height / rows))
-                for x in range(j * width // columns, math.ceil((j + 1) * width / columns))
-            ]
-            landmarks.append([sum(m[c] for m in members) / len(members) for c in range(p)])
-    logits = [[dot(r, key) / math.sqrt(p) for key in k] for r in landmarks]
+    for patches in patches_of_bins(grid, size):
+        landmarks.append([sum(q[1 + i][c] for i in patches) / len(patches) for c in range(p)])
+    logits = [[score / math.sqrt(p) for score in row] for row in matmul(landmarks, transpose(k))]
     attention = [softmax(row) for row in logits]
-    values = [[sum(a * v[i][c] for i, a in enumerate(row)) for c in range(p)] for row in attention]
+    values = matmul(attention, v)
     selected = [sorted(range(n), key=lambda i, row=row: -row[i])[:num_keys] for row in logits]
     update, token_map = [], []
     for query in q:
@@ -261,7 +256,7 @@ def mita_head(q, k, v, grid, size, num_keys):
 
 
 @pytest.mark.parametrize(("num_keys", "tile"), [(4, 3), (1, 100), (25, 7)])
-def test_mita(num_keys, tile):
+def test_mita_by_loops(num_keys, tile):
     torch.manual_seed(0)
     operator = ATTENTIONS["mita"](8, 2, 5, PooledRepresentatives((2, 3), 1)).double()
     assert operator.num_keys == 25
@@ -284,7 +279,7 @@ def test_mita(num_keys, tile):
         torch.testing.assert_close(from_map[b], expected)
 
 
-def test_map_only_when_asked():
+def test_map_only_on_request():
     operator = ContractAndBroadcastSelfAttention(8, 2, 4, PooledRepresentatives(2, 1))
     _, token_map, attention = operator(torch.randn(1, 10, 8), (3, 3))
     assert token_map is None

@@ -1,4 +1,4 @@
-"""The configuration stands alone, and has the names of every table of classes."""
+"""The configuration imports no other module, matches the tables of classes, and refuses bad values."""
 
 import importlib.util
 from typing import get_args
@@ -28,7 +28,7 @@ from cbsa_hf.modeling_cbsa import FEED_FORWARDS, PATCH_EMBEDDINGS
         (DECODERS, DecoderType),
     ],
 )
-def test_names_of_the_tables(table, names):
+def test_literals_match_the_tables(table, names):
     assert set(table) == set(get_args(names))
 
 
@@ -37,8 +37,8 @@ def test_attention_types_with_representatives():
     assert names == set(get_args(RepresentativeAttentionType))
 
 
-def test_builds_on_no_module_of_the_library():
-    """Executed outside of the package, where a relative import would fail."""
+def test_imports_no_other_module():
+    """The file runs outside the package, where a relative import would fail."""
     spec = importlib.util.spec_from_file_location("alone", configuration_cbsa.__file__)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -62,7 +62,7 @@ def test_builds_on_no_module_of_the_library():
         ),
     ],
 )
-def test_unknown_names(name, value, sentence):
+def test_unknown_name_raises_and_changes_nothing(name, value, sentence):
     with pytest.raises(StrictDataclassError) as given:
         CBSAConfig(**{name: value})
     config = CBSAConfig()
@@ -73,6 +73,24 @@ def test_unknown_names(name, value, sentence):
     assert config.to_dict() == before
 
 
-def test_errors_of_other_fields_stay():
+def test_wrong_type_raises():
     with pytest.raises(StrictDataclassError, match="expected int, got str"):
         CBSAConfig(hidden_size="wide")
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"patch_size": 12}, "`patch_size` is 12, and has to be a power of two"),
+        ({"hidden_size": 100}, "`hidden_size` is 100, and has to be a multiple of 8"),
+        ({"num_attention_heads": 0}, "`num_attention_heads` is 0, and has to be at least 1"),
+        ({"pooled_tokens": "all"}, "`pooled_tokens` is 'all'; choose one of 'patches', 'all_but_last'"),
+        ({"image_size": (32, 0)}, "`image_size` is .*each at least 1"),
+        ({"image_size": [32]}, r"`image_size` is \[32\]; give one side or \(height, width\)"),
+        ({"representatives_size": (2, 2, 2)}, "'representatives_size'.* expected a tuple of length 2"),
+        ({"ista_threshold": -0.1}, "`ista_threshold` is -0.1, and must not be negative"),
+    ],
+)
+def test_bad_configuration_raises(values, message):
+    with pytest.raises((StrictDataclassError, ValueError), match=message):
+        CBSAConfig(**values)

@@ -1,9 +1,10 @@
-"""Graphs that compilers and exporters make of the models: one graph gives what the model gives, at every size."""
+"""Compiled and exported models give the same outputs as the original, at every image size."""
 
 import numpy as np
 import onnxruntime
 import pytest
 import torch
+from conftest import flatten_outputs
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._inductor import config as inductor_config
 from torch.export import Dim
@@ -20,7 +21,7 @@ from cbsa_hf import (
 )
 
 
-# One layer is enough for what depends on the size; the image size is neither square nor a power of two of patches.
+# One layer is enough, since all layers depend on the image size alike. The image is not a square.
 TINY = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "num_labels": 3, "patch_size": 8}
 TINY |= {"image_size": (32, 48), "representatives_size": (2, 3), "decoder_num_layers": 1, "decoder_num_heads": 2}
 TINY |= {"decoder_head_dim": 8, "decoder_representatives_size": 2}
@@ -44,7 +45,7 @@ CASES = [
     (CBSAForSemanticSegmentation, {"backbone_config": DINOV2}),
     (CBSAForSemanticSegmentation, {"backbone_config": RESNET, "decoder_base_num_patches": 24}),
 ]
-SHAPES = [(2, 3, 32, 48), (1, 3, 33, 47), (3, 3, 64, 24)]  # the trained size; odd; tall
+SHAPES = [(2, 3, 32, 48), (1, 3, 33, 47), (3, 3, 64, 24)]  # the training size, odd sides, a tall image
 
 
 def name_case(case) -> str:
@@ -56,7 +57,7 @@ EVERY_CASE = pytest.mark.parametrize("case", CASES, ids=name_case)
 
 
 def build(case):
-    """The model, with weights of which none that a graph could leave out is 0 or 1; and the options it is run with."""
+    """The model, with random weights, so that a part that a graph leaves out shows; and options of its forward."""
     torch.manual_seed(0)
     model_class, changes = case
     model = model_class(CBSAConfig(**TINY | changes)).eval()
@@ -70,14 +71,6 @@ def build(case):
     return model, {"interpolate_pos_encoding": True} if takes_size else {}
 
 
-def flatten(outputs) -> list[torch.Tensor]:
-    """All tensors of a model's outputs, however nested."""
-    if isinstance(outputs, torch.Tensor):
-        return [outputs]
-    values = outputs.values() if isinstance(outputs, dict) else outputs
-    return [tensor for value in values if value is not None for tensor in flatten(value)]
-
-
 @EVERY_CASE
 def test_export_and_onnx(case, tmp_path):
     model, options = build(case)
@@ -89,19 +82,25 @@ def test_export_and_onnx(case, tmp_path):
     for shape in SHAPES:
         pixel_values = torch.randn(shape)
         with torch.no_grad():
-            expected = flatten(model(pixel_values, **options))
-            torch.testing.assert_close(flatten(module(pixel_values, **options)), expected, rtol=1e-4, atol=1e-4)
+            expected = flatten_outputs(model(pixel_values, **options))
+            torch.testing.assert_close(
+                flatten_outputs(module(pixel_values, **options)), expected, rtol=1e-4, atol=1e-4
+            )
         found = session.run(None, {"pixel_values": pixel_values.numpy()})
         for actual, tensor in zip(found, expected, strict=True):
-            np.testing.assert_allclose(actual, tensor, rtol=2e-3, atol=2e-3)  # a wrong size is off by 1
+            np.testing.assert_allclose(
+                actual, tensor, rtol=2e-3, atol=2e-3
+            )  # a mistake with the size changes values by about 1
 
 
 @pytest.mark.parametrize("case", [CASES[i] for i in (0, 4, 8, 10)], ids=name_case)
-@inductor_config.patch({"cpp.simdlen": 1})  # no vectors: `ATEN_CPU_CAPABILITY=default` has no headers for them
-def test_inductor(case):
+@inductor_config.patch(
+    {"cpp.simdlen": 1}
+)  # no vector instructions: `ATEN_CPU_CAPABILITY=default` has no headers for them
+def test_inductor_compiles_one_graph_for_all_sizes(case):
     """
-    The second size compiles a graph for any size; sizes that fill whole patches, and need no padding, may have one of
-    their own. No later size compiles again. One case of every class.
+    The second size compiles a graph for any size. Sizes that fill whole patches need no padding, and may get their own
+    graph. Later sizes compile nothing. There is one case for each class.
     """
     torch.compiler.reset()
     model, options = build(case)
@@ -111,7 +110,7 @@ def test_inductor(case):
     for shape in [(2, 3, 40, 56), (3, 3, 33, 47), (4, 3, 64, 24), (2, 3, 51, 29)]:
         pixel_values = torch.randn(shape)
         with torch.no_grad():
-            actual, expected = (flatten(network(pixel_values, **options)) for network in (compiled, model))
+            actual, expected = (flatten_outputs(network(pixel_values, **options)) for network in (compiled, model))
         torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
         graphs.append(inductor.frame_count)
     assert graphs[3] == graphs[2] <= 3
@@ -119,7 +118,7 @@ def test_inductor(case):
 
 @pytest.fixture
 def warnings_once(monkeypatch):
-    """The messages of `warning_once`, which forgets between tests what it has said."""
+    """The messages of `warning_once`, whose cache is cleared before and after the test."""
     messages = []
     logging.get_logger().warning_once.cache_clear()
     monkeypatch.setattr(modeling_cbsa.logger, "warning", lambda message, *args, **kwargs: messages.append(message))
@@ -128,28 +127,28 @@ def warnings_once(monkeypatch):
 
 
 class Tuples(torch.nn.Module):
-    """What `torch.jit.trace` takes: tensors in, tensors out."""
+    """A model that returns a tuple of tensors, as `torch.jit.trace` needs."""
 
     def __init__(self, model, options):
         super().__init__()
         self.model, self.options = model, options
-        self.eval()  # an exporter brings all of the model into the mode of the whole
+        self.eval()  # exporters set the model to the mode of this module
 
     def forward(self, pixel_values):
-        return tuple(flatten(self.model(pixel_values, **self.options)))
+        return tuple(flatten_outputs(self.model(pixel_values, **self.options)))
 
 
 @EVERY_CASE
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::DeprecationWarning")
-def test_traces_are_of_one_size_and_say_so(case, warnings_once):
+def test_tracing_warns_that_the_size_is_fixed(case, warnings_once):
     model, options = build(case)
     pixel_values = torch.randn(2, 3, 40, 56)
     with torch.no_grad():
-        expected = flatten(model(pixel_values, **options))
+        expected = flatten_outputs(model(pixel_values, **options))
         assert not warnings_once
         for _ in range(2):
             traced = torch.jit.trace(Tuples(model, options), pixel_values)
-    torch.testing.assert_close(flatten(traced(pixel_values)), expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(flatten_outputs(traced(pixel_values)), expected, rtol=1e-4, atol=1e-4)
     (message,) = warnings_once
     assert "images of this one size" in message and "`torch.export.export`" in message
 
@@ -157,7 +156,7 @@ def test_traces_are_of_one_size_and_say_so(case, warnings_once):
 @pytest.mark.parametrize("model_class", [CBSAForImageClassification, CBSAForSemanticSegmentation])
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::DeprecationWarning")
 def test_old_onnx_exporter(tmp_path, warnings_once, model_class):
-    """A grid of 5 x 7 patches, which the bins of the pool do not divide."""
+    """The bins of the pool do not divide the grid of 5 x 7 patches evenly."""
     model, options = build((model_class, {}))
     pixel_values = torch.randn(2, 3, 40, 56)
     torch.onnx.export(

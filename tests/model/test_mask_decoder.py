@@ -1,11 +1,12 @@
-"""Semantic segmentation: the decoders, the model around them, and what it is at home in."""
+"""Semantic segmentation: the decoders, the whole model, and its use with Transformers."""
 
 import numpy as np
 import pytest
 import torch
-from conftest import enable_activation_checkpointing
+from conftest import enable_activation_checkpointing, patches_of_bins, randomise
 from huggingface_hub.errors import StrictDataclassError
 from PIL import Image
+from scipy.special import softmax
 from torch.nn import functional as F
 from transformers import (
     AutoImageProcessor,
@@ -24,23 +25,9 @@ from cbsa_hf import CBSAConfig, CBSAForSemanticSegmentation, CBSAModel, SlidingW
 from cbsa_hf.mask_decoder_cbsa import DECODERS
 
 
-def randomise(model):
-    """Every weight and bias, lest a mistake in one that starts at zero or one cancels out."""
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.normal_(std=0.3)
-    return model.eval()
-
-
 def make_model(config: CBSAConfig, **values) -> CBSAForSemanticSegmentation:
-    torch.manual_seed(0)
     values = {"decoder_num_layers": 2, "decoder_head_dim": 7, "decoder_representatives_size": (2, 3)} | values
     return randomise(CBSAForSemanticSegmentation(CBSAConfig(**config.to_dict() | values)))
-
-
-def softmax(scores: np.ndarray, axis: int) -> np.ndarray:
-    weights = np.exp(scores - scores.max(axis, keepdims=True))
-    return weights / weights.sum(axis, keepdims=True)
 
 
 def layer_norm(x: np.ndarray, weights: dict[str, np.ndarray], name: str) -> np.ndarray:
@@ -68,21 +55,12 @@ def attend(z: np.ndarray, weights: dict[str, np.ndarray], name: str, kind: str, 
             maps.append(softmax(W @ W.T / p**0.5, 1))
             updates.append(maps[-1] @ W)
             continue
-        patches = W[: grid[0] * grid[1]].reshape(*grid, p)
-        Q = np.stack(
-            [
-                patches[i * grid[0] // 2 : -(-(i + 1) * grid[0] // 2), j * grid[1] // 3 : -(-(j + 1) * grid[1] // 3)]
-                .reshape(-1, p)
-                .mean(0)
-                for i in range(2)
-                for j in range(3)
-            ]
-        )
+        Q = np.stack([W[patches].mean(0) for patches in patches_of_bins(grid, (2, 3))])
         A = softmax(Q @ W.T / p**0.5, 1)
         Q = Q + weights[f"{name}.step_rep"][h] * (A @ W)
         C = softmax(Q @ Q.T / p**0.5, 1) @ Q
         maps.append(A.T @ A)
-        size_factor = len(W) / (4 * 6 + 5)  # tokens, over those at `image_size`: its patches and the classes
+        size_factor = len(W) / (4 * 6 + 5)  # tokens, over those at `image_size`: 4 x 6 patches and 5 classes
         updates.append(weights[f"{name}.step_x"][h] * size_factor * (A.T @ C))
     return linear(np.concatenate(updates, 1), weights, f"{name}.out_proj"), np.stack(maps)
 
@@ -93,7 +71,7 @@ def gelu(x: np.ndarray) -> np.ndarray:
 
 @pytest.mark.parametrize("kind", ["cbsa", "mssa", "softmax"])
 @pytest.mark.parametrize("grid", [(4, 6), (5, 3)])
-def test_decoder_by_the_formula(tiny_config, kind, grid):
+def test_decoder_by_its_formulas(tiny_config, kind, grid):
     decoder = make_model(tiny_config, decoder_type=kind).decoder.double()
     weights = {name: tensor.numpy() for name, tensor in decoder.state_dict().items()}
     patches = torch.randn(1, grid[0] * grid[1], 24, dtype=torch.float64)
@@ -126,7 +104,7 @@ def test_decoder_by_the_formula(tiny_config, kind, grid):
 
 
 def test_class_maps_need_no_token_map(tiny_config):
-    """For the decoder of CBT they come from the factor, in time linear in the patches."""
+    """The decoder of CBT takes them from the attention of its representatives, in linear time."""
     model = make_model(tiny_config)
     built = []
     for layer in model.decoder.layers:
@@ -147,7 +125,7 @@ def test_loss_and_gradients(tiny_config, decoder):
     torch.testing.assert_close(outputs.loss, torch.stack(expected).mean())
     outputs.loss.backward()
     for name, parameter in model.named_parameters():
-        if not name.endswith("k_proj.bias"):  # moves all scores of a query alike
+        if not name.endswith("k_proj.bias"):  # has no gradient, since softmax ignores it
             assert parameter.grad is not None and parameter.grad.abs().sum() > 0, name
     assert model(torch.randn(2, 3, 33, 47), labels=torch.full_like(labels, 255)).loss == 0
 
@@ -155,7 +133,7 @@ def test_loss_and_gradients(tiny_config, decoder):
 @pytest.mark.parametrize("decoder", DECODERS)
 @pytest.mark.parametrize("patch_embedding", ["conv_stem", "linear"])
 @pytest.mark.parametrize("size", [(32, 48), (33, 47), (8, 8), (5, 70)])
-def test_any_rectangle(tiny_config, decoder, patch_embedding, size):
+def test_images_of_any_size(tiny_config, decoder, patch_embedding, size):
     model = make_model(tiny_config, decoder_type=decoder, patch_embedding_type=patch_embedding)
     pixel_values = torch.randn(2, 3, *size)
     with torch.no_grad():
@@ -242,7 +220,7 @@ def test_other_backbones(name, tmp_path):
 
 
 def test_frozen_backbone():
-    """The statistics of a foreign backbone's batch norm stand still, too, while it is frozen."""
+    """While a backbone of Transformers is frozen, its batch norm statistics do not change."""
     config = CBSAConfig(num_labels=5, decoder_type="linear", backbone_config=BACKBONES["resnet"][0])
     model = CBSAForSemanticSegmentation(config).train()
     before = {name: buffer.clone() for name, buffer in model.named_buffers()}
@@ -269,7 +247,7 @@ def test_encoder_of_a_classifier(tiny_model, tmp_path):
     assert model(pixel_values).logits.shape == (2, 7, 32, 48)
     assert model.decoder.class_embeddings.std() > 0
 
-    # ... and back: AutoModel opens the saved segmenter.
+    # The other way round, `AutoModel` loads the encoder of the saved segmenter.
     model.save_pretrained(tmp_path / "segmenter")
     encoder = AutoModel.from_pretrained(tmp_path / "segmenter")
     torch.testing.assert_close(encoder(pixel_values).last_hidden_state, expected)
@@ -306,7 +284,7 @@ def test_compiles_without_graph_breaks(tiny_config, decoder):
 
 
 def test_half_precision(tiny_segmenter, saved_segmenter):
-    """Logits, which a LayerNorm makes of size 1, are within 0.2 of float32 in bfloat16."""
+    """A LayerNorm makes logits of size 1. In bfloat16 they differ from float32 by at most 0.2."""
     model = CBSAForSemanticSegmentation.from_pretrained(saved_segmenter, dtype=torch.bfloat16)
     pixel_values, labels = torch.randn(1, 3, 33, 47), torch.randint(0, 5, (1, 33, 47))
     outputs, expected = model(pixel_values, labels=labels), tiny_segmenter(pixel_values, labels=labels)
@@ -324,7 +302,7 @@ def test_device_map(tiny_segmenter, saved_segmenter, tmp_path):
 
 
 def test_trainer_learns(tiny_config, tmp_path):
-    """The left half of the picture is one class and the right half another, by their brightness."""
+    """The left part of an image is one class, and the brighter right part is another."""
     torch.manual_seed(0)
     data = []
     for i in range(16):
@@ -354,7 +332,7 @@ def test_trainer_learns(tiny_config, tmp_path):
 
 
 @pytest.mark.parametrize("reduce_labels", [False, True])
-def test_image_and_mask_together(tiny_segmenter, saved_segmenter, noise, reduce_labels):
+def test_processor_takes_image_and_mask(tiny_segmenter, saved_segmenter, noise, reduce_labels):
     processor = AutoImageProcessor.from_pretrained(saved_segmenter, do_reduce_labels=reduce_labels)
     assert isinstance(processor, SegformerImageProcessorPil)
     labels = np.random.default_rng(0).integers(0, 6, (50, 70)).astype(np.uint8)
@@ -368,7 +346,7 @@ def test_image_and_mask_together(tiny_segmenter, saved_segmenter, noise, reduce_
         assert tiny_segmenter(**inputs).loss > 0
 
 
-def test_post_processing(tiny_segmenter, saved_segmenter, noise):
+def test_post_processing_of_the_processor(tiny_segmenter, saved_segmenter, noise):
     processor = AutoImageProcessor.from_pretrained(saved_segmenter)
     outputs = tiny_segmenter(**processor([noise, noise.rotate(180)], return_tensors="pt"))
     sizes = [(50, 70), (9, 13)]
@@ -404,12 +382,12 @@ def test_pipeline(tiny_segmenter, saved_segmenter, noise):
         ({"backbone_config": CBSAConfig()}, "a CBSA encoder is described by this configuration itself"),
     ],
 )
-def test_configuration_is_validated(values, message):
+def test_bad_configuration_raises(values, message):
     with pytest.raises((StrictDataclassError, ValueError), match=message):
         CBSAConfig(**values)
 
 
-def test_input_that_does_not_fit(tiny_config):
+def test_bad_input_raises(tiny_config):
     model = make_model(tiny_config, decoder_type="linear")
     with pytest.raises(ValueError, match=r"`labels` has the shape \(2, 16, 16\); the pixels take \(2, 32, 48\)"):
         model(torch.randn(2, 3, 32, 48), labels=torch.zeros(2, 16, 16, dtype=torch.long))
@@ -420,8 +398,8 @@ def test_input_that_does_not_fit(tiny_config):
 
 
 @pytest.mark.parametrize("decoder", DECODERS)
-def test_one_label(tiny_config, decoder, noise):
-    """Sigmoid and binary cross-entropy over the pixels that count, pixel by pixel; the segmenter takes a half."""
+def test_one_class(tiny_config, decoder, noise):
+    """The loss is binary cross-entropy over pixels that are not ignored, and the segmenter's threshold is 0.5."""
     model = make_model(tiny_config, decoder_type=decoder, num_labels=1, id2label=None)
     pixel_values = torch.randn(2, 3, 33, 47)
     labels = torch.randint(0, 2, (2, 33, 47))
@@ -433,7 +411,7 @@ def test_one_label(tiny_config, decoder, noise):
     torch.testing.assert_close(outputs.loss.double(), -chosen.log().mean(), rtol=1e-5, atol=1e-5)
     outputs.loss.backward()
     for name, parameter in model.named_parameters():
-        if not name.endswith("k_proj.bias"):  # moves all scores of a query alike
+        if not name.endswith("k_proj.bias"):  # has no gradient, since softmax ignores it
             assert parameter.grad is not None and parameter.grad.abs().sum() > 0, name
     assert model(pixel_values, labels=torch.full_like(labels, 255)).loss == 0
 

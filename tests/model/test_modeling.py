@@ -36,7 +36,7 @@ def test_published_number_of_parameters(size, parameters):
     assert sum(parameter.numel() for parameter in model.parameters()) == parameters
 
 
-def test_presets():
+def test_presets_differ_in_attention_type_and_size():
     families = {"cbt": "cbsa", "crate": "mssa", "tost": "tssa"}
     assert set(PRESETS) == {f"{family}-{size}" for family in families for size in ("tiny", "small", "base", "large")}
     for name in PRESETS:
@@ -50,7 +50,7 @@ def test_presets():
 
 
 @pytest.mark.parametrize(("patch_size", "widths"), [(8, [48, 96, 192]), (16, [24, 48, 96, 192])])
-def test_stem(patch_size, widths):
+def test_layers_of_the_stem(patch_size, widths):
     stem = CBSAConvStem(CBSAConfig(patch_size=patch_size))
     assert [m.out_channels for m in stem.layers if isinstance(m, torch.nn.Conv2d)] == widths
     assert isinstance(stem.layers[-1], torch.nn.BatchNorm2d)
@@ -61,21 +61,17 @@ def test_ista_closed_form():
     torch.manual_seed(0)
     config = CBSAConfig(hidden_size=8, num_attention_heads=2, patch_size=8, ista_step_size=0.3, ista_threshold=0.2)
     ista = CBSAISTA(config).double()
-    D = torch.nn.init.normal_(ista.weight).detach()
-    x = torch.randn(8, dtype=torch.float64)
-    expected = [
-        max(
-            0.0,
-            (x[i] + 0.3 * (D.T[i] @ x - sum(D[k, i] * D[k, j] * x[j] for k in range(8) for j in range(8)))).item()
-            - 0.3 * 0.2,
-        )
-        for i in range(8)
-    ]
-    torch.testing.assert_close(ista(x), torch.tensor(expected, dtype=torch.float64))
+    D = torch.nn.init.normal_(ista.weight).tolist()
+    tokens = torch.randn(8, dtype=torch.float64)
+    x = tokens.tolist()
+    residual = [x[k] - sum(D[k][j] * x[j] for j in range(8)) for k in range(8)]  # x - D x
+    step = [sum(D[k][i] * residual[k] for k in range(8)) for i in range(8)]  # D^T (x - D x)
+    expected = [max(0.0, x[i] + 0.3 * step[i] - 0.3 * 0.2) for i in range(8)]
+    torch.testing.assert_close(ista(tokens), torch.tensor(expected, dtype=torch.float64))
 
 
 def test_odl_closed_form():
-    """Two steps in an overcomplete dictionary, entry by entry, with all sizes and steps different."""
+    """Two steps with an overcomplete dictionary, entry by entry."""
     config = CBSAConfig(hidden_size=8, num_attention_heads=2, patch_size=8, ista_step_size=0.3, ista_threshold=0.2)
     config.intermediate_size = 12
     odl = CBSAODL(config).double()
@@ -92,7 +88,7 @@ def test_odl_closed_form():
         assert found == pytest.approx([sum(D1[i][j] * z2[j] for j in range(12)) for i in range(8)])
 
 
-def test_attention_only(tiny_config):
+def test_no_feed_forward(tiny_config):
     tiny_config.feed_forward_type = "none"
     model = CBSAForImageClassification(tiny_config).eval()
     assert not any("feed_forward" in name or "layernorm_after" in name for name in model.state_dict())
@@ -111,7 +107,7 @@ def test_epsilon_of_the_final_norm():
 
 
 def test_ista_of_many_tokens():
-    """More tokens than channels take one product with `D^T - D^T D`: the same code, and the same gradients."""
+    """With more tokens than channels, ISTA multiplies by `D^T - D^T D`. Outputs and gradients stay the same."""
     torch.manual_seed(0)
     ista = CBSAISTA(CBSAConfig(hidden_size=8, num_attention_heads=2, patch_size=8)).double()
     torch.nn.init.normal_(ista.weight)
@@ -126,7 +122,7 @@ def test_ista_of_many_tokens():
 
 
 def test_size_factor_of_the_models(tiny_config):
-    """N0 is what the weights are made for: the patches at `image_size`, or what the configuration says."""
+    """N0 is the number of patches at `image_size`, unless the configuration sets it."""
     assert [layer.attention.base_num_patches for layer in CBSAModel(tiny_config).layers] == [24] * 3
     tiny_config.base_num_patches = 40
     segmenter = CBSAForSemanticSegmentation(tiny_config)
@@ -167,7 +163,7 @@ def test_attention_types_by_layer(tiny_config, tmp_path):
 
 
 @pytest.mark.parametrize("size", [(32, 48), (48, 32), (8, 8), (64, 24), (33, 47)])
-def test_any_rectangle(tiny_model, size):
+def test_images_of_any_size(tiny_model, size):
     pixel_values = torch.randn(2, 3, *size)
     outputs = tiny_model(pixel_values, interpolate_pos_encoding=True, output_hidden_states=True)
     patches = -(-size[0] // 8) * -(-size[1] // 8)
@@ -194,7 +190,7 @@ def test_positions_are_interpolated_on_the_grid(tiny_model):
         ((1, 1, 32, 48), True, "has 1 channels; this model takes 3"),
     ],
 )
-def test_input_that_does_not_fit(tiny_model, shape, interpolate, message):
+def test_bad_input_raises(tiny_model, shape, interpolate, message):
     with pytest.raises(ValueError, match=message):
         tiny_model(torch.randn(shape), interpolate_pos_encoding=interpolate)
 
@@ -225,7 +221,7 @@ def test_outputs_on_request(tiny_model, by, head):
         torch.testing.assert_close(token_map, torch.einsum("bhmn,bhmk->bhnk", attention, attention))
 
 
-def test_maps_are_built_only_when_asked(tiny_model):
+def test_maps_are_built_only_on_request(tiny_model):
     built = []
     for layer in tiny_model.cbsa.layers:
         layer.attention.register_forward_hook(lambda module, args, output: built.append(output[1] is not None))
@@ -247,8 +243,8 @@ def statistics(model: torch.nn.Module) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_frozen_is_frozen(tiny_model, checkpointing):
-    """A frozen encoder computes in training what it computes in evaluation, whenever it was frozen."""
+def test_frozen_encoder_does_not_change(tiny_model, checkpointing):
+    """A frozen encoder gives the same outputs in training and in evaluation mode."""
     features = tiny_model.cbsa(torch.ones(1, 3, 32, 48)).last_hidden_state
     before = statistics(tiny_model)
     tiny_model.train()
@@ -277,8 +273,8 @@ def test_frozen_is_frozen(tiny_model, checkpointing):
     assert all(torch.equal(before[n], b) for n, b in tiny_model.named_buffers() if ".7." not in n)
 
 
-def test_frozen_is_frozen_in_every_graph(tiny_model):
-    """Compiled and exported in training mode, too."""
+def test_frozen_encoder_does_not_change_in_graphs(tiny_model):
+    """The model is compiled and exported in training mode."""
     tiny_model.cbsa.requires_grad_(False)
     pixel_values = 2 + 3 * torch.randn(4, 3, 32, 48)
     expected = tiny_model(pixel_values).logits
@@ -309,7 +305,7 @@ def test_gradient_checkpointing_changes_nothing(tiny_model):
         torch.testing.assert_close(a, b)
 
 
-def test_round_trip_is_exact(tiny_model, tmp_path):
+def test_saving_and_loading_is_exact(tiny_model, tmp_path):
     tiny_model.save_pretrained(tmp_path)
     assert (tmp_path / "model.safetensors").is_file()
     loaded = CBSAForImageClassification.from_pretrained(tmp_path)
@@ -342,21 +338,3 @@ def test_dtype_of_the_input_follows_the_model(tiny_model):
     logits = tiny_model.to(torch.bfloat16)(pixel_values).logits
     assert logits.dtype == torch.bfloat16
     torch.testing.assert_close(logits.float(), expected, rtol=0.1, atol=0.1)
-
-
-@pytest.mark.parametrize(
-    ("values", "message"),
-    [
-        ({"patch_size": 12}, "`patch_size` is 12, and has to be a power of two"),
-        ({"hidden_size": 100}, "`hidden_size` is 100, and has to be a multiple of 8"),
-        ({"num_attention_heads": 0}, "`num_attention_heads` is 0, and has to be at least 1"),
-        ({"pooled_tokens": "all"}, "`pooled_tokens` is 'all'; choose one of 'patches', 'all_but_last'"),
-        ({"image_size": (32, 0)}, "`image_size` is .*each at least 1"),
-        ({"image_size": [32]}, r"`image_size` is \[32\]; give one side or \(height, width\)"),
-        ({"representatives_size": (2, 2, 2)}, "'representatives_size'.* expected a tuple of length 2"),
-        ({"ista_threshold": -0.1}, "`ista_threshold` is -0.1, and must not be negative"),
-    ],
-)
-def test_configuration_is_validated(values, message):
-    with pytest.raises((StrictDataclassError, ValueError), match=message):
-        CBSAConfig(**values)

@@ -1,10 +1,10 @@
-"""Against the tensors recorded from the reference implementation (`../shared/reference`)."""
+"""Outputs equal the tensors recorded from the reference implementation (`../shared/reference`)."""
 
 import json
-from pathlib import Path
 
 import pytest
 import torch
+from conftest import REFERENCE, assert_matches
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch.nn import functional as F
@@ -15,8 +15,6 @@ from cbsa_hf.conversion.convert import convert_checkpoint, convert_state_dict
 from cbsa_hf.mask_decoder_cbsa import DECODERS
 
 
-REFERENCE = Path(__file__).parents[3] / "shared" / "reference"
-
 pytestmark = pytest.mark.skipif(not REFERENCE.is_dir(), reason=f"no recorded tensors at {REFERENCE.name}")
 
 
@@ -24,11 +22,6 @@ def load_recording(name: str):
     with safe_open(REFERENCE / f"{name}.safetensors", framework="pt") as file:
         config = json.loads(file.metadata()["config"])
     return config, load_file(REFERENCE / f"{name}.safetensors")
-
-
-def assert_matches(actual: torch.Tensor, expected: torch.Tensor):
-    assert actual.shape == expected.shape
-    assert (actual - expected).abs().max() <= 1e-5 * expected.abs().max()
 
 
 CLASSIFIERS = {

@@ -1,23 +1,17 @@
-"""Saved models bring their code: a process that cannot import this package loads them and computes the same."""
+"""Saved models include their code: a process without this package loads them and computes the same."""
 
 import json
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
+from conftest import run_without_package
 from safetensors.torch import load_file, save_file
 from transformers import Dinov2Config, SegformerImageProcessorPil, ViTImageProcessorPil
 
 from cbsa_hf import CBSABackbone, CBSAConfig, CBSAForImageClassification, CBSAForSemanticSegmentation, CBSAModel
 
 
-STRANGER = """
-import sys
-
-sys.modules["cbsa_hf"] = None  # importing it raises ImportError
-
+CLASSIFY = """
 import numpy as np
 import torch
 from PIL import Image
@@ -36,19 +30,14 @@ outputs = {
     "tokens": encoder(pixel_values).last_hidden_state,
     "feature_map": backbone.eval()(pixel_values).feature_maps[-1].contiguous(),
 }
-if "pipeline" in sys.argv:
-    extract = pipeline("image-feature-extraction", model=folder, trust_remote_code=True)
-    image = Image.fromarray(load_file(f"{folder}/input.safetensors")["image"].numpy())
-    outputs["features"] = torch.tensor(extract(image))
-    classifier.save_pretrained(f"{folder}/again")
+extract = pipeline("image-feature-extraction", model=folder, trust_remote_code=True)
+image = Image.fromarray(load_file(f"{folder}/input.safetensors")["image"].numpy())
+outputs["features"] = torch.tensor(extract(image))
+classifier.save_pretrained(f"{folder}/again")
 save_file(outputs, f"{folder}/output.safetensors")
 """
 
-SEGMENTING_STRANGER = """
-import sys
-
-sys.modules["cbsa_hf"] = None  # importing it raises ImportError
-
+SEGMENT = """
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
@@ -68,16 +57,7 @@ save_file(outputs, f"{folder}/output.safetensors")
 """
 
 
-def run_stranger(folder, script: str, *args: str) -> dict[str, torch.Tensor]:
-    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
-    environment["HF_MODULES_CACHE"] = str(folder / "modules")
-    command = [sys.executable, "-c", script, str(folder), *args]
-    result = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
-    return load_file(folder / "output.safetensors")
-
-
-def test_a_process_without_the_package_computes_the_same(tiny_model, noise, tmp_path):
+def test_classifier_without_the_package(tiny_model, noise, tmp_path):
     pixel_values = torch.randn(2, 3, 32, 48)
     processor = ViTImageProcessorPil(size={"height": 32, "width": 48}, do_convert_rgb=True)
     tiny_model.save_pretrained(tmp_path)
@@ -85,7 +65,8 @@ def test_a_process_without_the_package_computes_the_same(tiny_model, noise, tmp_
     image = torch.frombuffer(bytearray(noise.tobytes()), dtype=torch.uint8).reshape(50, 70, 3)
     save_file({"pixel_values": pixel_values, "image": image}, tmp_path / "input.safetensors")
 
-    outputs = run_stranger(tmp_path, STRANGER, "pipeline")
+    run_without_package(CLASSIFY, tmp_path, str(tmp_path))
+    outputs = load_file(tmp_path / "output.safetensors")
 
     expected = tiny_model.cbsa(pixel_values).last_hidden_state
     torch.testing.assert_close(outputs["logits"], tiny_model(pixel_values).logits)
@@ -93,15 +74,14 @@ def test_a_process_without_the_package_computes_the_same(tiny_model, noise, tmp_
     torch.testing.assert_close(outputs["feature_map"].flatten(2).transpose(1, 2), expected[:, 1:])
     inputs = processor(noise, return_tensors="pt")["pixel_values"]
     torch.testing.assert_close(outputs["features"], tiny_model.cbsa(inputs).last_hidden_state, rtol=1e-4, atol=1e-4)
-    # What it saves is complete again, code included but for that of the pipeline, which it does not have and does not
-    # name, and is known here by its type.
+    # The model that this process saves is complete and has its code, without that of the pipeline, which it lacks.
     assert {path.suffix for path in (tmp_path / "again").iterdir()} == {".json", ".py", ".safetensors"}
     assert "custom_pipelines" not in json.loads((tmp_path / "again" / "config.json").read_text())
     again = CBSAForImageClassification.from_pretrained(tmp_path / "again")
     torch.testing.assert_close(again(pixel_values).logits, outputs["logits"])
 
 
-def test_segmentation_without_the_package(tiny_config, tmp_path):
+def test_segmenter_without_the_package(tiny_config, tmp_path):
     dinov2 = Dinov2Config(hidden_size=24, num_hidden_layers=1, num_attention_heads=2, image_size=28)
     models = {
         "cbsa": CBSAForSemanticSegmentation(tiny_config).eval(),
@@ -113,7 +93,8 @@ def test_segmentation_without_the_package(tiny_config, tmp_path):
     pixel_values = torch.randn(2, 3, 40, 56)
     save_file({"pixel_values": pixel_values}, tmp_path / "input.safetensors")
 
-    outputs = run_stranger(tmp_path, SEGMENTING_STRANGER)
+    run_without_package(SEGMENT, tmp_path, str(tmp_path))
+    outputs = load_file(tmp_path / "output.safetensors")
 
     for name, model in models.items():
         torch.testing.assert_close(outputs[name], model(pixel_values).logits)
@@ -125,7 +106,7 @@ def test_segmentation_without_the_package(tiny_config, tmp_path):
 @pytest.mark.parametrize(
     "model_class", [CBSAModel, CBSAForImageClassification, CBSAForSemanticSegmentation, CBSABackbone]
 )
-def test_whatever_is_saved_names_every_class(tiny_config, model_class, tmp_path):
+def test_every_saved_model_names_all_auto_classes(tiny_config, model_class, tmp_path):
     model_class(tiny_config).save_pretrained(tmp_path)
     auto_map = json.loads((tmp_path / "config.json").read_text())["auto_map"]
     assert auto_map == {
@@ -136,9 +117,9 @@ def test_whatever_is_saved_names_every_class(tiny_config, model_class, tmp_path)
         "AutoBackbone": "modeling_cbsa.CBSABackbone",
     }
     pipeline = ["images", "image_files", "inference", "memory", "patch_grouping", "pipeline_cbsa", "spectral"]
-    of_classifiers = model_class is CBSAForImageClassification
+    is_classifier = model_class is CBSAForImageClassification
     assert {path.name for path in tmp_path.glob("*.py")} == {
-        *(f"{name}.py" for name in [*pipeline, "zero_shot"] if of_classifiers),
+        *(f"{name}.py" for name in [*pipeline, "zero_shot"] if is_classifier),
         "attention_cbsa.py",
         "configuration_cbsa.py",
         "mask_decoder_cbsa.py",
@@ -147,7 +128,7 @@ def test_whatever_is_saved_names_every_class(tiny_config, model_class, tmp_path)
     }
 
 
-def test_a_class_of_the_user_keeps_its_own_entry(tmp_path):
+def test_auto_map_of_the_user_is_kept(tmp_path):
     config = CBSAConfig()
     config.auto_map = {"AutoModel": "modeling_mine.MyModel"}
     config.save_pretrained(tmp_path)

@@ -25,7 +25,7 @@ SIZES = {
 
 
 def random_model(**values) -> CBSAForImageClassification:
-    """With random step sizes, norms and batch norm statistics lest a mistake in them cancels out."""
+    """A model whose step sizes, norms and batch norm statistics are random, so that a mistake in them shows."""
     torch.manual_seed(0)
     model = CBSAForImageClassification(CBSAConfig(**SIZES | values)).eval()
     with torch.no_grad():
@@ -84,7 +84,7 @@ def test_gradients_are_sums_over_the_layers(models, pixel_values):
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_drop_path_grows_with_the_layer(checkpointing):
-    """One stored layer: as the first it is never dropped, as the last with probability 1 / 2 for each image."""
+    """One layer is used twice. The first use is never dropped, the second with probability 1 / 2 per image."""
     model = random_model(
         num_hidden_layers=2, num_unique_layers=1, drop_path_rate=0.5, patch_embedding_type="patchify"
     ).cbsa
@@ -107,7 +107,7 @@ def test_drop_path_grows_with_the_layer(checkpointing):
     assert 16 < sum(is_dropped) < 48  # of 64, four standard deviations to each side
 
 
-def test_files_have_each_weight_once(models, pixel_values, tmp_path):
+def test_shared_weights_are_saved_once(models, pixel_values, tmp_path):
     shared, _ = models
     assert not shared.all_tied_weights_keys
     shared.save_pretrained(tmp_path)
@@ -149,10 +149,10 @@ def test_adapters_are_shared_too(models, pixel_values):
         torch.testing.assert_close(model.merge_and_unload()(pixel_values).logits, changed, rtol=1e-3, atol=1e-4)
 
 
-def test_what_is_recorded_belongs_to_its_layer(models, pixel_values):
-    """Steps, attended tokens, and measures of a layer that uses another layer's weights."""
-    is_cbsa = [name == "cbsa" for name in models[0].config.layer_attention_types]
-    last = max(i for i, wanted in enumerate(is_cbsa) if wanted)
+def test_encoding_keeps_shared_layers_apart(models, pixel_values):
+    """Steps, attended tokens and measures of layers that share weights are kept apart."""
+    types = models[0].config.layer_attention_types
+    last = max(i for i, name in enumerate(types) if name == "cbsa")
     found, expected = (
         encode(model, pixel_values, output_hidden_states=True, output_attentions=True, steps_of=[0, last])
         for model in models
@@ -175,7 +175,7 @@ def test_what_is_recorded_belongs_to_its_layer(models, pixel_values):
         ({"layer_sharing": "random"}, "`layer_sharing` is 'random'; choose one of 'cyclic', 'repeated'"),
     ],
 )
-def test_refused(values, message):
+def test_bad_configuration_raises(values, message):
     with pytest.raises((ValueError, StrictDataclassError), match=message):
         CBSAConfig(**values)
 
@@ -190,6 +190,6 @@ def test_refused(values, message):
         (3, 1, "repeated", [0, 0, 0]),
     ],
 )
-def test_which_layers_share(depth, unique, sharing, indices):
+def test_layer_indices(depth, unique, sharing, indices):
     config = CBSAConfig(num_hidden_layers=depth, num_unique_layers=unique, layer_sharing=sharing)
     assert config.layer_indices == indices

@@ -1,4 +1,4 @@
-"""Inference in tiles computes what it computes at once, in little memory."""
+"""Inference in tiles gives the same outputs as without, in little memory."""
 
 import pytest
 import torch
@@ -10,17 +10,22 @@ from cbsa_hf import CBSAConfig, CBSAForSemanticSegmentation, CBSAModel, fold, mo
 
 @pytest.fixture
 def tiles(monkeypatch):
-    """Tiles of 16 tokens of width 24, for images of 30 tokens and more."""
+    """Use tiles of 16 tokens for images of 30 tokens and more. The list has an entry for each layer in tiles."""
     monkeypatch.setattr(modeling_cbsa, "MIN_TOKENS", 30)
     monkeypatch.setattr(tiles_cbsa, "TILE_VALUES", 2 * 16 * 24)
     used = []
     compute = tiles_cbsa.layer_in_tiles
-    monkeypatch.setattr(modeling_cbsa, "layer_in_tiles", lambda *args: used.append(args) or compute(*args))
+
+    def record(*args):
+        used.append(args)
+        return compute(*args)
+
+    monkeypatch.setattr(modeling_cbsa, "layer_in_tiles", record)
     return used
 
 
 def build(model_class=CBSAModel, **changes):
-    """In float64, every parameter and statistic random."""
+    """A model in float64 with random parameters and statistics."""
     torch.manual_seed(0)
     sizes = {"image_size": 32, "patch_size": 4, "hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
     model = model_class(CBSAConfig(**sizes | {"representatives_size": 2} | changes)).eval().double()
@@ -31,22 +36,22 @@ def build(model_class=CBSAModel, **changes):
 
 
 CASES = {
-    "as trained": {},
+    "default": {},
     "mlp": {"feed_forward_type": "mlp"},
     "wide heads": {"head_dim": 16},
     "registers": {"num_register_tokens": 3},
-    "quirk": {"pooled_tokens": "all_but_last"},
+    "all tokens but the last": {"pooled_tokens": "all_but_last"},
     "learned": {"representatives_type": "learned"},
     "patchify": {"patch_embedding_type": "patchify"},
-    "some layers": {"attention_type": ["mssa", "cbsa"]},
+    "one layer of two": {"attention_type": ["mssa", "cbsa"]},
 }
 
 
 @pytest.mark.parametrize("folds", [False, True])
 @pytest.mark.parametrize("case", CASES)
 @torch.no_grad()
-def test_same_outputs(tiles, case, folds):
-    """As without tiles, which a gradient rules out."""
+def test_tiles_do_not_change_outputs(tiles, case, folds):
+    """The expected outputs are computed with gradients, which switch tiles off."""
     model = build(**CASES[case])
     model = fold(model) if folds else model
     pixel_values = torch.randn(2, 3, 38, 29, dtype=torch.float64)
@@ -60,7 +65,7 @@ def test_same_outputs(tiles, case, folds):
 
 @torch.no_grad()
 def test_large_scores(tiles):
-    """The running maximum keeps weights finite whose scores differ by thousands from tile to tile."""
+    """Scores that differ by thousands between tiles give finite weights."""
     model = build().float()
     for layer in model.layers:
         layer.attention.proj.weight *= 100
@@ -73,8 +78,8 @@ def test_large_scores(tiles):
 
 
 @torch.no_grad()
-def test_whoever_looks_inside_sees_everything(tiles):
-    """Maps, hidden states and hooks are those of all tokens."""
+def test_maps_hooks_and_hidden_states_see_all_tokens(tiles):
+    """Layers run without tiles when maps are requested or a part of them has a hook. Hidden states are complete."""
     model, pixel_values = build(), torch.randn(1, 3, 40, 40, dtype=torch.float64)
     outputs = model(pixel_values, interpolate_pos_encoding=True, output_representative_attentions=True)
     assert [attention.shape for attention in outputs.representative_attentions] == [(1, 2, 4, 101)] * 2
@@ -89,7 +94,7 @@ def test_whoever_looks_inside_sees_everything(tiles):
 
 
 @torch.no_grad()
-def test_segmentation(tiles):
+def test_segmenter_in_tiles(tiles):
     model, pixel_values = build(CBSAForSemanticSegmentation, num_labels=3), torch.randn(1, 3, 41, 38).double()
     with torch.enable_grad():
         expected = model(pixel_values).logits.detach()
@@ -98,8 +103,8 @@ def test_segmentation(tiles):
 
 
 @torch.no_grad()
-def test_memory():
-    """At most 12 bytes for each token and width, beyond weights and image."""
+def test_peak_memory():
+    """At most 12 bytes per token and channel, apart from weights and image."""
     sizes = {"hidden_size": 32, "num_attention_heads": 2, "num_hidden_layers": 2, "patch_size": 8, "image_size": 64}
     config = CBSAConfig(**sizes, representatives_size=4)
     model, pixel_values = fold(CBSAModel(config).eval()), torch.randn(1, 3, 2048, 2048)

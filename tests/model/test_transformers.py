@@ -1,4 +1,4 @@
-"""What works on the models of Transformers by a standard call works on these by the same call."""
+"""Standard calls of Transformers work: pipelines, Trainer, adapters, backbones, dtypes and device maps."""
 
 import copy
 import itertools
@@ -32,7 +32,7 @@ from cbsa_hf.configuration_cbsa import FeedForwardType, PatchEmbeddingType, Repr
 
 @pytest.fixture
 def saved(tiny_model, tmp_path):
-    """Folder of the tiny classifier and its image processor."""
+    """The folder where the tiny classifier is saved, with an image processor."""
     tiny_model.save_pretrained(tmp_path / "saved")
     processor = ViTImageProcessorPil(size={"height": 32, "width": 48}, do_convert_rgb=True)
     processor.save_pretrained(tmp_path / "saved")
@@ -40,7 +40,7 @@ def saved(tiny_model, tmp_path):
 
 
 def assert_all_learn(model: torch.nn.Module, except_for: str = "no such name"):
-    """Every parameter has a gradient, and none is zero throughout."""
+    """Assert that every parameter has a gradient, which is not zero everywhere."""
     for name, parameter in model.named_parameters():
         if except_for not in name:
             assert parameter.grad is not None and parameter.grad.abs().sum() > 0, name
@@ -50,7 +50,7 @@ AXES = list(itertools.product(ATTENTIONS, *map(get_args, (FeedForwardType, Patch
 
 
 @pytest.mark.parametrize(("attention", "feed_forward", "patch_embedding", "representatives"), AXES)
-def test_all_axes_compose(tiny_config, tmp_path, attention, feed_forward, patch_embedding, representatives):
+def test_all_types_combine(tiny_config, tmp_path, attention, feed_forward, patch_embedding, representatives):
     values = tiny_config.to_dict() | {
         "attention_type": attention,
         "feed_forward_type": feed_forward,
@@ -66,7 +66,7 @@ def test_all_axes_compose(tiny_config, tmp_path, attention, feed_forward, patch_
     model = CBSAForImageClassification(CBSAConfig(**values))
     pixel_values = torch.randn(2, 3, 40, 56)
     model(pixel_values, labels=torch.tensor([0, 3]), interpolate_pos_encoding=True).loss.backward()
-    # A bias of the keys moves all scores of a query alike, so its gradient is zero by the invariance of softmax.
+    # A bias of the keys shifts all scores of a query equally. Softmax ignores this, so its gradient is zero.
     assert_all_learn(model, except_for="k_proj.bias")
     model.eval().save_pretrained(tmp_path)
     logits = CBSAForImageClassification.from_pretrained(tmp_path)(pixel_values, interpolate_pos_encoding=True).logits
@@ -74,7 +74,7 @@ def test_all_axes_compose(tiny_config, tmp_path, attention, feed_forward, patch_
 
 
 @pytest.mark.parametrize("size", [(32, 48), (33, 47), (64, 24)])
-def test_feature_maps(tiny_model, saved, size):
+def test_feature_maps_of_the_backbone(tiny_model, saved, size):
     backbone = CBSABackbone.from_pretrained(saved, out_features=["stem", "stage1", "stage3"])
     assert backbone.channels == [24, 24, 24]
     pixel_values = torch.randn(2, 3, *size)
@@ -236,8 +236,8 @@ def test_lora(tiny_model, tmp_path):
     torch.testing.assert_close(PeftModel.from_pretrained(tiny_model, tmp_path)(pixel_values).logits, adapted)
 
 
-def test_lora_trained_and_reloaded(tiny_model, tmp_path):
-    """An adapter does not save the statistics of batch norm, so they may not move while it is trained."""
+def test_trained_lora_is_reloaded(tiny_model, tmp_path):
+    """An adapter does not save batch norm statistics, so its training must not change them."""
     plain = copy.deepcopy(tiny_model)
     model = get_peft_model(tiny_model, LoraConfig(r=2, target_modules=["proj"], modules_to_save=["classifier"]))
     data = [{"pixel_values": 2 + 3 * torch.randn(3, 32, 48), "labels": i % 5} for i in range(16)]
@@ -254,12 +254,12 @@ def test_lora_trained_and_reloaded(tiny_model, tmp_path):
 @pytest.mark.parametrize("attention", ATTENTIONS)
 def test_compiles_without_graph_breaks(tiny_config, attention):
     tiny_config.attention_type = attention
-    torch.compiler.reset()  # forget the other operators, lest the limit on recompilations is reached
+    torch.compiler.reset()  # otherwise all operators together reach the limit of recompilations
     model = CBSAForImageClassification(tiny_config).eval()
     compiled = torch.compile(model, fullgraph=True, backend="eager")
     pixel_values = torch.randn(2, 3, 32, 48)
     torch.testing.assert_close(compiled(pixel_values).logits, model(pixel_values).logits)
-    # The eager call comes first: as in every model of Transformers, the first request for outputs installs hooks.
+    # The eager call comes first, since the first request for outputs installs hooks in all Transformers models.
     expected = model(pixel_values, output_attentions=True, output_hidden_states=True)
     outputs = compiled(pixel_values, output_attentions=True, output_hidden_states=True)
     assert len(outputs.attentions) == 3 and len(outputs.hidden_states) == 4
@@ -267,7 +267,7 @@ def test_compiles_without_graph_breaks(tiny_config, attention):
 
 
 @pytest.mark.parametrize(("length", "bins"), [(7, 3), (3, 7), (16, 8), (1, 4), (13, 8), (5, 1)])
-def test_bins_are_those_of_the_adaptive_pool(length, bins):
+def test_bins_equal_adaptive_pooling(length, bins):
     values = torch.randn(2, length, dtype=torch.float64)
     pooled = values @ adaptive_bins(length, bins, values).T
     torch.testing.assert_close(pooled, F.adaptive_avg_pool1d(values, bins))
@@ -276,7 +276,7 @@ def test_bins_are_those_of_the_adaptive_pool(length, bins):
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.bfloat16, 0.1), (torch.float16, 0.01)])
 @pytest.mark.parametrize("size", [(32, 48), (40, 56)])
 def test_half_precision(tiny_model, saved, dtype, tolerance, size):
-    """Logits, which are of size 1, are within 0.1 of float32 in bfloat16 and within 0.01 in float16."""
+    """Logits are of size 1. They differ from float32 by at most 0.1 in bfloat16, and 0.01 in float16."""
     model = CBSAForImageClassification.from_pretrained(saved, dtype=dtype)
     assert {parameter.dtype for parameter in model.parameters()} == {dtype}
     pixel_values = torch.randn(2, 3, *size)
@@ -308,14 +308,14 @@ def test_new_number_of_labels(tiny_model, saved):
     torch.testing.assert_close(model.cbsa(pixel_values).pooler_output, tiny_model.cbsa(pixel_values).pooler_output)
 
 
-def test_no_labels_gives_the_features(tiny_config):
+def test_zero_labels_give_the_features(tiny_config):
     tiny_config.num_labels = 0
     model = CBSAForImageClassification(tiny_config).eval()
     pixel_values = torch.randn(2, 3, 32, 48)
     torch.testing.assert_close(model(pixel_values).logits, model.cbsa(pixel_values).pooler_output)
 
 
-def test_attention_implementation(saved):
+def test_only_eager_attention_is_supported(saved):
     assert CBSAModel.from_pretrained(saved, attn_implementation="eager").config._attn_implementation == "eager"
     for name in ("sdpa", "flash_attention_2", "flex_attention"):
         with pytest.raises(ValueError, match="does not support"):

@@ -1,4 +1,4 @@
-"""Models as people wrap them: in the replicas of DataParallel, in adapters of PEFT, compiled, in half precision."""
+"""Models in wrappers: DataParallel, PEFT, `torch.compile`, half precision, and heads of Transformers."""
 
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -6,6 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 import torch
+from conftest import flatten_outputs
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from torch.nn.parallel import replicate
@@ -65,17 +66,9 @@ def build(config: CBSAConfig, model_class: type, backbone: str | None, **values)
     return model_class(CBSAConfig(**config.to_dict() | values)).eval()
 
 
-def flatten(outputs) -> list[torch.Tensor]:
-    """All tensors of a model's outputs, however nested."""
-    if isinstance(outputs, torch.Tensor):
-        return [outputs]
-    values = outputs.values() if isinstance(outputs, dict) else outputs
-    return [tensor for value in values if value is not None for tensor in flatten(value)]
-
-
 @pytest.fixture
 def make_replicas(monkeypatch):
-    """`torch.nn.parallel.replicate`, which is for GPUs, on the CPU: weights are copies, and no parameters."""
+    """`torch.nn.parallel.replicate` on the CPU. As on GPUs, replicas hold copies of the weights, no parameters."""
 
     def copy_to_devices(tensors, devices, detach=False):
         return [[tensor.detach() if detach else tensor.clone() for tensor in tensors] for _ in devices]
@@ -89,7 +82,7 @@ def make_replicas(monkeypatch):
 @EVERY_CLASS
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_data_parallel(tiny_config, make_replicas, model_class, backbone, dtype):
-    """Two replicas in two threads, which are asked for outputs before the model itself is, give what it gives."""
+    """Two replicas in two threads give the outputs of the model, although they are called before it."""
     model = build(tiny_config, model_class, backbone).to(dtype)
     names = ("hidden_states", "attentions", "representative_attentions", "decoder_attentions")
     if model_class is not CBSAForSemanticSegmentation:
@@ -107,13 +100,13 @@ def test_data_parallel(tiny_config, make_replicas, model_class, backbone, dtype)
     for outputs, share in zip(found, shares, strict=True):
         expected = model(share, **options)
         assert list(outputs) == list(expected)
-        torch.testing.assert_close(flatten(outputs), flatten(expected), rtol=0, atol=0)
-    (found[0][0] if isinstance(found[0][0], torch.Tensor) else found[0][0][-1]).float().sum().backward()
+        torch.testing.assert_close(flatten_outputs(outputs), flatten_outputs(expected), rtol=0, atol=0)
+    flatten_outputs(found[0])[0].float().sum().backward()
     assert sum(parameter.grad is not None for parameter in model.parameters()) > 5
 
 
 def test_data_parallel_trains(tiny_model, make_replicas):
-    """Losses, gradients and the running statistics, of which DataParallel keeps those of the first replica."""
+    """Losses and gradients are those of the model. Replicas of a frozen encoder keep its statistics."""
     model = tiny_model.train()
     pixel_values, labels = torch.randn(2, 2, 3, 32, 48), torch.tensor([[0, 1], [2, 3]])
     replicas = make_replicas(model)
@@ -135,7 +128,7 @@ def test_data_parallel_trains(tiny_model, make_replicas):
 
 @EVERY_CLASS
 @pytest.mark.parametrize("by", ["config", "keyword"])
-def test_tuples(tiny_config, model_class, backbone, by):
+def test_return_dict_false(tiny_config, model_class, backbone, by):
     """`return_dict=False`, as a keyword or in the configuration."""
     model = build(tiny_config, model_class, backbone)
     pixel_values = torch.randn(2, 3, 32, 48)
@@ -148,16 +141,16 @@ def test_tuples(tiny_config, model_class, backbone, by):
     else:
         outputs = model(pixel_values, **options, return_dict=False)
     assert isinstance(outputs, tuple)
-    torch.testing.assert_close(flatten(outputs), flatten(expected), rtol=0, atol=0)
+    torch.testing.assert_close(flatten_outputs(outputs), flatten_outputs(expected), rtol=0, atol=0)
     assert isinstance(model(pixel_values, return_dict=True), dict)
 
 
 WRAPPERS = ("plain", "peft", "parameters", "compiled", "data_parallel", "all")
 
 
-def wrap(model: CBSAForImageClassification, name: str) -> nn.Module:
+def wrap(model: nn.Module, name: str, head: str = "classifier") -> nn.Module:
     if name in ("peft", "all"):
-        targets = {"target_modules": ["proj", "out_proj"], "modules_to_save": ["classifier"]}
+        targets = {"target_modules": ["proj", "out_proj"], "modules_to_save": [head]}
         model = get_peft_model(model, LoraConfig(r=2, init_lora_weights=False, **targets))
     elif name == "parameters":
         targets = ["feed_forward.weight", "attention.step_x"]
@@ -168,8 +161,8 @@ def wrap(model: CBSAForImageClassification, name: str) -> nn.Module:
 
 
 @pytest.mark.parametrize("name", WRAPPERS)
-def test_looking_inside_of_wrapped_models(tiny_model, photo, name):
-    """Maps and measures are those of what the wrapped model computes, adapters included, in training mode too."""
+def test_maps_and_measures_of_wrapped_models(tiny_model, photo, name):
+    """Maps and measures are of what the wrapped model computes, adapters included, also in training mode."""
     torch.manual_seed(0)
     pixel_values = torch.randn(2, 3, 40, 56)
     model = wrap(tiny_model, name).eval()
@@ -215,16 +208,9 @@ def test_looking_inside_of_wrapped_models(tiny_model, photo, name):
 
 @pytest.mark.parametrize("name", ["peft", "compiled", "data_parallel", "all"])
 def test_sliding_window_of_wrapped_models(tiny_segmenter, photo, name):
-    """The classes are those of what the wrapped model computes on the whole image, in training mode too."""
+    """The classes are those of the wrapped model on the whole image, also in training mode."""
     processor = ViTImageProcessorPil(size={"height": 64, "width": 96})
-    model = tiny_segmenter
-    if name in ("peft", "all"):
-        targets = {"target_modules": ["proj", "out_proj"], "modules_to_save": ["decoder"]}
-        model = get_peft_model(model, LoraConfig(r=2, init_lora_weights=False, **targets))
-    if name in ("compiled", "all"):
-        model = torch.compile(model, backend="eager")
-    if name in ("data_parallel", "all"):
-        model = nn.DataParallel(model)
+    model = wrap(tiny_segmenter, name, head="decoder")
     photo = photo.resize((96, 64))
     pixel_values = processor(photo, return_tensors="pt")["pixel_values"]
     with torch.no_grad():
@@ -237,7 +223,7 @@ def test_sliding_window_of_wrapped_models(tiny_segmenter, photo, name):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_looking_inside_in_half_precision(tiny_model, tiny_segmenter, photo, dtype):
+def test_maps_and_segments_in_half_precision(tiny_model, tiny_segmenter, photo, dtype):
     processor = ViTImageProcessorPil(size={"height": 32, "width": 48})
     model = tiny_model.to(dtype)
     pixel_values = torch.randn(1, 3, 32, 48)
@@ -261,10 +247,8 @@ def test_looking_inside_in_half_precision(tiny_model, tiny_segmenter, photo, dty
 
 
 def test_measuring_while_another_thread_trains(tiny_model):
-    """The mode of a model in training never changes, whoever measures it meanwhile."""
+    """Measuring in other threads never changes the mode of a model in training."""
     model = tiny_model.train()
-    seen = []
-    model.register_forward_pre_hook(lambda module, args: seen.append(None))
     pixel_values = torch.randn(1, 3, 32, 48)
     with ThreadPoolExecutor(3) as pool:
         jobs = [pool.submit(measure_layers, model, [pixel_values]) for _ in range(6)]
@@ -275,7 +259,7 @@ def test_measuring_while_another_thread_trains(tiny_model):
 
 
 def test_tokens_of_a_backbone():
-    """`reshape_hidden_states=False` gives the tokens, CLS first, whose patches are the maps."""
+    """`reshape_hidden_states=False` gives tokens, CLS first. The other tokens are the feature maps."""
     torch.manual_seed(0)
     values = {"num_hidden_layers": 4, "out_indices": [1, 2, 3, 4], "image_size": 32}
     values = {"hidden_size": 24, "num_attention_heads": 2, "patch_size": 8, "representatives_size": 2, **values}
@@ -292,10 +276,10 @@ def test_tokens_of_a_backbone():
 @pytest.mark.parametrize(
     ("size", "patch_embedding"), [((32, 32), "conv_stem"), ((48, 32), "conv_stem"), ((33, 47), "linear")]
 )
-def test_heads_on_tokens(size, patch_embedding):
+def test_depth_heads_on_tokens(size, patch_embedding):
     """
-    What DPT and DepthAnything make of the tokens has the size that they make of those of Dinov2. They count the whole
-    patches of an image, as embeddings do that leave out the rest.
+    DPT and DepthAnything give depths of the same size as with Dinov2. They count whole patches, as patch embeddings do
+    that leave out the rest of an image.
     """
     torch.manual_seed(0)
     values = {"num_hidden_layers": 4, "out_indices": [1, 2, 3, 4], "image_size": 32, "reshape_hidden_states": False}
@@ -310,7 +294,7 @@ def test_heads_on_tokens(size, patch_embedding):
     ):
         dpt = DPTForDepthEstimation(DPTConfig(backbone_config=backbone, **neck)).eval()
         config = DepthAnythingConfig(backbone_config=backbone, **neck, **depth_anything)
-        # DPT's neck takes the tokens of a square when nothing else is said, so it runs on squares alone.
+        # DPT's neck takes the grid for a square, so it runs on square images only.
         models = [DepthAnythingForDepthEstimation(config).eval(), *([dpt] if size[0] == size[1] else [])]
         depths = [model(pixel_values).predicted_depth for model in models]
         assert all(depth.isfinite().all() for depth in depths)
@@ -321,8 +305,8 @@ def test_heads_on_tokens(size, patch_embedding):
 @pytest.mark.parametrize("use_simple_decoder", [True, False])
 def test_pose_heads_on_maps(use_simple_decoder):
     """
-    The heads of VitPose take maps. The whole of `VitPoseForPoseEstimation` takes tokens without CLS and a `patch_size`
-    that is a pair, so it runs on its own backbone alone, not on Dinov2 either.
+    The heads of VitPose take feature maps. `VitPoseForPoseEstimation` itself takes tokens without CLS and a pair as
+    `patch_size`, so it runs on its own backbone only, not even on Dinov2.
     """
     sizes = {"hidden_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2, "patch_size": 8}
     backbone = CBSABackbone(CBSAConfig(**sizes, image_size=(32, 24), representatives_size=2)).eval()
@@ -333,8 +317,8 @@ def test_pose_heads_on_maps(use_simple_decoder):
         assert heatmaps.shape == (2, 4, 4 * -(-height // 8), 4 * -(-width // 8))
 
 
-def test_features_of_a_segmenter(tiny_segmenter, saved_segmenter):
-    """A backbone from the folder of a segmenter gives the encoder's features, at every size."""
+def test_backbone_from_a_segmenter(tiny_segmenter, saved_segmenter):
+    """A backbone loaded from the folder of a segmenter gives the features of its encoder, at every image size."""
     backbone = CBSABackbone.from_pretrained(saved_segmenter).eval()
     for height, width in [(32, 48), (33, 47), (64, 24)]:
         pixel_values = torch.randn(2, 3, height, width)

@@ -1,4 +1,4 @@
-"""Any photo becomes upright RGB; anything else becomes one sentence."""
+"""Photos become upright RGB, bad input raises one sentence, and overlays and memory are bounded."""
 
 import copy
 import io
@@ -32,7 +32,7 @@ from cbsa_hf.segmentation.memory import encoder_memory
 
 
 @pytest.mark.parametrize("mode", ["RGB", "L", "LA", "RGBA", "P", "CMYK", "1"])
-def test_modes(noise, mode):
+def test_modes_become_rgb(noise, mode):
     image = noise.convert(mode)
     result = to_rgb(image)
     assert (result.mode, result.size) == ("RGB", noise.size)
@@ -47,20 +47,18 @@ def test_sixteen_bits_are_scaled_not_clipped(tmp_path):
     assert (result[..., 0].ravel() == np.arange(256)).all()
 
 
-def test_transparency_is_white():
+def test_transparent_pixels_become_white():
     assert to_rgb(Image.new("RGBA", (2, 2), (10, 20, 30, 0))).getpixel((0, 0)) == (255, 255, 255)
 
 
 def test_exif_orientation(noise, tmp_path):
-    exif = Image.Exif()
-    exif[0x0112] = 6  # the camera was turned: rotate by 270 degrees
-    noise.save(tmp_path / "turned.png", exif=exif)
+    noise.save(tmp_path / "turned.png", exif=with_orientation(6))  # rotate by 270 degrees
     upright = open_image(tmp_path / "turned.png")
     assert upright.size == (50, 70)
     assert np.array_equal(np.asarray(upright), np.rot90(np.asarray(noise), 3))
 
 
-def test_bad_files(tmp_path, noise):
+def test_bad_files_raise(tmp_path, noise):
     (tmp_path / "text.png").write_text("no image")
     noise.save(tmp_path / "whole.png")
     (tmp_path / "cut.png").write_bytes((tmp_path / "whole.png").read_bytes()[:2000])
@@ -105,10 +103,11 @@ def with_chunk(png: bytes, chunk: bytes) -> bytes:
 
 
 def with_segment(jpeg: bytes, marker: int, content: bytes) -> bytes:
+    """Insert a segment after the first marker of a JPEG."""
     return jpeg[:2] + bytes([0xFF, marker]) + struct.pack(">H", len(content) + 2) + content + jpeg[2:]
 
 
-def turned(orientation: int) -> Image.Exif:
+def with_orientation(orientation: int) -> Image.Exif:
     exif = Image.Exif()
     exif[0x0112] = orientation
     return exif
@@ -131,7 +130,7 @@ def test_formats(noise, format):
 @pytest.mark.parametrize("orientation", range(1, 9))
 @pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP", "TIFF"])
 def test_orientation_is_applied_once(noise, format, orientation):
-    data = encoded(noise, format, exif=turned(orientation))
+    data = encoded(noise, format, exif=with_orientation(orientation))
     expected = np.asarray(ImageOps.exif_transpose(Image.open(io.BytesIO(data))).convert("RGB"))
     image = open_image(data)
     assert np.array_equal(np.asarray(image), expected)
@@ -150,10 +149,10 @@ def test_orientation_is_applied_once(noise, format, orientation):
         lambda png: with_chunk(png, png_chunk(b"iCCP", b"profile\0\1")),
         lambda png: with_chunk(png, png_chunk(b"eXIf", b"nothing"))[:-1] + b"\x82",
         lambda png: with_chunk(png, png_chunk(b"acTL", b"\0")),
-        lambda png: with_chunk(png, b"\0\0\0\1tEXtx\0\0\0\0"),  # a checksum that is wrong
+        lambda png: with_chunk(png, b"\0\0\0\1tEXtx\0\0\0\0"),  # a wrong checksum
     ],
 )
-def test_metadata_of_png_decides_nothing(noise, damage):
+def test_bad_metadata_of_png_is_ignored(noise, damage):
     assert np.array_equal(np.asarray(open_image(damage(encoded(noise, "PNG")))), np.asarray(noise))
 
 
@@ -168,7 +167,7 @@ def test_metadata_of_png_decides_nothing(noise, damage):
         (0xED, b"Photoshop 3.0\0" + b"8BIM\x03\xed\0\0\0\0\0\1x"),
     ],
 )
-def test_metadata_of_jpeg_decides_nothing(noise, marker, content):
+def test_bad_metadata_of_jpeg_is_ignored(noise, marker, content):
     data = encoded(noise, "JPEG")
     damaged = with_segment(data, marker, content)
     assert np.array_equal(np.asarray(open_image(damaged)), np.asarray(open_image(data)))
@@ -182,7 +181,7 @@ def test_pil_images_with_unreadable_exif(photo, shipped, tiny_segmenter, name):
         "pipeline": lambda: pipeline("cbsa-zero-shot-segmentation"),
     }[name]()
     data = encoded(photo, "JPEG")
-    pictures = [with_segment(data, 0xE1, b"Exif\0\0nonsense"), encoded(photo, "JPEG", exif=turned(6))]
+    pictures = [with_segment(data, 0xE1, b"Exif\0\0nonsense"), encoded(photo, "JPEG", exif=with_orientation(6))]
     broken, upright = (model(Image.open(io.BytesIO(picture))) for picture in pictures)
     found = {"segmenter": lambda x: x.mask, "windows": np.asarray, "pipeline": lambda x: np.asarray(x["mask"])}[name]
     assert found(broken).shape == (photo.height, photo.width)
@@ -202,7 +201,7 @@ class RaisesAnything(ImageFile.ImageFile):
 @pytest.mark.parametrize(
     "error", [RuntimeError(), NotImplementedError("one\ntwo"), struct.error("x"), MemoryError(), RecursionError("y")]
 )
-def test_whatever_a_decoder_raises(monkeypatch, error):
+def test_any_error_of_a_decoder_becomes_one_sentence(monkeypatch, error):
     Image.init()
     monkeypatch.setattr(RaisesAnything, "error", error, raising=False)
     monkeypatch.setitem(Image.OPEN, "BMP", (RaisesAnything, lambda prefix: prefix.startswith(b"BM")))
@@ -212,7 +211,7 @@ def test_whatever_a_decoder_raises(monkeypatch, error):
 
 
 @pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP", "TIFF", "GIF", "BMP", "DDS", "PCX", "SGI", "TGA"])
-def test_mutated_files(noise, format):
+def test_mutated_files_are_read_or_refused(noise, format):
     random = np.random.default_rng(0)
     data = encoded(noise, format)
     for _ in range(30):
@@ -228,25 +227,25 @@ def test_mutated_files(noise, format):
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no named pipes")
 def test_only_regular_files(tmp_path):
-    os.mkfifo(tmp_path / "pipe.png")  # without a writer, which a plain `open` waits for
+    os.mkfifo(tmp_path / "pipe.png")  # a plain `open` waits for a writer
     for path in (tmp_path / "pipe.png", os.devnull):
         with pytest.raises(ImageError, match="is not a regular file"):
             open_image(path)
 
 
 @pytest.mark.parametrize("source", [None, 7, b"", {"bytes": None, "path": None}, io.StringIO("x"), "a\0b"])
-def test_sources_that_are_none(source):
+def test_bad_sources_raise(source):
     with pytest.raises(ImageError, match=r"\.$"):
         open_image(source)
 
 
-def test_no_postscript(noise):
+def test_postscript_is_refused(noise):
     for format in ("EPS", "PDF"):
         with pytest.raises(ImageError, match=r"x is not an image that can be read. The formats are JPEG, PNG"):
             open_image(encoded(noise, format), name="x")
 
 
-def test_limits(recwarn):
+def test_limits_of_pixels_and_ratio(recwarn):
     wide, large = encoded(Image.new("1", (2000, 1)), "PNG"), encoded(Image.new("1", (10000, 10000)), "PNG")
     for data, message in [(wide, r"2000 x 1 .* 200; raise `max_ratio`"), (large, r"10000 x 10000 .*`--max-pixels`")]:
         with pytest.raises(ImageError, match=message):
@@ -276,17 +275,21 @@ def test_scans_are_counted(noise):
     start = data.rindex(b"\xff\xda")
     with pytest.raises(ImageError, match="more than 100 scans"):
         open_image(data[:start] + 200 * data[start:-2] + data[-2:])
-    assert open_image(data + 200 * data[start:-2]).size == noise.size  # behind the end, as the film of a phone's photo
+    assert (
+        open_image(data + 200 * data[start:-2]).size == noise.size
+    )  # data after the end, such as the video in a photo of a phone
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "P", "I;16", "RGB"])
-def test_masks_stay_as_they_are(mode):
+def test_masks_keep_their_values(mode):
     labels = np.arange(12).reshape(3, 4).astype(np.uint16 if mode == "I;16" else np.uint8)
-    mask = Image.fromarray(labels) if mode in ("L", "I;16") else Image.fromarray(labels).convert(mode)
+    mask, options = Image.fromarray(labels), {}
     if mode == "P":
-        mask = Image.fromarray(labels)
         mask.putpalette([255, 0, 0] * 256)
-    found = open_mask(encoded(mask, "PNG", transparency=3) if mode == "P" else encoded(mask, "PNG"))
+        options["transparency"] = 3
+    elif mode != "I;16":
+        mask = mask.convert(mode)
+    found = open_mask(encoded(mask, "PNG", **options))
     assert np.array_equal(np.asarray(found), np.asarray(mask))
     assert found.info == {}
     if mode == "P":
@@ -307,16 +310,24 @@ LEVELS = np.arange(256, dtype=np.uint8).reshape(16, 16)
         torch.from_numpy(LEVELS).double() / 255,
     ],
 )
-def test_values_of_arrays(values):
-    for shaped in (values, values[..., None], values[..., None].repeat(3, -1) if values is LEVELS else values):
-        assert np.array_equal(np.asarray(to_image(shaped)), np.repeat(LEVELS[..., None], 3, axis=2))
+def test_values_of_arrays_are_scaled(values):
+    expected = np.repeat(LEVELS[..., None], 3, axis=2)
+    shapes = [values, values[..., None]]
+    if values is LEVELS:
+        shapes.append(expected)
+    for shaped in shapes:
+        assert np.array_equal(np.asarray(to_image(shaped)), expected)
 
 
 @pytest.mark.parametrize(
-    ("mode", "values"), [("F", LEVELS / np.float32(255)), ("I", LEVELS.astype(np.int32) * 257), ("I;16", None)]
+    ("mode", "values"),
+    [
+        ("F", LEVELS / np.float32(255)),
+        ("I", LEVELS.astype(np.int32) * 257),
+        ("I;16", LEVELS.astype(np.uint16) * 257),
+    ],
 )
-def test_values_of_files(mode, values):
-    values = LEVELS.astype(np.uint16) * 257 if values is None else values
+def test_values_of_files_are_scaled(mode, values):
     image = Image.fromarray(values)
     assert image.mode == mode
     for found in (open_image(encoded(image, "TIFF")), to_image(image)):
@@ -337,7 +348,7 @@ def test_values_of_files(mode, values):
         (LEVELS.astype(np.int32) - 7, "type int32"),
     ],
 )
-def test_values_that_would_be_black_or_cut(values, message):
+def test_values_outside_their_range_raise(values, message):
     with pytest.raises(ImageError, match=message):
         to_image(values)
     with pytest.raises(ImageError, match=rf"^grey\.tif .*{message}"):
@@ -350,13 +361,13 @@ def test_black_and_bool_are_images():
     assert np.asarray(to_image(np.ones((2, 3), bool))).min() == 255
 
 
-def test_layouts(noise):
+def test_layouts_of_channels(noise):
     pixels = np.asarray(noise)
     transparent = np.concatenate([pixels, np.full((*pixels.shape[:2], 1), 255, np.uint8)], axis=2)
     for array in (pixels, pixels.transpose(2, 0, 1), transparent, torch.from_numpy(pixels.copy()).permute(2, 0, 1)):
         assert np.array_equal(np.asarray(to_image(array)), pixels)
-    both = np.zeros((3, 5, 3), np.uint8)
-    assert to_image(both).size == (5, 3)  # channels last
+    ambiguous = np.zeros((3, 5, 3), np.uint8)
+    assert to_image(ambiguous).size == (5, 3)  # channels last
     for shape in [(2, 5, 5), (5, 5, 2), (1, 3, 5, 5), (5,), (0, 5)]:
         with pytest.raises(ImageError, match="of shape"):
             to_image(np.zeros(shape, np.uint8))
@@ -385,9 +396,9 @@ def test_bands_of_pictures_are_channels(noise, mode, num_channels):
     picture.putpixel((3, 2), (9,) * num_channels)
     values = np.asarray(picture)
     assert np.array_equal(to_image(picture, num_channels=num_channels), values)
-    exif = turned(6)
-    found = to_image(encoded(picture, "TIFF", exif=exif), num_channels=num_channels) if mode != "LA" else None
-    assert found is None or np.array_equal(found, np.rot90(values, 3))
+    if mode != "LA":
+        data = encoded(picture, "TIFF", exif=with_orientation(6))
+        assert np.array_equal(to_image(data, num_channels=num_channels), np.rot90(values, 3))
     with pytest.raises(ImageError, match=r"^An image has the channels R, G, B, and the model takes \d; give an array"):
         to_image(noise, num_channels=num_channels)
 
@@ -401,7 +412,7 @@ def test_one_channel_is_grey(noise):
     assert np.abs(to_image(noise, num_channels=1)[..., 0] - luma).max() < 1
 
 
-def test_bands_make_the_same(noise, monkeypatch):
+def test_bands_do_not_change_the_result(noise, monkeypatch):
     pictures = [noise.convert(mode) for mode in ("RGBA", "LA", "P", "CMYK", "1")]
     pictures[0].putalpha(noise.convert("L"))
     pictures += [Image.fromarray(LEVELS / np.float32(255)), Image.fromarray(LEVELS.astype(np.uint16) * 257)]
@@ -437,8 +448,8 @@ def test_big_endian_values():
         assert np.array_equal(np.asarray(to_image(source))[..., 0], LEVELS)
 
 
-def test_classes_are_drawn_over_the_whole(noise, monkeypatch):
-    """All pixels are drawn by one formula; the legend is below them."""
+def test_overlay_of_classes(noise, monkeypatch):
+    """All pixels follow one formula, whatever the size of the bands. The legend is below them."""
     labels = np.asarray(noise.convert("L")) // 64
     names = dict(enumerate("abcd"))
     expected = np.array(Image.blend(noise, Image.fromarray(class_colours(4)[labels]), 0.6))
@@ -449,7 +460,7 @@ def test_classes_are_drawn_over_the_whole(noise, monkeypatch):
         assert np.array_equal(np.asarray(overlay_classes(noise, labels, names))[:50, :70], expected)
 
 
-def test_addresses(photo, shipped):
+def test_pipeline_reads_urls(photo):
     pictures = {"/cat.jpg": with_segment(encoded(photo, "JPEG"), 0xE1, b"Exif\0\0nonsense"), "/text.jpg": b"no image"}
 
     class Handler(BaseHTTPRequestHandler):
@@ -475,7 +486,7 @@ def test_addresses(photo, shipped):
             server.shutdown()
 
 
-def test_mask_is_drawn_as_by_a_filter(noise, monkeypatch):
+def test_overlay_of_a_mask(noise, monkeypatch):
     mask = np.asarray(noise.convert("L")) > 200
     assert np.array_equal(dilate(mask, 0), mask)
     for radius in range(1, 9):
@@ -489,7 +500,7 @@ def test_mask_is_drawn_as_by_a_filter(noise, monkeypatch):
     assert np.array_equal(overlay[~mask & ~edge], (0.55 * pixels).astype(np.uint8)[~mask & ~edge])
 
 
-def test_memory_is_estimated_before_it_is_spent(shipped, tiny_segmenter):
+def test_too_much_memory_raises_at_once(shipped, tiny_segmenter):
     image = Image.new("RGB", (400, 300))
     with pytest.raises(ValueError, match=r"model 30000 x 22496 pixels would take about \d+\.\d GB .* 4 GB; lower"):
         ZeroShotSegmenter(*shipped, long_side=30000)(image)
@@ -512,8 +523,8 @@ def test_estimate_of_memory_counts_every_pair_of_patches(shipped):
     assert encoder_memory(model, (1024, 1024)) > 12 * 3 * 4 * (128 * 128) ** 2
 
 
-def test_names_in_a_list(tmp_path):
-    """An image from a file has the name of the file; another one is named by its place in the list."""
+def test_errors_name_images_of_a_list(tmp_path):
+    """An error names the file of an image, or its place in the list if it has no file."""
     dark = np.full((4, 4), 1e-9, dtype=np.float32)
     path = tmp_path / "dark.tif"
     Image.fromarray(dark).save(path)

@@ -1,4 +1,4 @@
-"""One look at a photo is one pass of the encoder, and an encoding holds what the model returns."""
+"""Functions encode a photo once, and an encoding holds what the model returns."""
 
 from collections import Counter
 
@@ -13,7 +13,7 @@ from cbsa_hf.segmentation.inference import encode
 
 @pytest.fixture
 def passes(shipped, monkeypatch):
-    """How often the encoder and the operator of its first layer run; hooks are in the copies that are encoded with."""
+    """Counts calls of the encoder, its first operator, and `steps`. The copy that `encode` runs keeps the hooks."""
     model, _ = shipped
     encoder, counts = model.cbsa, Counter()
     operator = type(encoder.layers[0].attention)
@@ -33,32 +33,32 @@ def passes(shipped, monkeypatch):
         handle.remove()
 
 
-LOOKS = {"ncut": 2, "representatives": 1, "attention": 1}  # `ncut` also looks at the mirrored, smaller image
+PASSES = {"ncut": 2, "representatives": 1, "attention": 1}  # `ncut` also encodes the mirrored, smaller image
 
 
-@pytest.mark.parametrize(("method", "looks"), LOOKS.items())
-def test_a_look_is_one_pass_of_the_segmenter(shipped, photo, passes, method, looks):
+@pytest.mark.parametrize(("method", "expected"), PASSES.items())
+def test_passes_of_a_segmenter(shipped, photo, passes, method, expected):
     ZeroShotSegmenter(*shipped, method, long_side=64)(photo)
-    assert passes == {"encoder": looks, "first operator": looks, "steps": looks * 12}
+    assert passes == {"encoder": expected, "first operator": expected, "steps": expected * 12}
 
 
-def test_a_look_is_one_pass_of_the_others(shipped, photo, passes):
+def test_report_maps_and_measures_take_one_pass(shipped, photo, passes):
     model, processor = shipped
     one = {"encoder": 1, "first operator": 1, "steps": 12}
     pixel_values = torch.randn(1, 3, 32, 48)
-    for look in (
+    for function in (
         lambda: inspect_photo(photo, model, processor, long_side=64),
         lambda: attention_maps(model, pixel_values),
         lambda: exact_maps(model, pixel_values),
         lambda: measure_layers(model, [pixel_values]),
     ):
         passes.clear()
-        look()
+        function()
         assert passes == one
 
 
-def test_an_encoding_serves_several(shipped, photo, passes):
-    """Segments and maps of one pass are those that each makes on its own."""
+def test_one_encoding_gives_segments_and_maps(shipped, photo, passes):
+    """Segments and maps from one encoding equal those from an encoding each."""
     model, processor = shipped
     segmenter = ZeroShotSegmenter(model, processor, "representatives", long_side=64)
     expected = segmenter(photo)
@@ -71,8 +71,8 @@ def test_an_encoding_serves_several(shipped, photo, passes):
     assert torch.equal(maps, attention_maps(model, encoding.pixel_values, (1, 2)))
 
 
-def test_an_encoding_is_what_the_model_returns(tiny_config):
-    """Also where layers differ; and no hook or replaced method stays in the copy."""
+def test_encoding_equals_the_outputs_of_the_model(tiny_config):
+    """The layers differ. Neither hooks nor replaced methods stay in the copy."""
     tiny_config.attention_type = ["mssa", "cbsa", "agent"]
     tiny_config.num_register_tokens = 2
     model = CBSAForImageClassification(tiny_config).eval()
@@ -109,16 +109,16 @@ def test_an_encoding_is_what_the_model_returns(tiny_config):
     assert not encoding.tokens.requires_grad and not encoding.recorded[1].kappa.requires_grad
 
 
-def test_only_what_is_asked_for_is_kept(tiny_model):
+def test_encoding_keeps_only_what_is_requested(tiny_model):
     encoding = encode(tiny_model, torch.randn(1, 3, 32, 48))
     assert encoding.hidden_states is encoding.attended_states is None
     assert encoding.attentions is encoding.representative_attentions is None
     assert encoding.recorded == {}
 
 
-@pytest.mark.parametrize("look", [encode, attention_maps, exact_maps, measure_layers])
-def test_pixels_of_another_shape(tiny_model, look):
-    """One image without its batch; and one batch where a list of batches belongs."""
+@pytest.mark.parametrize("function", [encode, attention_maps, exact_maps, measure_layers])
+def test_pixels_of_wrong_shape_raise(tiny_model, function):
+    """One image without a batch, and one batch in place of a list of batches."""
     pixel_values = torch.zeros(1, 3, 32, 32)
     with pytest.raises(ValueError, match=r"shape \(3, 32, 32\); give \(batch, channels, height, width\)"):
-        look(tiny_model, pixel_values if look is measure_layers else pixel_values[0])
+        function(tiny_model, pixel_values if function is measure_layers else pixel_values[0])

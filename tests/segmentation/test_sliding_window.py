@@ -1,4 +1,4 @@
-"""Sliding windows against the model on the whole image, and against logits averaged over a whole image in the test."""
+"""Sliding windows, against the model on the whole image, and against averages over all windows."""
 
 import subprocess
 import sys
@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from conftest import PEAK_MEMORY
 from PIL import Image, ImageDraw
 from torch import nn
 from torch.nn import functional as F
@@ -32,7 +33,7 @@ def picture() -> Image.Image:
 
 @torch.no_grad()
 def average_logits(model, processor, image, size, window, stride, flip) -> torch.Tensor:
-    """(K, *size of the image), over every window of the image resized to `size`, the whole of it in memory."""
+    """Logits (K, height, width) of the image, averaged over all windows of the image resized to `size`."""
     resized = image.resize((size[1], size[0]), processor.resample)
     pixel_values = processor(resized, do_resize=False, return_tensors="pt")["pixel_values"]
     sums, counts = torch.zeros(model.config.num_labels, *size), torch.zeros(size)
@@ -50,7 +51,7 @@ def average_logits(model, processor, image, size, window, stride, flip) -> torch
 
 
 def assert_labels(labels: np.ndarray, logits: torch.Tensor, tolerance: float):
-    """The label of every pixel has the largest logit, up to rounding, and there are several of them."""
+    """Assert that every label has the largest logit, up to `tolerance`, and that there are several labels."""
     assert labels.shape == logits.shape[1:]
     chosen = logits.gather(0, torch.from_numpy(labels.astype(np.int64))[None])[0]
     assert (logits.amax(0) - chosen).max() <= tolerance
@@ -58,7 +59,7 @@ def assert_labels(labels: np.ndarray, logits: torch.Tensor, tolerance: float):
 
 
 class RedOrNot(nn.Module):
-    """Logits of two classes on a coarse grid, by how red an image is there."""
+    """A model with two classes, red or not, whose logits have a coarse grid."""
 
     config = SimpleNamespace(num_labels=2)
     device = torch.device("cpu")
@@ -68,8 +69,8 @@ class RedOrNot(nn.Module):
         return SimpleNamespace(logits=torch.cat([-red, red], dim=1))
 
 
-def test_sharp(processor):
-    """A disc of one colour on another, known on a coarse grid alone: guided, the edge of the class is the disc's."""
+def test_sharp_edges(processor):
+    """With `sharp`, the edge of a class follows the edge of a disc, although the logits have a coarse grid."""
     processor.do_normalize = False
     image = Image.new("RGB", (320, 240), (30, 90, 40))
     ImageDraw.Draw(image).ellipse((100, 50, 240, 190), (220, 60, 50))
@@ -118,7 +119,7 @@ def test_overlaps_are_averaged(tiny_segmenter, processor, picture, window, strid
     [
         (None, [1], True),
         (64, [1], False),
-        (524, [1], False),  # four times the image, so that rows between those that are read go to waste
+        (524, [1], False),  # four times the image, so some rows of logits are never read
         (None, [0.5, 1, 1.75], True),
         (96, [0.75, 1.5], False),
     ],
@@ -136,23 +137,23 @@ def test_scales_and_flip(tiny_segmenter, processor, picture, long_side, scales, 
 
 
 @pytest.mark.parametrize(("bounds", "long_side"), [((64, 64), 64), ((200, 64), 64), ((74, 1000), 100)])
-def test_the_processor_says_sizes(tiny_segmenter, processor, picture, bounds, long_side):
-    """Bounds that the picture, 131 x 97, fills, and a crop that the windows have."""
+def test_processor_sets_size_and_window(tiny_segmenter, processor, picture, bounds, long_side):
+    """The picture, 131 x 97, fills the bounds in `size`, and windows are as large as `crop_size`."""
     sizes = {"size": dict(zip(("max_height", "max_width"), bounds, strict=True)), "crop_size": dict(processor.size)}
     labels = SlidingWindowSegmenter(tiny_segmenter, SegformerImageProcessorPil(**sizes))(picture)
     assert np.array_equal(labels, SlidingWindowSegmenter(tiny_segmenter, processor, long_side=long_side)(picture))
     assert not np.array_equal(labels, SlidingWindowSegmenter(tiny_segmenter, processor)(picture))
 
 
-def test_nothing_is_cropped(tiny_segmenter, processor, picture):
-    """Some processors crop the centre, and a crop they could make is not a window."""
+def test_image_is_not_cropped(tiny_segmenter, processor, picture):
+    """The segmenter does not crop the centre, even if the processor does."""
     cropping = SegformerImageProcessorPil(size=dict(processor.size), crop_size=16, do_center_crop=True)
     labels = SlidingWindowSegmenter(tiny_segmenter, cropping)(picture)
     assert np.array_equal(labels, SlidingWindowSegmenter(tiny_segmenter, processor)(picture))
 
 
 @pytest.mark.parametrize("size", [(97, 131), (200, 262), (400, 60), (31, 300), (1, 1)])
-def test_rows_are_those_of_the_whole(size):
+def test_rows_equal_those_of_the_whole_image(size):
     logits = torch.randn(5, 97, 131)
 
     def predict(boxes):
@@ -165,8 +166,8 @@ def test_rows_are_those_of_the_whole(size):
     torch.testing.assert_close(resized, expected, rtol=1e-4, atol=1e-4)
 
 
-def test_other_models_of_transformers(processor, picture):
-    """Such as SegFormer, whose logits are smaller than its input."""
+def test_model_of_transformers(processor, picture):
+    """SegFormer gives logits that are smaller than its input."""
     torch.manual_seed(0)
     config = SegformerConfig(
         depths=[1, 1], hidden_sizes=[8, 8], num_attention_heads=[1, 1], num_encoder_blocks=2, decoder_hidden_size=8
@@ -192,7 +193,7 @@ def test_any_source(tiny_segmenter, processor, picture, tmp_path):
         segmenter("nothing.png")
 
 
-def test_a_model_in_training_is_not_changed(tiny_segmenter, processor, picture):
+def test_model_in_training_mode_is_not_changed(tiny_segmenter, processor, picture):
     expected = SlidingWindowSegmenter(tiny_segmenter, processor)(picture)
     state = {name: tensor.clone() for name, tensor in tiny_segmenter.state_dict().items()}
     tiny_segmenter.train()
@@ -201,9 +202,10 @@ def test_a_model_in_training_is_not_changed(tiny_segmenter, processor, picture):
     assert tiny_segmenter.training
 
 
-LARGE = """
+MEASURE_MEMORY = (
+    PEAK_MEMORY
+    + """
 import sys
-from pathlib import Path
 
 import numpy as np
 from PIL import Image
@@ -211,33 +213,28 @@ from transformers import SegformerImageProcessorPil
 
 from cbsa_hf import CBSAForSemanticSegmentation, SlidingWindowSegmenter
 
-
-def peak() -> int:
-    # Of this process alone, in kB; `ru_maxrss` begins at its parent's.
-    return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0])
-
-
 model = CBSAForSemanticSegmentation.from_pretrained(sys.argv[1]).eval()
 processor = SegformerImageProcessorPil(size={"height": 512, "width": 512})
 pixels = np.random.default_rng(0).integers(0, 256, (3000, 4000, 3), dtype=np.uint8)
 image = Image.fromarray(pixels)
 segmenter = SlidingWindowSegmenter(model, processor, batch_size=2, scales=[1, 0.2])
 segmenter(image.crop((0, 0, 300, 300)))
-before = peak()
+before = peak_memory()
 labels = segmenter(image)
 assert labels.shape == (3000, 4000) and labels.max() < 11
-print((peak() - before) / 2**10)
+print((peak_memory() - before) / 2**10)
 """
+)
 
 
 def test_memory_is_bounded(tiny_config, tmp_path):
-    """4000 x 3000 pixels in 11 classes, whose logits alone are 500 MiB, of which a band 512 rows high is 86 MiB."""
+    """Logits of 4000 x 3000 pixels in 11 classes have 500 MiB, and those of a band of 512 rows 86 MiB."""
     config = CBSAConfig(**tiny_config.to_dict() | {"id2label": {i: str(i) for i in range(11)}, "label2id": None})
     CBSAForSemanticSegmentation(config).save_pretrained(tmp_path)
-    command = [sys.executable, "-c", LARGE, str(tmp_path)]
+    command = [sys.executable, "-c", MEASURE_MEMORY, str(tmp_path)]
     result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
-    assert float(result.stdout) < 600  # about 300, with two copies of the image among them
+    assert float(result.stdout) < 600  # about 300 measured, with two copies of the image
 
 
 @pytest.mark.parametrize(
@@ -252,18 +249,18 @@ def test_memory_is_bounded(tiny_config, tmp_path):
         ({"scales": [1, -1]}, r"`scales` is \[1, -1\]; give one factor or more, each above 0"),
     ],
 )
-def test_bad_settings(tiny_segmenter, processor, values, message):
+def test_bad_settings_raise(tiny_segmenter, processor, values, message):
     with pytest.raises(ValueError, match=message):
         SlidingWindowSegmenter(tiny_segmenter, processor, **values)
 
 
-def test_no_window(tiny_segmenter):
+def test_processor_without_a_window_raises(tiny_segmenter):
     processor = SegformerImageProcessorPil(size={"shortest_edge": 40})
     with pytest.raises(ValueError, match=r"The image processor's size is {'shortest_edge': 40}; give a `window`."):
         SlidingWindowSegmenter(tiny_segmenter, processor)
 
 
-def test_one_bad_photo_of_a_list(tiny_segmenter, processor, picture, tmp_path):
+def test_bad_photo_in_a_list_gives_an_error(tiny_segmenter, processor, picture, tmp_path):
     segmenter = SlidingWindowSegmenter(tiny_segmenter, processor)
     with pytest.warns(UserWarning, match="Image 1 of 3 is left out: There is no file"):
         first, bad, last = segmenter([picture, tmp_path / "none.png", picture])
@@ -271,7 +268,7 @@ def test_one_bad_photo_of_a_list(tiny_segmenter, processor, picture, tmp_path):
     assert np.array_equal(first, last) and np.array_equal(first, segmenter(picture))
 
 
-def test_logits_that_are_not_finite(tiny_segmenter, processor, picture):
+def test_logits_that_are_not_finite_raise(tiny_segmenter, processor, picture):
     with torch.no_grad():
         tiny_segmenter.cbsa.layernorm.bias[0] = float("nan")
     with pytest.raises(ValueError, match="outputs are not finite"):

@@ -1,4 +1,4 @@
-"""The cut in linear time against the dense solution of scipy, walks against a loop that takes the steps."""
+"""Normalized cuts in linear time against SciPy's dense solution, random walks against a loop over their steps."""
 
 import numpy as np
 import pytest
@@ -11,12 +11,12 @@ from cbsa_hf.segmentation.spectral import Cut, cut_dense, cut_factored, k_means,
 
 @pytest.fixture
 def factor() -> torch.Tensor:
-    """A of 6 representatives and 20 tokens, as a softmax over the tokens makes it."""
+    """The attention of 6 representatives to 20 tokens, a softmax over the tokens."""
     return (3 * torch.randn(6, 20, dtype=torch.float64, generator=torch.manual_seed(0))).softmax(-1)
 
 
 def solve(affinity: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """All solutions of `W y = value D y`, from the largest value."""
+    """All solutions of `W y = value D y`, with the largest value first."""
     values, vectors = eigh(affinity, np.diag(affinity.sum(1)))
     return values[::-1], vectors[:, ::-1]
 
@@ -29,7 +29,7 @@ def assert_same_cut(cut: Cut, affinity: np.ndarray, count: int):
     np.testing.assert_allclose(np.abs(agreement), np.eye(count), atol=1e-5)  # up to the sign
 
 
-def test_cut_in_linear_time_is_the_dense_one(factor):
+def test_factored_cut_equals_the_dense_solution(factor):
     affinity = (factor.T @ factor).numpy()
     cut = cut_factored(factor)
     assert cut.vectors.shape == (20, 6)
@@ -37,7 +37,7 @@ def test_cut_in_linear_time_is_the_dense_one(factor):
     np.testing.assert_allclose(cut.vectors[:, 0] / cut.vectors[0, 0], np.ones(20), atol=1e-8)
 
 
-def test_cut_without_a_factor(factor):
+def test_dense_cut(factor):
     affinity = factor.T @ factor + torch.rand(20, 20, dtype=torch.float64, generator=torch.manual_seed(1))
     affinity = affinity + affinity.T
     cut = cut_dense(affinity)
@@ -59,12 +59,12 @@ def test_stacked_factors_are_the_mean_affinity():
 
 @pytest.mark.parametrize("locality", [0.0, 2.0])
 def test_landmark_factor(locality):
-    """Against the shares of each token written out, on a grid whose bins do not overlap."""
+    """Against a loop over the tokens, on a grid whose bins do not overlap."""
     features = torch.randn(24, 5, dtype=torch.float64, generator=torch.manual_seed(0))
     tokens = features.numpy().reshape(4, 6, 5)
     landmarks = [tokens[2 * i : 2 * i + 2, 3 * j : 3 * j + 3].mean((0, 1)) for i in range(2) for j in range(2)]
     shares = np.zeros((24, 4))
-    middles = [(i, j) for i in (-0.5, 0.5) for j in (-0.5, 0.5)]  # of the bins; the sides of the grid are at -1 and 1
+    middles = [(i, j) for i in (-0.5, 0.5) for j in (-0.5, 0.5)]  # centres of the bins; the grid goes from -1 to 1
     for n, token in enumerate(tokens.reshape(24, 5)):
         cosines = [token @ q / np.linalg.norm(token) / np.linalg.norm(q) for q in landmarks]
         place = (n // 6 + 0.5) / 2 - 1, (n % 6 + 0.5) / 3 - 1
@@ -77,7 +77,7 @@ def test_landmark_factor(locality):
 
 
 def test_diffusion_map(factor):
-    """Distances between tokens are those between their walks' places after one step, against the transition matrix."""
+    """Distances between tokens are those between the distributions of their random walks after one step."""
     affinity = (factor.T @ factor).numpy()
     degrees = affinity.sum(1)
     transition = affinity / degrees[:, None]
@@ -86,8 +86,8 @@ def test_diffusion_map(factor):
     np.testing.assert_allclose(torch.cdist(points, points), expected, atol=1e-7)
 
 
-def test_visits(factor):
-    """Against walks that are taken step by step."""
+def test_visits_of_random_walks(factor):
+    """Against random walks computed step by step."""
     affinity = (factor.T @ factor).numpy()
     transition = affinity / affinity.sum(1, keepdims=True)
     target = np.zeros(20)
@@ -99,7 +99,7 @@ def test_visits(factor):
     np.testing.assert_allclose(visits(cut_factored(factor), torch.from_numpy(target)), total, atol=1e-8)
 
 
-def test_visits_where_the_affinity_falls_into_parts():
+def test_visits_of_a_graph_in_two_parts():
     factor = torch.zeros(2, 6, dtype=torch.float64)
     factor[0, :3] = factor[1, 3:] = 1
     found = visits(cut_factored(factor), torch.tensor([1.0, 0, 0, 0, 0, 0], dtype=torch.float64))
@@ -107,16 +107,16 @@ def test_visits_where_the_affinity_falls_into_parts():
     assert found[:3].min() > 0 > found[3:].max()
 
 
-def count(num_tokens: int, make_cut) -> int:
+def count_operations(num_tokens: int) -> int:
+    """Floating-point operations of a cut and of the visits of a walk, without those for eigenvectors."""
     factor = torch.rand(16, num_tokens, dtype=torch.float64, generator=torch.manual_seed(0))
     with FlopCounterMode(display=False) as counter:
-        visits(make_cut(factor).leading(4), torch.ones(num_tokens, dtype=torch.float64))
+        visits(cut_factored(factor).leading(4), torch.ones(num_tokens, dtype=torch.float64))
     return counter.get_total_flops()
 
 
 def test_cost_is_linear_in_the_tokens():
-    """By operations; those of the eigenvectors, of 16 x 16 here and N x N there, are not counted."""
-    counts = [count(num_tokens, cut_factored) for num_tokens in (100, 200, 400)]
+    counts = [count_operations(num_tokens) for num_tokens in (100, 200, 400)]
     assert counts[2] - counts[1] == 2 * (counts[1] - counts[0])
     assert counts[2] < 4.1 * counts[0]
     with FlopCounterMode(display=False) as counter:
@@ -127,7 +127,7 @@ def test_cost_is_linear_in_the_tokens():
     assert counter.get_total_flops() == 4 * small
 
 
-def test_k_means():
+def test_k_means_separates_clusters():
     generator = torch.manual_seed(0)
     centres = torch.tensor([[0.0, 0.0], [5.0, 0.0], [0.0, 5.0]])
     truth = torch.arange(60) % 3

@@ -1,16 +1,15 @@
-"""Segments without labels: of every method, attention and kind of image; on planted objects better than chance."""
+"""Zero-shot segmentation with every method, attention type and kind of image; it beats chance on planted objects."""
 
 import base64
 import io
 import json
-import os
-import subprocess
 import sys
 
 import numpy as np
 import pytest
 import skimage.data
 import torch
+from conftest import run_without_package
 from PIL import Image, ImageDraw
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
@@ -22,7 +21,6 @@ from cbsa_hf import (
     ImageError,
     ZeroShotSegmentationPipeline,
     ZeroShotSegmenter,
-    attention_maps,
 )
 from cbsa_hf.attention_cbsa import ATTENTIONS
 from cbsa_hf.interpretability.attention_maps import exact_maps
@@ -49,21 +47,6 @@ def processor() -> ViTImageProcessorPil:
     return ViTImageProcessorPil(size={"height": 32, "width": 48}, do_convert_rgb=True)
 
 
-@pytest.mark.parametrize(("patch", "token"), [(None, 0), ((2, 3), 1 + 2 * 5 + 3)])
-def test_maps_are_rows_of_the_dense_map(tiny_model, patch, token):
-    pixel_values = torch.randn(2, 3, 32, 40)
-    maps = attention_maps(tiny_model, pixel_values, patch)
-    dense = tiny_model(pixel_values, interpolate_pos_encoding=True, output_attentions=True).attentions
-    assert maps.shape == (3, 2, 2, 4, 5)
-    for layer in range(3):
-        torch.testing.assert_close(maps[layer].flatten(2), dense[layer][:, :, token, 1:])
-
-
-def test_patch_outside_the_grid(tiny_model):
-    with pytest.raises(ValueError, match=r"outside the grid of 4 x 6"):
-        attention_maps(tiny_model, torch.randn(1, 3, 32, 48), (4, 0))
-
-
 def test_smallest_share():
     saliency = torch.tensor([[0.4, 0.1], [0.2, 0.3]])
     assert [smallest_share(saliency, mass).item() for mass in (0.4, 0.65, 1.0)] == pytest.approx([0.4, 0.3, 0.1])
@@ -71,20 +54,20 @@ def test_smallest_share():
 
 def test_median_filter():
     maps = torch.zeros(1, 1, 6, 8)
-    maps[..., 2, 2] = 100.0  # alone
+    maps[..., 2, 2] = 100.0  # an isolated value
     maps[..., :, 5:] = 1.0  # a region
     expected = torch.zeros(6, 8)
     expected[:, 5:] = 1.0
     assert torch.equal(median_filter(maps, 5)[0, 0], expected)
 
 
-def test_grids():
+def test_border_mask():
     assert border_mask((3, 4)).reshape(3, 4).tolist() == [[1, 1, 1, 1], [1, 0, 0, 1], [1, 1, 1, 1]]
     assert border_mask((1, 1)).tolist() == [1]
 
 
-def check(result, image: Image.Image):
-    """What holds of every result."""
+def check_result(result, image: Image.Image):
+    """Assert what holds for every result, such as finite scores and a partition into sorted segments."""
     shape = (image.height, image.width)
     assert result.mask.shape == result.scores.shape == result.labels.shape == shape
     assert result.mask.dtype == bool
@@ -108,15 +91,15 @@ def test_every_method_for_every_attention(tiny_config, processor, photo, attenti
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     options = {"attention_weight": 0.5} if method == "ncut" else {}
     result = ZeroShotSegmenter(model, processor, method, long_side=64, num_segments=3, **options)(photo)
-    check(result, photo)
-    assert 1 <= len(result.segments) <= 3  # random weights may have the tokens all alike
+    check_result(result, photo)
+    assert 1 <= len(result.segments) <= 3  # with random weights, all tokens may be alike
     assert model.training
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
 
 
 @pytest.mark.parametrize("attention_type", ATTENTIONS)
-def test_attention_of_a_layer(tiny_config, attention_type):
-    """Factors are those of the map; maps are made symmetric; CLS is left out of either."""
+def test_affinity_from_attention(tiny_config, attention_type):
+    """A factor gives the map, other maps are made symmetric, and both leave out CLS."""
     model = CBSAForImageClassification(
         type(tiny_config)(**{**tiny_config.to_dict(), "attention_type": attention_type})
     )
@@ -137,23 +120,23 @@ def test_attention_of_a_layer(tiny_config, attention_type):
 
 
 def test_flip_scale_features(tiny_model):
-    """Tokens of length 1, and those of the mirror image at two thirds of the size, mirrored back and interpolated."""
+    """Normalised tokens, plus those of the mirror image at two thirds of the size, mirrored back and interpolated."""
     pixel_values = torch.randn(1, 3, 48, 24)
     encoding = encode(tiny_model, pixel_values)
     second = flip_scale_features(encoding) - F.normalize(patch_tokens(encoding), dim=2)
     smaller = F.interpolate(pixel_values, size=(32, 16), mode="bilinear", antialias=True).flip(3)
-    seen = tiny_model.cbsa(smaller, interpolate_pos_encoding=True).last_hidden_state[0, 1:].detach()
-    seen = F.normalize(seen, dim=1).unflatten(0, (4, 2))
-    across = torch.tensor([[0.0, 1], [0.5, 0.5], [1, 0]])  # from the right to the left: 2 columns to 3
+    mirrored = tiny_model.cbsa(smaller, interpolate_pos_encoding=True).last_hidden_state[0, 1:].detach()
+    mirrored = F.normalize(mirrored, dim=1).unflatten(0, (4, 2))
+    across = torch.tensor([[0.0, 1], [0.5, 0.5], [1, 0]])  # 2 columns, mirrored, to 3
     down = torch.zeros(6, 4)  # 4 rows to 6
     for row, place in enumerate([0, 0.5, 7 / 6, 11 / 6, 2.5, 3]):
         down[row, int(place)] = 1 - place % 1
         down[row, min(int(place) + 1, 3)] += place % 1
-    torch.testing.assert_close(second, torch.einsum("ir,jc,rcd->ijd", down, across, seen), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(second, torch.einsum("ir,jc,rcd->ijd", down, across, mirrored), rtol=1e-4, atol=1e-5)
 
 
 def test_patch_descriptors(tiny_model):
-    """Patch by patch: features less half their mean, of length 1; and 0.15 of how the colour differs."""
+    """Features minus half their mean, normalised; and 0.15 times the difference from the mean colour."""
     pixel_values = torch.randn(1, 3, 32, 48)
     encoding = encode(tiny_model, pixel_values)
     described = patch_descriptors(encoding)
@@ -168,7 +151,7 @@ def test_patch_descriptors(tiny_model):
 
 
 def test_foreground(tiny_model):
-    """How rarely walks visit the border, plus a quarter of the nearness to the centre and of the attention of CLS."""
+    """Few visits of the border, plus a quarter of the nearness to the centre and of the attention of CLS."""
     pixel_values, border_visits = torch.randn(1, 3, 32, 48), torch.randn(24, dtype=torch.float64)
     rows, columns = np.mgrid[0:4, 0:6]
     central = -(((2 * rows - 3) / 4) ** 2 + ((2 * columns - 5) / 6) ** 2)
@@ -183,8 +166,8 @@ def test_foreground(tiny_model):
     np.testing.assert_allclose(foreground(border_visits, encoding).numpy(), expected, rtol=1e-6)
 
 
-def test_contraction(tiny_model):
-    """Against the map that is exact: what the representatives write is `kappa S^T A`."""
+def test_affinity_of_representatives(tiny_model):
+    """The similarity is the one in the exact map, where the representatives write `kappa S^T A`."""
     pixel_values = torch.randn(1, 3, 32, 48)
     exact = exact_maps(tiny_model, pixel_values)[2]
     encoding = encode(tiny_model, pixel_values, output_attentions=True, steps_of=[2])
@@ -199,7 +182,7 @@ def test_contraction(tiny_model):
 
 
 def plant(background: np.ndarray, foreground: np.ndarray, box: tuple[int, int, int, int]) -> tuple:
-    """An ellipse of one texture on another, both shades of grey: a photo, and the mask of the ellipse."""
+    """A photo of an ellipse with one grey texture on another, and the mask of the ellipse."""
     size = (192, 144)
     mask = Image.new("L", size)
     ImageDraw.Draw(mask).ellipse(box, 255)
@@ -207,13 +190,13 @@ def plant(background: np.ndarray, foreground: np.ndarray, box: tuple[int, int, i
     return Image.composite(textures[1], textures[0], mask), np.asarray(mask) > 0
 
 
-PLACES = [(20, 40, 100, 120), (60, 20, 150, 110), (90, 50, 170, 130), (40, 60, 110, 140)]
+BOXES = [(20, 40, 100, 120), (90, 50, 170, 130)]
 
 
 def planted() -> list[tuple[Image.Image, np.ndarray]]:
     textures = [skimage.data.brick(), skimage.data.grass(), skimage.data.gravel()]
     pairs = [(a, b) for a in textures for b in textures if a is not b]
-    return [plant(*pair, box) for pair in pairs for box in PLACES[::2]]
+    return [plant(*pair, box) for pair in pairs for box in BOXES]
 
 
 def overlap(mask: np.ndarray, truth: np.ndarray) -> float:
@@ -221,14 +204,14 @@ def overlap(mask: np.ndarray, truth: np.ndarray) -> float:
 
 
 def test_planted_objects_are_found(shipped):
-    """By the foreground and by the best of six segments; chance is a mask of everything, or a centred ellipse."""
+    """The foreground, and the best of six segments, are better than a mask of everything or a centred ellipse."""
     segmenter = ZeroShotSegmenter(*shipped, num_segments=6)
     rows, columns = np.mgrid[-1:1:144j, -1:1:192j]
     everything, ellipse = np.ones((144, 192), bool), (rows / 0.75) ** 2 + (columns / 0.75) ** 2 <= 1
     scores = []
     for image, truth in planted():
         result = segmenter(image)
-        check(result, image)
+        check_result(result, image)
         best = max(overlap(segment.mask, truth) for segment in result.segments)
         scores.append((overlap(result.mask, truth), best, overlap(everything, truth), overlap(ellipse, truth)))
     found, best, *chance = np.mean(scores, axis=0)
@@ -236,8 +219,8 @@ def test_planted_objects_are_found(shipped):
     assert best > max(chance) + 0.15
 
 
-def cost(model, side: int) -> int:
-    """Operations for a square image, the encoder included; eigenvectors of 64 landmarks are not counted."""
+def count_operations(model, side: int) -> int:
+    """Operations for a square image, with the encoder, but without the eigenvectors of 64 landmarks."""
     processor = ViTImageProcessorPil(size={"height": 128, "width": 128})
     with FlopCounterMode(display=False) as counter:
         ZeroShotSegmenter(model, processor, long_side=side, attention_weight=0.5)(Image.new("RGB", (40, 40)))
@@ -245,7 +228,9 @@ def cost(model, side: int) -> int:
 
 
 def test_cost_is_linear_in_the_tokens(shipped):
-    small, medium, large = (cost(shipped[0], side) for side in (192, 384, 576))  # 576, 2304 and 5184 patches
+    small, medium, large = (
+        count_operations(shipped[0], side) for side in (192, 384, 576)
+    )  # 576, 2304 and 5184 patches
     assert (large - medium) / (medium - small) == pytest.approx((5184 - 2304) / (2304 - 576), rel=0.01)
 
 
@@ -255,14 +240,14 @@ def test_image_modes(shipped, photo, mode):
         image = Image.fromarray(np.asarray(photo.convert("L")).astype(np.uint16) * 257)
     else:
         image = photo.convert(mode)
-    check(ZeroShotSegmenter(*shipped, long_side=64)(image), photo)
+    check_result(ZeroShotSegmenter(*shipped, long_side=64)(image), photo)
 
 
 @pytest.mark.parametrize("size", [(1, 1), (300, 2), (3, 90)])
 def test_image_sizes(shipped, size):
     image = Image.new("RGB", size, "red")
     for method in METHODS:
-        check(ZeroShotSegmenter(*shipped, method)(image), image)
+        check_result(ZeroShotSegmenter(*shipped, method)(image), image)
 
 
 def test_sources_and_batches(shipped, photo, tmp_path):
@@ -278,7 +263,7 @@ def test_sources_and_batches(shipped, photo, tmp_path):
     assert turned.mask.shape == (451, 300)
 
 
-def test_names(shipped, photo):
+def test_segments_are_named(shipped, photo):
     model, processor = shipped
     result = ZeroShotSegmenter(model, processor, min_probability=0)(photo)
     names = {segment.name for segment in result.segments}
@@ -291,7 +276,7 @@ def test_names(shipped, photo):
 
 
 def test_sharp_edges(shipped):
-    """A disc of one colour on another, known by patches alone: guided, the edge of the map is the disc's."""
+    """A coarse map of a disc gets sharper when its edges follow the image."""
     image = Image.new("RGB", (320, 240), (30, 90, 40))
     ImageDraw.Draw(image).ellipse((100, 50, 240, 190), (220, 60, 50))
     truth = np.asarray(image)[..., 0] > 100
@@ -299,7 +284,7 @@ def test_sharp_edges(shipped):
     coarse = F.interpolate(F.avg_pool2d(patches, 20), size=truth.shape, mode="bilinear")[0] - 0.5
     sharp = follow_edges(coarse, image, radius=20)[0].numpy() > 0
     assert overlap(sharp, truth) > overlap(coarse[0].numpy() > 0, truth) + 0.01
-    check(ZeroShotSegmenter(*shipped, sharp=True)(image), image)
+    check_result(ZeroShotSegmenter(*shipped, sharp=True)(image), image)
 
 
 def test_sharp_edges_need_kornia(shipped, photo, monkeypatch):
@@ -327,7 +312,7 @@ def test_sharp_edges_need_kornia(shipped, photo, monkeypatch):
         ({"layer": 1}, "`layer` and `head` have no effect on the method 'ncut' without an `attention_weight`"),
     ],
 )
-def test_arguments_are_checked(shipped, values, message):
+def test_bad_arguments_raise(shipped, values, message):
     with pytest.raises(ValueError, match=message):
         ZeroShotSegmenter(*shipped, **values)
 
@@ -335,7 +320,7 @@ def test_arguments_are_checked(shipped, values, message):
 @pytest.mark.parametrize(
     "source", [7, np.zeros((4, 4, 2), np.uint8), np.zeros((4, 4), int), np.zeros((0, 4), np.uint8)]
 )
-def test_what_is_no_image(shipped, source):
+def test_bad_source_raises(shipped, source):
     with pytest.raises(ValueError, match=r"An image (is an? (int|array)|has values of type int64)"):
         ZeroShotSegmenter(*shipped)(source)
 
@@ -363,11 +348,7 @@ def test_pipeline(shipped, photo):
             assert (found["label"], found["probability"], found["score"]) == (one.name, one.probability, one.score)
 
 
-STRANGER = """
-import sys
-
-sys.modules["cbsa_hf"] = None  # importing it raises ImportError
-
+SEGMENT = """
 from transformers import pipeline
 
 folder = sys.argv[1]
@@ -378,8 +359,8 @@ segment.save_pretrained(f"{folder}/again")
 """
 
 
-def test_pipeline_goes_along_with_a_classifier(shipped, photo, tmp_path):
-    """The model alone is saved as the pipeline saves it. Here, where the task is known, no code of it is run."""
+def test_pipeline_is_saved_with_a_classifier(shipped, tmp_path):
+    """A model is saved with the same files as the pipeline. The package runs its own pipeline, not that code."""
     segment = pipeline("cbsa-zero-shot-segmentation", model=shipped[0], image_processor=shipped[1], long_side=64)
     segment.save_pretrained(tmp_path / "pipeline")
     shipped[0].save_pretrained(tmp_path / "model")
@@ -397,15 +378,11 @@ def test_pipeline_goes_along_with_a_classifier(shipped, photo, tmp_path):
     assert pipelines == config["custom_pipelines"]
 
 
-def test_pipeline_in_a_process_without_the_package(photo, shipped, tmp_path):
+def test_pipeline_without_the_package(photo, shipped, tmp_path):
     pipeline("cbsa-zero-shot-segmentation").save_pretrained(tmp_path)
-    assert "checkpoints" not in (tmp_path / "config.json").read_text()  # no path of this machine
+    assert "checkpoints" not in (tmp_path / "config.json").read_text()  # no local path
     photo.save(tmp_path / "cat.png")
-    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
-    environment["HF_MODULES_CACHE"] = str(tmp_path / "modules")
-    command = [sys.executable, "-c", STRANGER, str(tmp_path)]
-    process = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
-    assert process.returncode == 0, process.stderr
+    run_without_package(SEGMENT, tmp_path, str(tmp_path))
     expected = ZeroShotSegmenter(*shipped, long_side=64)(photo).mask
     assert np.array_equal(np.asarray(Image.open(tmp_path / "mask.png")) > 0, expected)
     code = {path.name for path in tmp_path.glob("*.py")}
@@ -413,7 +390,7 @@ def test_pipeline_in_a_process_without_the_package(photo, shipped, tmp_path):
     assert {path.name for path in (tmp_path / "again").glob("*.py")} == code
 
 
-def test_one_bad_photo_of_a_list(shipped, photo, tmp_path):
+def test_bad_photo_in_a_list_gives_an_error(shipped, photo, tmp_path):
     (tmp_path / "cut.png").write_bytes(b"\x89PNG")
     segmenter = ZeroShotSegmenter(*shipped, long_side=64)
     with pytest.warns(UserWarning, match="Image 1 of 3 is left out: .*cut.png"):

@@ -1,4 +1,4 @@
-"""The workflow for public machines: it is whole, pinned, and calls the commands of `.ci/run`."""
+"""The GitHub workflow calls the commands of `.ci/run`, and pins its actions."""
 
 import os
 import re
@@ -15,7 +15,7 @@ STEPS = [step for job in WORKFLOW["jobs"].values() for step in job["steps"]]
 
 
 def commands(text: str) -> set[tuple[str, ...]]:
-    """The scripts in `.ci` that are called, with the versions that they are called for."""
+    """The scripts in `.ci` that are called, each with the versions that it gets as argument."""
     return set(re.findall(r"^(\.ci/\w+) ?(\w*)", text, re.MULTILINE))
 
 
@@ -23,8 +23,8 @@ def fill_in(command: str, versions: str) -> str:
     return command.replace("${{ matrix.versions }}", versions)
 
 
-def test_the_same_commands():
-    """All that `.ci/run` calls, also with the newest versions, and nothing else."""
+def test_workflow_calls_the_commands_of_ci_run():
+    """It calls all commands of `.ci/run`, and tests the newest versions, too."""
     matrix = WORKFLOW["jobs"]["test"]["strategy"]["matrix"]
     versions = [*matrix["versions"], *(job["versions"] for job in matrix["include"])]
     called = "\n".join(fill_in(step["run"], each) for step in STEPS if "run" in step for each in versions)
@@ -35,7 +35,7 @@ def test_the_same_commands():
     assert all(set(step) <= {"uses", "with", "run"} for step in STEPS)
 
 
-def test_what_it_covers():
+def test_workflow_covers_systems_and_pythons():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     matrix = WORKFLOW["jobs"]["test"]["strategy"]["matrix"]
     assert project["requires-python"] == f">={matrix['python'][0]}"
@@ -52,8 +52,8 @@ def test_actions_are_pinned():
     assert all(re.fullmatch(r"[\w-]+/[\w-]+@[0-9a-f]{40}", name) for name in used)
 
 
-@pytest.mark.skipif(os.name == "nt", reason="bash may be another one there")
+@pytest.mark.skipif(os.name == "nt", reason="bash may be another program there")
 @pytest.mark.parametrize("script", sorted(path.name for path in (ROOT / ".ci").iterdir()))
-def test_scripts_are_bash(script):
+def test_scripts_are_valid_bash(script):
     process = subprocess.run(["bash", "-n", str(ROOT / ".ci" / script)], capture_output=True, text=True)
     assert process.returncode == 0, process.stderr

@@ -1,4 +1,4 @@
-"""The tools that try the library hard: a few seconds of each, and what they say of faults that are made on purpose."""
+"""The stress tools: a short run of each, and planted faults that they have to find."""
 
 import os
 import re
@@ -56,14 +56,14 @@ def run(*command: str) -> subprocess.CompletedProcess:
 
 
 def read_table(printed: str) -> dict[str, dict[str, str]]:
-    """The rows by their first column, each by the names of the others."""
+    """The cells of a printed table, by the first cell of the row and the name of the column."""
     lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in printed.splitlines() if line[:1] == "|"]
     names, _, *rows = lines
     return {row[0]: dict(zip(names, row, strict=True)) for row in rows}
 
 
 def test_planted_faults_are_found():
-    """Each under its name, and none where there is none."""
+    """Each case is counted only as what it is: a fault, a result, or a sentence."""
     done = run("-c", PLANTED)
     assert done.returncode == 0, done.stderr
     table = read_table(done.stdout)
@@ -75,8 +75,8 @@ def test_planted_faults_are_found():
     assert len(table) == 15
 
 
-def test_fuzzing():
-    """Some cases of each kind; the same cases each time."""
+def test_fuzzer_finds_no_fault():
+    """A few cases of each kind, always the same."""
     kinds = ["images", "checkpoints", "masks", "datasets", "commands"]
     done = run(str(ROOT / "tools" / "fuzz.py"), *kinds, "--count=12")
     assert done.returncode == 0, done.stdout + done.stderr
@@ -88,7 +88,7 @@ def test_fuzzing():
         assert int(row["sentences"])
 
 
-def test_killing():
+def test_killed_trainings_show_no_fault():
     done = run(
         str(ROOT / "tools" / "kill_training.py"), "--kills=2", "--variants", "average", "--moments", "write", "results"
     )

@@ -1,4 +1,4 @@
-"""Options of the training scripts: recipes, the command line, and what is refused."""
+"""Options of the training scripts: recipes, command line, and errors."""
 
 import dataclasses
 import re
@@ -38,7 +38,7 @@ class TestArguments:
             ("a: [", "is not YAML"),
         ],
     )
-    def test_bad_recipe(self, tmp_path, text, message):
+    def test_bad_recipe_raises(self, tmp_path, text, message):
         (tmp_path / "recipe.yaml").write_text(text)
         with pytest.raises(ValueError, match=r"recipe\.yaml") as error:
             parse_arguments(PretrainingArguments, ["--config", str(tmp_path / "recipe.yaml")])
@@ -54,7 +54,7 @@ class TestArguments:
             ("comparison", ComparisonArguments),
         ],
     )
-    def test_every_recipe_is_understood(self, name, arguments_class):
+    def test_every_recipe_is_valid(self, name, arguments_class):
         recipe = ROOT / "training" / "recipes" / f"{name}.yaml"
         args = parse_arguments(arguments_class, ["--config", str(recipe), *self.NAMES])
         for option, value in yaml.safe_load(recipe.read_text()).items():
@@ -76,13 +76,13 @@ class TestArguments:
             (["--teeth=8"], "names `teeth`, which the script does not know; `--help` lists those that it knows."),
         ],
     )
-    def test_bad_options(self, arguments, message):
+    def test_bad_options_raise(self, arguments, message):
         with pytest.raises(ValueError) as error:
             parse_arguments(PretrainingArguments, [*self.NAMES, *arguments])
         assert message in str(error.value)
 
     def test_help_has_groups(self, capsys):
-        """Every option stands in one of them, but for `--help` and `--config`."""
+        """Every option except `--help` and `--config` is in a group."""
         with pytest.raises(SystemExit):
             parse_arguments(ScoringArguments, ["--help"])
         options, *groups = capsys.readouterr().out.split("options:")[1].split("\n\n")
@@ -93,7 +93,7 @@ class TestArguments:
         assert sorted(named) == sorted(f"--{option.name}" for option in dataclasses.fields(ScoringArguments))
 
     def test_help_without_a_task(self, monkeypatch, capsys):
-        """Of the script whose options depend on it: the tasks, and how to see the options of one."""
+        """`finetune.py --help` lists the tasks, and says how to see the options of one."""
         monkeypatch.setattr(sys, "argv", ["finetune.py", "--help"])
         with pytest.raises(SystemExit) as ending:
             runpy.run_path(str(ROOT / "training" / "finetune.py"), run_name="__main__")
@@ -102,7 +102,7 @@ class TestArguments:
         assert "--task {image-classification,semantic-segmentation}" in printed
         assert "accelerate launch training/finetune.py --task semantic-segmentation" in printed
 
-    def test_good_options(self):
+    def test_valid_options(self):
         args = parse_arguments(SegmentationArguments, [*self.NAMES, "--task=x", "--no_photometric_distortion"])
         assert args.photometric_distortion is False
         assert parse_arguments(PretrainingArguments, [*self.NAMES, "--num_workers=0"]).num_workers == 0
@@ -115,7 +115,7 @@ class TestArguments:
             parse_arguments(ComparisonArguments, [*self.NAMES, f"--{name}=1"])
 
 
-def test_accelerate_configurations_are_understood():
+def test_accelerate_configurations_are_valid():
     from accelerate.commands.config.config_args import load_config_from_file
 
     files = sorted((ROOT / "training" / "accelerate").glob("*.yaml"))

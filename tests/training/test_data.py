@@ -1,4 +1,4 @@
-"""Columns, streams and augmentation of labelled images, against what is worked out by hand."""
+"""Columns, streams and augmentation of labelled images, against values computed by hand."""
 
 import dataclasses
 
@@ -15,9 +15,6 @@ from datasets import (
     IterableDatasetDict,
     List,
     Value,
-)
-from transformers import (
-    ViTImageProcessorPil,
 )
 
 from training.arguments import DataArguments, PretrainingArguments
@@ -39,14 +36,6 @@ from training.engine.setup import choose_splits
 from training.evaluation.metrics import average_precision
 
 
-MEAN, STD = [0.4, 0.5, 0.6], [0.2, 0.3, 0.4]
-
-
-@pytest.fixture
-def processor():
-    return ViTImageProcessorPil(size={"height": 32, "width": 32}, image_mean=MEAN, image_std=STD, do_convert_rgb=True)
-
-
 class TestColumns:
     @pytest.fixture
     def rows(self):
@@ -55,7 +44,7 @@ class TestColumns:
         types["age"] = Value("int64")
         return Dataset.from_dict({name: [] for name in types}, features=Features(types))
 
-    def test_found_by_type_or_named(self, rows):
+    def test_columns_are_found_by_type_or_name(self, rows):
         assert find_columns(rows.remove_columns("mood")) == ["image", "kind"]
         assert find_columns(rows.rename_column("mood", "fine_label")) == ["image", "fine_label"]
         assert find_columns(rows, label_column="age") == ["image", "age"]
@@ -71,7 +60,7 @@ class TestColumns:
         assert find_mask_columns(named) == ["image", "semantic_segmentation"]
         assert find_mask_columns(rows.remove_columns("label"), label_column="depth") == ["image", "depth"]
 
-    def test_what_cannot_be_found(self, rows):
+    def test_missing_or_ambiguous_columns_raise(self, rows):
         with pytest.raises(ValueError, match="no column 'photo'; it has image, depth, label, kind, mood, age"):
             find_columns(rows, image_column="photo")
         with pytest.raises(ValueError, match="or `Array3D`, and one of classes, called label, labels,"):
@@ -92,7 +81,7 @@ class TestClasses:
 
     @pytest.mark.parametrize("values", [[1, 0], ["b", "a"], [[1, 0], []]], ids=["numbers", "strings", "lists"])
     @pytest.mark.parametrize("streaming", [False, True])
-    def test_names_in_a_file(self, labelled, tmp_path, values, streaming):
+    def test_names_of_classes_in_a_file(self, labelled, tmp_path, values, streaming):
         (tmp_path / "names.json").write_text('{"1": "b", "0": "a"}')
         rows = labelled.select(range(2)).remove_columns("label").add_column("label", values)
         rows = rows.to_iterable_dataset() if streaming else rows
@@ -101,7 +90,7 @@ class TestClasses:
         assert [row["label"] for row in named] == ([[1, 0], []] if isinstance(values[0], list) else [1, 0])
         assert problem_type(named) == (MULTI_LABEL if isinstance(values[0], list) else None)
 
-    def test_other_names(self, labelled, tmp_path):
+    def test_names_of_classes(self, labelled, tmp_path):
         (tmp_path / "names.json").write_text('{"0": "x", "1": "y"}')
         assert class_names(select_labelled(labelled, self.args())) == ["a", "b"]
         assert class_names(select_labelled(labelled, self.args(id2label=str(tmp_path / "names.json")))) == ["x", "y"]
@@ -149,10 +138,10 @@ class TestSplits:
             ("train[2:4]+test", [2, 3, 77]),
         ],
     )
-    def test_parts(self, splits, name, values):
+    def test_parts_of_splits(self, splits, name, values):
         assert find_split(splits, name)["x"][:] == list(values)
 
-    def test_what_is_none(self, splits):
+    def test_unknown_split_raises(self, splits):
         for name in ("valid", "train[:", "train[:400%]", "valid[:10]"):
             with pytest.raises(
                 ValueError, match=r"has no split '.*'; it has train, test, and parts such as 'train\[:80"
@@ -163,7 +152,7 @@ class TestSplits:
         with pytest.raises(ValueError, match=r"`--streaming` reads whole splits, and 'train\[:2\]' is a part"):
             find_split(streams, "train[:2]")
 
-    def test_a_single_split(self, splits):
+    def test_validation_images_are_taken_from_a_single_split(self, splits):
         del splits["test"]
         args = PretrainingArguments(dataset_name="x", output_dir="x", train_val_split=0.2)
         train, validation = (split["x"][:] for split in choose_splits(splits, args))
@@ -179,7 +168,7 @@ class TestSplits:
 
 
 def test_average_precision():
-    """Against the definition, with scores that are equal."""
+    """Against the definition, with tied scores."""
     random = np.random.default_rng(0)
     scores, labels = random.integers(0, 6, 40) / 6, random.random(40) < 0.4
     precisions = [labels[scores >= score].mean() for score in scores[labels]]
@@ -195,7 +184,7 @@ class TestStreaming:
         return [row["label"] for _, row in stream]
 
     def test_order(self):
-        """Every row once; another order in each epoch and for each seed, and the same again for the same ones."""
+        """Every epoch has each row once, in an order that depends on the epoch and the seed alone."""
         rows = Dataset.from_dict({"label": list(range(40))}).to_iterable_dataset(num_shards=4)
         first, again, other = (StreamedRows(rows, 40, seed) for seed in (0, 0, 1))
         orders = [self.order(first, 0), self.order(first, 1), self.order(other, 0)]
@@ -203,14 +192,13 @@ class TestStreaming:
         assert len(set(map(tuple, orders))) == 3
         assert [self.order(again, 0), self.order(again, 1)] == orders[:2]
 
-    def test_items_are_those_of_a_split_in_memory(self, labelled, processor):
-        """In the stream's order, by every number of workers."""
+    def test_stream_gives_the_items_of_a_split_in_memory(self, labelled, processor):
+        """In the same order, a stream gives the same items as a split in memory, with any number of workers."""
         settings = {"max_corrupt": 0, "processor": processor, "crop_sizes": [32], "num_epochs": 1}
         settings |= {"min_crop_scale": 0.3, "mixup_alpha": 0.0, "seed": 0}
         stream = StreamedRows(labelled.to_iterable_dataset(), 8, seed=0)
-        positions = [
-            [image["bytes"] for image in self.encoded(labelled)].index(row["image"]["bytes"]) for _, row in stream
-        ]
+        encoded = [image["bytes"] for image in self.encoded(labelled)]
+        positions = [encoded.index(row["image"]["bytes"]) for _, row in stream]
         expected = TrainingImages(dataset=labelled.select(positions), **settings)
         for workers in (0, 2):
             images = TrainingImages(dataset=stream, **settings)
@@ -223,8 +211,8 @@ class TestStreaming:
     def encoded(dataset):
         return dataset.cast_column("image", Image(decode=False))["image"][:]
 
-    def test_broken_images(self, labelled, processor):
-        """The next of the batch takes a broken one's place; each epoch counts anew."""
+    def test_broken_image_is_replaced(self, labelled, processor):
+        """The next image of the batch replaces a broken one. Each epoch counts broken images anew."""
         encoded = self.encoded(labelled)
         encoded[5]["bytes"] = encoded[5]["bytes"][:60]
         rows = Dataset.from_dict({"image": encoded, "label": labelled["label"][:]}, features=labelled.features)
@@ -242,7 +230,7 @@ class TestStreaming:
             assert images.corrupt.sum() == 1
 
     def test_processes_read_their_own_shards(self):
-        """Of unequal shards, equally many rows each, in the places of the batches that are its own."""
+        """Shards are unequal, but each process reads the same number of rows, for its own places in the batches."""
         shards, opened = [range(9), range(9, 14), range(14, 26), range(26, 30)], []
 
         def read(shards):
@@ -267,9 +255,9 @@ class TestStreaming:
                 read_by.append({shard.start for shard in opened})
                 own = {label for shard in shards if shard.start in read_by[-1] for label in shard}
                 found = [label for _, label in places]
-                if len(own) < 14:  # some come again
+                if len(own) < 14:  # some rows are repeated
                     assert set(found) == own
-                else:  # some wait
+                else:  # some rows are not read in this epoch
                     assert set(found) <= own
                     assert len(set(found)) == 14
             assert not read_by[0] & read_by[1]
@@ -280,13 +268,13 @@ class TestStreaming:
         with pytest.raises(ValueError, match=r"3 processes cannot share the 4 shards \(files\) of the training split"):
             StreamedRows(rows(), 28, 0, batch_size=6, process=0, num_processes=3)
 
-    def test_shards_without_an_image(self):
+    def test_shards_without_an_image_raise(self):
         rows = IterableDataset.from_generator(lambda shards: iter(()), gen_kwargs={"shards": [0, 1]})
         rows = StreamedRows(rows.cast(Features({"label": Value("int64")})), 4, 0, 2, 0, 2)
         with pytest.raises(ValueError, match="The shards of process 0 have no image"):
             list(rows)
 
-    def test_unknown_length(self, labelled):
+    def test_unknown_length_raises(self, labelled):
         with pytest.raises(ValueError, match="does not say how many images it has: give `--num_train_images`"):
             StreamedRows(labelled.to_iterable_dataset(), None, seed=0)
 
@@ -294,8 +282,8 @@ class TestStreaming:
 class TestMixtures:
     SETTINGS = {"max_corrupt": 0, "crop_sizes": [32], "num_epochs": 1, "min_crop_scale": 1.0, "seed": 0}
 
-    def test_each_pixel_is_of_one_of_two_images(self, labelled, processor):
-        """CutMix pastes a rectangle, whose share of the pixels is the other label's probability."""
+    def test_cutmix(self, labelled, processor):
+        """CutMix pastes a rectangle. Its share of the pixels is the probability of the other label."""
         plain = TrainingImages(labelled, processor=processor, **self.SETTINGS)
         mixed = TrainingImages(labelled, processor=processor, cutmix_alpha=1.0, **self.SETTINGS)
         shares = []
@@ -313,12 +301,12 @@ class TestMixtures:
             assert others.sum() == 0 or others.sum() == pytest.approx(share.item(), abs=1e-6)
         assert max(shares) - min(shares) > 0.2
 
-    def test_both_kinds(self, labelled, processor):
+    def test_mixup_and_cutmix_take_turns(self, labelled, processor):
         images = TrainingImages(labelled, processor=processor, mixup_alpha=1.0, cutmix_alpha=1.0, **self.SETTINGS)
         weights = [images.mixing_weights(8, np.random.default_rng(i)) for i in range(50)]
         assert 10 < sum(tensor.unique().numel() > 1 or tensor.max() in (0, 1) for tensor in weights) < 40
 
-    def test_a_batch_has_one_size(self, labelled, processor):
+    def test_images_of_a_batch_have_one_size(self, labelled, processor):
         settings = {**self.SETTINGS, "crop_sizes": [16, 24, 32], "random_crop_sizes": True, "num_epochs": 9}
         images = TrainingImages(labelled, processor=processor, **settings)
         found = set()
@@ -332,7 +320,7 @@ class TestMixtures:
         assert found == {16, 24, 32}
 
 
-def test_a_revision_is_for_the_hub(tmp_path, monkeypatch):
+def test_revision_is_only_for_the_hub(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="`--dataset_revision` is for data sets of the Hub, and "):
         load_images(str(tmp_path), revision="refs/convert/parquet")
     calls = []
@@ -341,7 +329,7 @@ def test_a_revision_is_for_the_hub(tmp_path, monkeypatch):
     assert calls == [(("somebody/scenes", None), {"streaming": False, "revision": "refs/convert/parquet"})]
 
 
-def test_a_data_set_that_is_a_script(tmp_path):
+def test_dataset_script_is_refused(tmp_path):
     (tmp_path / "scene").mkdir()
     (tmp_path / "scene" / "scene.py").write_text("raise RuntimeError('it ran')\n")
     with pytest.raises(ValueError, match=r"scene cannot be loaded: Dataset scripts are no longer supp.*scene\.py"):

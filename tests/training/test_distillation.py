@@ -1,7 +1,8 @@
-"""Teachers and their targets, against what is worked out by hand."""
+"""Teachers and their targets, against values computed by hand."""
 
 import pytest
 import torch
+from conftest import MEAN, STD
 from torch.nn import functional as F
 from transformers import (
     ConvNextConfig,
@@ -18,16 +19,8 @@ from training.tasks.distillation import DistillationDataset, write_targets
 from training.tasks.teachers import AutoTeacher, EfficientNetLite, Teacher
 
 
-MEAN, STD = [0.4, 0.5, 0.6], [0.2, 0.3, 0.4]
-
-
-@pytest.fixture
-def processor():
-    return ViTImageProcessorPil(size={"height": 32, "width": 32}, image_mean=MEAN, image_std=STD, do_convert_rgb=True)
-
-
 class ColourTeacher(torch.nn.Module):
-    """A teacher whose maps are the pixels themselves, averaged over patches: so the maps of a crop are known."""
+    """A teacher whose feature maps are the mean colours of patches, so that the map of any crop is known."""
 
     stride, ratios, widths, num_labels, label2id = 8, (1, 2), [3, 3], 3, None
     image_mean, image_std = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
@@ -37,7 +30,7 @@ class ColourTeacher(torch.nn.Module):
 
 
 class TestDistillation:
-    def test_normalisation_and_size(self, monkeypatch):
+    def test_teacher_gets_its_own_normalisation_and_size(self, monkeypatch):
         monkeypatch.setattr("training.tasks.teachers.AutoTeacher", lambda name: ColourTeacher())
         teacher = Teacher("colours", MEAN, STD, patch_size=4)
         pixels = torch.rand(2, 3, 8, 12)
@@ -47,7 +40,7 @@ class TestDistillation:
         torch.testing.assert_close(logits, F.interpolate(pixels, (16, 24), mode="bilinear").mean((2, 3)))
         torch.testing.assert_close(fine, F.avg_pool2d(F.interpolate(pixels, (16, 24), mode="bilinear"), 8))
 
-    def test_maps_are_mixed_as_the_pixels_are(self, monkeypatch, labelled, processor, tmp_path):
+    def test_maps_are_mixed_like_the_pixels(self, monkeypatch, labelled, processor, tmp_path):
         monkeypatch.setattr("training.tasks.teachers.AutoTeacher", lambda name: ColourTeacher())
         settings = {
             "max_corrupt": 0,
@@ -64,7 +57,7 @@ class TestDistillation:
         pixels = item["pixel_values"] * torch.tensor(STD).view(3, 1, 1) + torch.tensor(MEAN).view(3, 1, 1)
         assert (item["teacher_map_0"] - F.avg_pool2d(pixels, 2)).abs().mean() < 0.02
 
-    def test_targets_are_cropped_as_the_image_is(self, monkeypatch, labelled, processor, tmp_path):
+    def test_targets_are_cropped_like_the_image(self, monkeypatch, labelled, processor, tmp_path):
         monkeypatch.setattr("training.tasks.teachers.AutoTeacher", lambda name: ColourTeacher())
         settings = {
             "dataset": labelled,
@@ -79,10 +72,10 @@ class TestDistillation:
         teacher = Teacher("colours", MEAN, STD, patch_size=2)
         images = TrainingImages(**settings)
         write_targets(teacher, images, processor, 128, tmp_path / "targets")  # much finer than the crops
-        taught = DistillationDataset(teacher, tmp_path / "targets", **settings)
+        dataset = DistillationDataset(teacher, tmp_path / "targets", **settings)
         scale, shift = torch.tensor(STD).view(3, 1, 1), torch.tensor(MEAN).view(3, 1, 1)
         for index in range(len(images)):
-            item = taught[index]
+            item = dataset[index]
             torch.testing.assert_close(item["pixel_values"], images[index]["pixel_values"])
             pixels = item["pixel_values"] * scale + shift
             for i, size in enumerate((2, 4)):
@@ -92,7 +85,7 @@ class TestDistillation:
                 assert error < wrong
 
     def test_efficientnet_lite(self):
-        """The package's own logits, and maps of stride 16 and 32 of the pixels it is given."""
+        """Logits equal those of the network, and the feature maps have strides of 16 and 32."""
         teacher = EfficientNetLite(0).eval()
         pixels = torch.randn(1, 3, 64, 96, generator=torch.Generator().manual_seed(0))
         with torch.no_grad():
@@ -102,7 +95,7 @@ class TestDistillation:
         assert coarse.shape == (1, 1280, 2, 3)
         assert teacher.widths == [112, 1280]
 
-    def test_a_vit_teaches(self, vit):
+    def test_vit_as_teacher(self, vit):
         model, folder = vit
         teacher = AutoTeacher(str(folder)).eval()
         pixels = torch.randn(2, 3, 32, 48)
@@ -122,8 +115,8 @@ class TestDistillation:
             ),
         ],
     )
-    def test_a_convolutional_network_teaches(self, tmp_path, model_class, config):
-        """Whatever its configuration calls a patch: ConvNeXt's has 4 pixels, its map a stride of 32."""
+    def test_convolutional_network_as_teacher(self, tmp_path, model_class, config):
+        """The stride is that of the last map, 32. ConvNeXt has a `patch_size` of 4, which says nothing about it."""
         model = model_class(config).eval()
         model.save_pretrained(tmp_path)
         ViTImageProcessorPil(image_mean=MEAN, image_std=STD).save_pretrained(tmp_path)
@@ -136,7 +129,7 @@ class TestDistillation:
         torch.testing.assert_close(features, outputs.hidden_states[-1])
         torch.testing.assert_close(logits, outputs.logits)
 
-    def test_a_network_without_a_map(self, tmp_path):
+    def test_network_without_a_feature_map_raises(self, tmp_path):
         sizes = {"hidden_sizes": [16] * 3, "num_attention_heads": [2] * 3, "depths": [1] * 3, "key_dim": [4] * 3}
         LevitForImageClassification(LevitConfig(**sizes)).save_pretrained(tmp_path)  # for images of one size
         ViTImageProcessorPil().save_pretrained(tmp_path)

@@ -1,4 +1,4 @@
-"""finetune.py, adapt.py and compare.py as their users start them, on small Parquet files that the tests write."""
+"""`finetune.py`, `adapt.py` and `compare.py`, run as processes on small Parquet files."""
 
 import json
 import os
@@ -41,6 +41,7 @@ def run(script: str, *arguments: str, processes: int = 1) -> subprocess.Complete
 
 
 def write_pictures(folder: Path, counts: dict[str, int], make, features: Features):
+    """Write a data set of `make(split, index)` with a Parquet file for each split."""
     folder.mkdir()
     for split, count in counts.items():
         rows = [make(split, i) for i in range(count)]
@@ -64,8 +65,8 @@ def classifier(tmp_path_factory):
 @pytest.fixture(scope="module")
 def masks(tmp_path_factory):
     """
-    Noisy pictures of three sizes, a red rectangle in each; pixels of the last column do not count. The first to be
-    scored has its labels swapped, so that it would show if it counted twice.
+    Noisy images of three sizes with a red rectangle in each. The last column is ignored. The first validation image
+    has its labels swapped, so that the scores would show if it counted twice.
     """
     folder = tmp_path_factory.mktemp("masks") / "data"
     random = np.random.default_rng(0)
@@ -92,7 +93,7 @@ SEGMENTATION += ["--learning_rate=5e-3", "--warmup_epochs=0", "--report_to=none"
 
 
 def measure(segmenter: SlidingWindowSegmenter, masks: Path) -> dict[str, float]:
-    """Pixel accuracy and the IoU of the classes that occur on the validation pictures, pixel by pixel."""
+    """Pixel accuracy, and IoU of the classes that occur, over the pixels of all validation images."""
     hits, unions, right, counted = np.zeros(3), np.zeros(3), 0, 0
     for row in Dataset.from_parquet(str(masks / "validation-00000-of-00001.parquet")):
         predicted, labels = segmenter(row["image"]), np.asarray(row["label"])
@@ -111,7 +112,7 @@ def mean_iou(metrics: dict[str, float]) -> float:
 
 @torch.no_grad()
 def loss_in_training(model, processor, masks: Path) -> float:
-    """Mean cross-entropy of the pictures it learns from."""
+    """Mean cross-entropy over the training images."""
     rows = Dataset.from_parquet(str(masks / "train-00000-of-00001.parquet"))
     inputs = (processor(row["image"], segmentation_maps=row["label"], return_tensors="pt") for row in rows)
     return np.mean([model(**given).loss.item() for given in inputs])
@@ -120,7 +121,7 @@ def loss_in_training(model, processor, masks: Path) -> float:
 def test_segmentation_learns_and_scores_each_image_once(classifier, masks, tmp_path):
     arguments = [*SEGMENTATION, f"--dataset_name={masks}", f"--model_name_or_path={classifier}", "--image_size=80"]
     arguments += [f"--output_dir={tmp_path}", "--num_epochs=16", "--validation_epochs=8", "--class_balanced=true"]
-    arguments += ["--no_photometric_distortion"]  # which would turn red into other colours
+    arguments += ["--no_photometric_distortion"]  # it would turn red into other colours
     run("finetune.py", *arguments, processes=2)
     results = json.loads((tmp_path / "results.json").read_text())
     assert results["processes"] == 2
@@ -131,19 +132,19 @@ def test_segmentation_learns_and_scores_each_image_once(classifier, masks, tmp_p
     torch.manual_seed(0)
     untrained = AutoModelForSemanticSegmentation.from_pretrained(classifier, num_labels=3).eval()
     losses = [loss_in_training(each, processor, masks) for each in (untrained, model)]
-    assert losses[1] < 0.7 * losses[0]  # of ten seeds none ended above 0.46
+    assert losses[1] < 0.7 * losses[0]  # the worst ratio of ten seeds was 0.46
     segmenter = SlidingWindowSegmenter(model, processor)  # the processor knows the size and the windows
     for name, value in measure(segmenter, masks).items():
-        # To a few pixels, whose classes are so close that rounding decides.
+        # Rounding may decide the class of a few pixels.
         assert results["metrics"][name] == pytest.approx(value, abs=2e-3)
     assert results["metrics"]["mean_iou"] == pytest.approx(mean_iou(results["metrics"]))
 
     scoring = ["--task=semantic-segmentation", f"--dataset_name={masks}", f"--checkpoint={tmp_path}"]
     options = ["--image_size=64", "--stride", "19", "21", "--scales", "0.75", "1.25", "--flip=true"]
-    looks = {"long_side": 64, "stride": (19, 21), "scales": [0.75, 1.25], "flip": True}
+    chosen = {"long_side": 64, "stride": (19, 21), "scales": [0.75, 1.25], "flip": True}
     scored = run("score.py", *scoring, *options, processes=2)
     printed = dict(line.split() for line in scored.stdout.splitlines() if len(line.split()) == 2)
-    for name, value in measure(SlidingWindowSegmenter(model, processor, **looks), masks).items():
+    for name, value in measure(SlidingWindowSegmenter(model, processor, **chosen), masks).items():
         assert float(printed[name]) == pytest.approx(value, abs=2e-3)
 
     picture = Dataset.from_parquet(str(masks / "validation-00000-of-00001.parquet"))[0]["image"]
@@ -160,7 +161,7 @@ def test_segmentation_learns_and_scores_each_image_once(classifier, masks, tmp_p
     assert float(printed["iou/red"]) == pytest.approx(results["metrics"]["iou/red"], abs=2e-3)
     pixels, left = np.asarray(PILImage.open(strip)), 0
     rows = Dataset.from_parquet(str(masks / "validation-00000-of-00001.parquet"))
-    for row in (rows[i] for i in (0, 1, 3, 4)):  # at even distances
+    for row in (rows[i] for i in (0, 1, 3, 4)):  # evenly spaced
         predicted, labels = segmenter(row["image"]), np.asarray(row["label"])
         height, width = labels.shape
         classes, mistakes = pixels[: 2 * height, left : left + width].reshape(2, height, width, 3)
@@ -174,8 +175,8 @@ def test_segmentation_learns_and_scores_each_image_once(classifier, masks, tmp_p
         left += width + 4
 
 
-def test_one_class(classifier, masks, training, tmp_path, capsys):
-    """Binary: 0 is the background, and both are scored."""
+def test_segmentation_of_one_class(classifier, masks, training, tmp_path, capsys):
+    """Binary segmentation: 0 is the background, and both are scored."""
     from training import score
     from training.arguments import ScoringArguments, SegmentationArguments, parse_arguments
     from training.finetune import finetune_segmenter
@@ -210,7 +211,7 @@ def test_one_class(classifier, masks, training, tmp_path, capsys):
         ([*SEGMENTATION, "--model_name_or_path=nobody/nothing"], "nobody/nothing is neither a folder with a complete"),
     ],
 )
-def test_bad_input(masks, refusal, tmp_path, arguments, message):
+def test_bad_input_is_one_sentence(masks, refusal, tmp_path, arguments, message):
     sentence = refusal("finetune.py", f"--dataset_name={masks}", f"--output_dir={tmp_path / 'run'}", *arguments)
     assert sentence.startswith("finetune.py: ")
     assert message in sentence
@@ -220,7 +221,7 @@ def test_bad_input(masks, refusal, tmp_path, arguments, message):
 
 @pytest.fixture(scope="module")
 def stripes(tmp_path_factory):
-    """Noisy pictures whose halves are of two colours, in one order or the other."""
+    """Noisy images with a red half and a blue half, in one order or the other."""
     folder = tmp_path_factory.mktemp("stripes") / "data"
     random = np.random.default_rng(0)
 
@@ -238,7 +239,7 @@ def stripes(tmp_path_factory):
 
 @torch.no_grad()
 def classify(folder: Path, stripes: Path) -> dict[str, float]:
-    """Accuracy and mean cross-entropy of the validation pictures."""
+    """Accuracy and mean cross-entropy over the validation images."""
     model = AutoModelForImageClassification.from_pretrained(folder).eval()
     rows = Dataset.from_parquet(str(stripes / "validation-00000-of-00001.parquet"))
     processor = AutoImageProcessor.from_pretrained(folder)
@@ -254,7 +255,7 @@ def test_classification_with_a_new_head(classifier, stripes, tmp_path):
     run("finetune.py", *arguments, "--warmup_epochs=0", "--num_workers=0", "--min_crop_scale=0.9", "--layer_decay=0.7")
     metrics = json.loads((tmp_path / "results.json").read_text())["metrics"]
     assert metrics == pytest.approx(classify(tmp_path, stripes), abs=1e-5)
-    assert metrics["loss"] < 0.3  # it was log 2 for want of knowing, and ends near 0.05, where smoothed labels are
+    assert metrics["loss"] < 0.3  # chance is log 2; it ends near 0.05, which the smoothed labels allow
     assert AutoModelForImageClassification.from_pretrained(tmp_path).config.id2label == {
         0: "blue first",
         1: "red first",
@@ -283,7 +284,7 @@ def vit(stripes, tmp_path_factory):
     pixels = processor(rows["image"][:], return_tensors="pt")["pixel_values"]
     labels = torch.tensor(rows["label"][:])
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
-    for _ in range(5000):  # ten times what the slowest of ten seeds took
+    for _ in range(5000):  # ten times as many as the slowest of ten seeds needed
         loss = F.cross_entropy(model(pixels).logits, labels)
         if loss < 0.01:
             break
@@ -298,8 +299,8 @@ def vit(stripes, tmp_path_factory):
 
 
 @pytest.mark.parametrize("attention_type", ["agent", "mita", "cbsa"])
-def test_adapted_vit_comes_back(vit, stripes, tmp_path, attention_type):
-    """The original scores as it does, replacing its attention changes that, and training brings it back."""
+def test_adapted_vit_recovers(vit, stripes, tmp_path, attention_type):
+    """The scores of the original are right, other attention changes them, and training restores the loss."""
     arguments = [f"--model_name_or_path={vit}", f"--attention_type={attention_type}", f"--dataset_name={stripes}"]
     arguments += [f"--output_dir={tmp_path}", "--num_epochs=12", "--batch_size=16", "--learning_rate=2e-3"]
     arguments += ["--warmup_epochs=0", "--num_workers=0", "--min_crop_scale=0.9", "--hidden_states_weight=1"]
@@ -307,20 +308,20 @@ def test_adapted_vit_comes_back(vit, stripes, tmp_path, attention_type):
     run("adapt.py", *arguments)
     results = json.loads((tmp_path / "results.json").read_text())
     assert results["original"] == pytest.approx(classify(vit, stripes), abs=1e-5)
-    if attention_type != "cbsa":  # these take over every weight
+    if attention_type != "cbsa":  # `agent` and `mita` keep every weight
         converted = tmp_path / attention_type
         assert main(["convert", str(vit), "-o", str(converted), "--attention", attention_type]) == 0
         assert results["replaced"] == pytest.approx(classify(converted, stripes), abs=1e-5)
     else:
         assert results["replaced"]["loss"] > 2 * results["original"]["loss"]
     assert results["metrics"] == pytest.approx(classify(tmp_path, stripes), abs=1e-5)
-    assert results["metrics"]["loss"] < 0.3  # of log 2 for want of knowing
+    assert results["metrics"]["loss"] < 0.3  # chance is log 2
     model = AutoModelForImageClassification.from_pretrained(tmp_path)
     assert model.config.attention_type == attention_type
 
 
-def test_comparison(stripes, masks, tmp_path):
-    """Every member is trained once and measured; the operations of the usual transformer are those on paper."""
+def test_comparison_of_members(stripes, masks, tmp_path):
+    """Every member is trained once and measured. The operations of the softmax member equal a count by hand."""
     width, layers, patches = 24, 2, 16
     config = {"model_type": "cbsa", "hidden_size": width, "num_hidden_layers": layers, "num_attention_heads": 2}
     (tmp_path / "config.json").write_text(json.dumps(config))
@@ -336,7 +337,7 @@ def test_comparison(stripes, masks, tmp_path):
     assert [row[0] for row in rows] == ["`cbsa`", "`softmax`", "`mita`", "`cbsa-1-unique`"]
     assert all(0 < float(cell) < 1 for row in rows for cell in row[2:4])
     parameters = [int(row[4].replace(",", "")) for row in rows]
-    assert parameters[1] == parameters[2]  # those of one ViT
+    assert parameters[1] == parameters[2]  # both are those of a ViT
     assert parameters[0] - parameters[3] == 3 * width**2 + 5 * width + 4  # one layer less: 3 matrices, norms, 4 steps
 
     tokens = patches + 1

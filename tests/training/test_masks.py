@@ -1,4 +1,4 @@
-"""Masks, their augmentation, losses and metrics, against what is worked out by hand."""
+"""Masks: augmentation, losses and metrics, against values computed by hand."""
 
 import json
 from types import SimpleNamespace
@@ -6,12 +6,11 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from conftest import MEAN, STD
 from datasets import Array3D, Dataset, Features, Image
 from PIL import Image as PILImage
 from torch.nn import functional as F
-from transformers import (
-    ViTImageProcessorPil,
-)
+from transformers import ViTImageProcessorPil
 
 from training.data.loading import find_mask_columns, read_names
 from training.data.segmentation import (
@@ -25,18 +24,10 @@ from training.evaluation.metrics import MeanIoU, count_pixels
 from training.tasks.segmentation import SegmentationLoss
 
 
-MEAN, STD = [0.4, 0.5, 0.6], [0.2, 0.3, 0.4]
-
-
-@pytest.fixture
-def processor():
-    return ViTImageProcessorPil(size={"height": 32, "width": 32}, image_mean=MEAN, image_std=STD, do_convert_rgb=True)
-
-
 class TestSegmentation:
     @pytest.fixture
     def masked(self):
-        """Images whose colour is the label: 40 for 0, 80 for 1, 120 for 2, 160 where nothing counts."""
+        """Images whose grey values are the labels: 40 for 0, 80 for 1, 120 for 2, and 160 for ignored pixels."""
         random = np.random.default_rng(0)
         masks = [np.kron(random.integers(0, 4, (5, 6)), np.ones((12, 12))).astype(np.uint8) for _ in range(6)]
         images = [PILImage.fromarray(np.stack([40 + 40 * mask] * 3, -1).astype(np.uint8)) for mask in masks]
@@ -55,7 +46,7 @@ class TestSegmentation:
         }
         return TrainingMasks(masked, 0, num_labels=3, reduce_labels=False, **{**settings, **changes})
 
-    def test_image_and_mask_stay_together(self, masked, processor):
+    def test_image_and_mask_are_augmented_alike(self, masked, processor):
         images = self.make(masked, processor)
         seen = set()
         for index in range(len(images)):
@@ -63,23 +54,23 @@ class TestSegmentation:
             assert item["pixel_values"].shape == (3, 48, 56)
             red = (item["pixel_values"][0] * STD[0] + MEAN[0]) * 255
             colours = torch.where(item["labels"] == IGNORED, 160.0, 40.0 + 40 * item["labels"])
-            colours = torch.where(red < 10, 0.0, colours)  # padding is black, and must not count
+            colours = torch.where(red < 10, 0.0, colours)  # padding is black, and ignored
             assert (item["labels"][red < 10] == IGNORED).all()
-            # Images are resized smoothly, masks are not: they differ at edges alone.
+            # Images are interpolated and masks are not, so they differ at edges.
             assert ((red - colours).abs() < 1).float().mean() > 0.75
             seen |= set(item["labels"].unique().tolist())
         assert seen == {0, 1, 2, IGNORED}
 
     @pytest.mark.parametrize(("image_size", "ratio"), [(36, 1.0), (72, 0.5)])
-    def test_images_have_their_size_first(self, masked, processor, image_size, ratio):
-        """The whole of each, 72 x 60, at half its size."""
+    def test_image_size_and_resize_ratio_multiply(self, masked, processor, image_size, ratio):
+        """In both cases an image of 72 x 60 pixels is shown whole, at half its size."""
         images = self.make(masked, processor, crop_size=(30, 36), image_size=image_size, resize_ratios=(ratio, ratio))
         for index, row in enumerate(masked):
             expected = np.asarray(row["label"].resize((36, 30), PILImage.Resampling.NEAREST))
             labels = images[index]["labels"].numpy()
             assert np.array_equal(labels, expected) or np.array_equal(labels, expected[:, ::-1])
 
-    def test_what_is_drawn_depends_on_seed_epoch_and_index(self, masked, processor):
+    def test_augmentation_depends_on_seed_epoch_and_index(self, masked, processor):
         images, again = (self.make(masked, processor, photometric_distortion=True) for _ in range(2))
         torch.manual_seed(1)
         first = images[2]["pixel_values"]
@@ -96,13 +87,13 @@ class TestSegmentation:
         with pytest.raises(ValueError, match="has the label 150; masks are grey, with labels below 150"):
             read_mask(mask, 150, reduce_labels=False)
 
-    def test_a_mask_of_another_size(self, masked, processor):
+    def test_mask_of_another_size_raises(self, masked, processor):
         turned = masked.map(lambda row: {"label": row["label"].transpose(PILImage.Transpose.ROTATE_90)})
         with pytest.raises(ValueError, match=r"Image 2 has \(72, 60\) pixels across and down, its mask \(60, 72\)."):
             self.make(turned, processor)[2]
 
     @pytest.mark.parametrize("names", [{"1": "a", "2": "b"}, {"0": "a", "2": "b"}, {"0": "a", "1": "a"}])
-    def test_names_that_leave_gaps(self, tmp_path, names):
+    def test_bad_names_of_classes_raise(self, tmp_path, names):
         (tmp_path / "id2label.json").write_text(json.dumps(names))
         with pytest.raises(ValueError, match="does not give each number from 0 on a name of its own"):
             read_names(None, str(tmp_path))
@@ -114,9 +105,9 @@ class TestSegmentation:
         task = SegmentationLoss(lambda pixel_values: SimpleNamespace(logits=logits), weights)
         expected = F.cross_entropy(logits, labels, weights, ignore_index=IGNORED)
         torch.testing.assert_close(task(None, labels)["loss"], expected)
-        assert task(None, torch.full_like(labels, IGNORED))["loss"] == 0  # such as a crop of ADE20K
+        assert task(None, torch.full_like(labels, IGNORED))["loss"] == 0  # as in some crops of ADE20K
 
-    def test_dice_joins_the_loss(self):
+    def test_dice_is_added_to_the_loss(self):
         logits, labels = torch.randn(3, 4, 6, 5), torch.randint(0, 3, (3, 6, 5))  # the last class is absent
         labels[0, :2] = IGNORED
         losses = [
@@ -131,8 +122,8 @@ class TestSegmentation:
         torch.testing.assert_close(losses[1] - losses[0], 1 - sum(overlaps).float() / 3)
 
     @pytest.mark.parametrize("weights", [None, torch.tensor([1.0, 3.0])])
-    def test_one_class(self, weights):
-        """Binary cross-entropy by the sigmoid, and the Dice of class and background, pixel by pixel."""
+    def test_loss_of_one_class(self, weights):
+        """Binary cross-entropy of the sigmoid, and the Dice loss of the class and the background."""
         logits, labels = torch.randn(2, 1, 4, 5), torch.randint(0, 2, (2, 4, 5))
         labels[:, 1] = IGNORED
         losses = [
@@ -161,7 +152,7 @@ class TestSegmentation:
             images.read(1)
 
     @pytest.mark.parametrize("first", [False, True])
-    def test_arrays_of_four_channels(self, first):
+    def test_arrays_with_four_channels(self, first):
         random = np.random.default_rng(0)
         arrays = random.integers(0, 256, (2, 20, 30, 4), dtype=np.uint8)
         masks = [PILImage.fromarray(random.integers(0, 3, (20, 30), dtype=np.uint8)) for _ in range(2)]
@@ -192,7 +183,7 @@ class TestSegmentation:
             counts += [(mask == k).sum() for k in range(3)]
         np.testing.assert_allclose(class_weights(images), 1 / np.log(1.02 + counts / counts.sum()), rtol=1e-6)
 
-    def test_mean_iou_is_that_of_all_pixels(self):
+    def test_mean_iou_is_over_all_pixels(self):
         random = np.random.default_rng(0)
         metric = MeanIoU(keep_in_memory=True)
         hits, unions, right, counted = np.zeros(4), np.zeros(4), 0, 0

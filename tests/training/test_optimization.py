@@ -1,4 +1,4 @@
-"""Optimisers, groups of parameters, schedules and stochastic depth, against what is worked out by hand."""
+"""Optimisers, groups of parameters, schedules and stochastic depth, against values computed by hand."""
 
 import numpy as np
 import pytest
@@ -11,7 +11,7 @@ from training.engine.optimization import build_optimizer, build_scheduler, param
 
 
 class TestOptimization:
-    def test_groups(self, tiny_model):
+    def test_groups_of_parameters(self, tiny_model):
         groups = parameter_groups(tiny_model, range(3), learning_rate=1.0, weight_decay=0.1, layer_decay=0.5)
         found = {
             id(p): (group["lr"], group["weight_decay"], group["use_muon"]) for group in groups for p in group["params"]
@@ -45,7 +45,7 @@ class TestOptimization:
         assert rates["classifier.weight"] == 1
         assert len(found) == len(rates)
 
-    def test_lion_takes_steps_of_one_size(self):
+    def test_lion_steps_have_one_size(self):
         weight = torch.nn.Parameter(torch.tensor([[1.0, -2.0]]))
         optimizer = build_optimizer("lion", [{"params": [weight], "weight_decay": 0.0}], 0.1)
         weight.grad = torch.tensor([[3.0, -0.01]])
@@ -61,7 +61,7 @@ class TestOptimization:
         build_optimizer("muon", [{"lr": 0.1, "weight_decay": 0.0, **group} for group in groups], 0.1).step()
         u, expected, vh = torch.linalg.svd(gradient.double(), full_matrices=False)
         expected /= expected.norm()
-        for _ in range(5):  # Newton-Schulz steps, which on a CPU are float32
+        for _ in range(5):  # Newton-Schulz steps, in float32 on a CPU
             expected = 3.4445 * expected - 4.7750 * expected**3 + 2.0315 * expected**5
         moved = -(u.T @ weight.detach().double() @ vh.T) / (0.1 * 0.2 * 6**0.5)
         assert torch.allclose(moved, torch.diag(expected), atol=1e-5)
@@ -86,7 +86,7 @@ class TestOptimization:
 
 
 def test_drop_path():
-    """In evaluation nothing is dropped; in training some updates are, and the mean is kept."""
+    """Evaluation drops nothing. Training drops updates and scales up the others, so the mean stays."""
     config = CBSAConfig(hidden_size=24, num_hidden_layers=3, num_attention_heads=2, image_size=32, drop_path_rate=0.5)
     model = CBSAForImageClassification(config)
     assert model.base_model.drop_path_rates == [0, 0.25, 0.5]

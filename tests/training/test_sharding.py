@@ -1,4 +1,4 @@
-"""Weights that `fully_shard` divides among two processes: trained, saved whole and in shards, opened elsewhere."""
+"""Two processes shard weights with `fully_shard`, train them, and save them whole and in shards."""
 
 import os
 import subprocess
@@ -45,7 +45,7 @@ losses(pixels[rank::2], labels[rank::2])["loss"].backward()
 optimizer.step()
 assert all(weight.to_local().numel() < weight.numel() for weight in losses.parameters() if weight.shape[0] > 1)
 checkpoint.save({{"model": get_model_state_dict(losses)}}, checkpoint_id=folder / "shards")
-# What `Accelerator.get_state_dict` gives of sharded weights.
+# As `Accelerator.get_state_dict` does for sharded weights.
 state = get_model_state_dict(losses, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
 if rank == 0:
     arguments = {{"dataset_name": "somebody/data", "validation_split": "validation", "seed": 0, "batch_size": 4}}
@@ -71,7 +71,7 @@ def test_sharded_weights_are_saved_whole(tmp_path):
     process = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert process.returncode == 0, process.stderr
 
-    # The same step of a model that is whole.
+    # The same step without sharding.
     torch.manual_seed(0)
     model = CBSAForImageClassification(CBSAConfig(**SIZES))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)

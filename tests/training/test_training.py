@@ -1,4 +1,4 @@
-"""The training scripts as their users start them: as processes, on small Parquet files that the tests write."""
+"""`pretrain.py`, run as a process on small Parquet files."""
 
 import json
 import os
@@ -13,17 +13,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, assert_same_weights
 from datasets import ClassLabel, Dataset, Features, Image
 from PIL import Image as PILImage
-from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.nn import functional as F
 
 from cbsa_hf import load_checkpoint
 
 
-# Everything that draws random numbers or has a state of its own: mixtures, stochastic depth, an average of weights.
+# With everything that is random or has a state: Mixup, stochastic depth, an average of the weights.
 SETTINGS = {
     "image_size": 32,
     "patch_size": 8,
@@ -43,7 +42,7 @@ STREAMING = ["--streaming=true", "--num_train_images=24", "--mixup_alpha=0"]
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    """24 noisy images for training and 7 for validation, reddish or bluish, as Parquet; and a small configuration."""
+    """Reddish and bluish noise as Parquet, 24 images for training and 7 for validation; and a small configuration."""
     folder = tmp_path_factory.mktemp("data")
     random = np.random.default_rng(0)
 
@@ -63,7 +62,7 @@ def data(tmp_path_factory):
 
 
 def command(data: Path, output_dir: Path, *arguments: str, processes: int | None = None) -> list[str]:
-    """Of one process, or through Accelerate's launcher when `processes` is given."""
+    """The command of a run: one process, or Accelerate's launcher if `processes` is given."""
     launcher = []
     if processes is not None:
         # On CPU, two processes start only with `--multi_gpu` and ACCELERATE_USE_CPU: see docs/guides/training.md.
@@ -83,7 +82,7 @@ def start(command: list[str], **options) -> subprocess.Popen:
 
 
 def pretrain(data: Path, output_dir: Path, *arguments: str, processes: int | None = None, **options) -> str:
-    """What a run that succeeds prints."""
+    """Run the script, assert that it succeeds, and return what it prints."""
     process = start(command(data, output_dir, *arguments, processes=processes), **options)
     printed, errors = process.communicate(timeout=300)
     assert process.returncode == 0, errors
@@ -91,7 +90,7 @@ def pretrain(data: Path, output_dir: Path, *arguments: str, processes: int | Non
 
 
 def fail(data: Path, output_dir: Path, *arguments: str, **options) -> str:
-    """The one sentence of a run that fails."""
+    """Run the script, assert that it fails without a traceback, and return its one sentence."""
     process = start(command(data, output_dir, *arguments), **options)
     _, errors = process.communicate(timeout=300)
     assert process.returncode == 1, errors
@@ -100,13 +99,8 @@ def fail(data: Path, output_dir: Path, *arguments: str, **options) -> str:
     return sentence
 
 
-def assert_same_weights(folder: Path, expected: Path):
-    weights, wanted = (load_file(path / "model.safetensors") for path in (folder, expected))
-    assert weights.keys() == wanted.keys()
-    assert all((weights[name] == wanted[name]).all() for name in wanted)
-
-
-def checkpoints(folder: Path) -> list[int]:
+def checkpoint_steps(folder: Path) -> list[int]:
+    """The steps of the checkpoints in a folder."""
     return sorted(int(path.name[-8:]) for path in folder.glob("checkpoint-*"))
 
 
@@ -119,7 +113,10 @@ def trained(data, tmp_path_factory):
 
 
 def assert_scored(folder: Path, data: Path) -> dict:
-    """That the metrics of a run are those of its model on the validation images, each counted once -> its results."""
+    """
+    Assert that the metrics of a run are those of its model on the validation images, each counted once. Return the
+    results.
+    """
     results = json.loads((folder / "results.json").read_text())
     rows = Dataset.from_parquet(str(data / "validation-00000-of-00001.parquet"))
     model, processor = load_checkpoint(str(folder))
@@ -131,9 +128,9 @@ def assert_scored(folder: Path, data: Path) -> dict:
     return results
 
 
-def test_learns(data, trained):
+def test_pretraining_learns(data, trained):
     results = assert_scored(trained, data)
-    assert results["best"] >= 6 / 7  # where so short a run ends hangs on rounding, not whether it comes this far
+    assert results["best"] >= 6 / 7  # rounding changes the end of so short a run, but not its best
     assert (results["processes"], results["step"]) == (1, NUM_STEPS)
     model, processor = load_checkpoint(str(trained))
     assert model.config.id2label == {0: "red", 1: "blue"}
@@ -152,14 +149,14 @@ def test_logs_to_tensorboard(trained):
     assert [event.step for event in log.Images("validation/attention_0")] == [12, 24]
 
 
-def test_keeps_the_newest_and_the_best(trained):
+def test_newest_and_best_checkpoints_are_kept(trained):
     best = json.loads((trained / "results.json").read_text())["best_step"]
-    assert checkpoints(trained) == sorted({best, NUM_STEPS - 3, NUM_STEPS})
+    assert checkpoint_steps(trained) == sorted({best, NUM_STEPS - 3, NUM_STEPS})
 
 
 @pytest.mark.parametrize("writing", [False, True])
 def test_killed_runs_resume_exactly(data, trained, tmp_path, writing):
-    """Killed in the middle of an epoch, between two checkpoints or while one is written."""
+    """The run is killed in the middle of an epoch, between two checkpoints or while one is written."""
     process = start(command(data, tmp_path, "--checkpointing_steps=2", "--keep_checkpoints=100"))
     waited = time.time()
     while not ((tmp_path / "checkpoint-00000004").exists() and any(tmp_path.glob("*.partial")) == writing):
@@ -168,14 +165,14 @@ def test_killed_runs_resume_exactly(data, trained, tmp_path, writing):
         time.sleep(0.001)
     process.kill()
     process.communicate()
-    assert checkpoints_whole(tmp_path)
+    assert checkpoints_are_complete(tmp_path)
     printed = pretrain(data, tmp_path, "--resume_from_checkpoint", "last")
     assert "Resumed from" in printed
     assert_same_weights(tmp_path, trained)
 
 
-def checkpoints_whole(folder: Path) -> bool:
-    """Whether every folder with a checkpoint's final name has all its parts."""
+def checkpoints_are_complete(folder: Path) -> bool:
+    """Whether every checkpoint with its final name has all its files."""
     found = list(folder.glob("checkpoint-" + "[0-9]" * 8))
     parts = ("progress.json", "average.safetensors", "model.safetensors", "optimizer.bin", "scheduler.bin")
     return bool(found) and all((path / part).stat().st_size for path in found for part in parts)
@@ -183,14 +180,14 @@ def checkpoints_whole(folder: Path) -> bool:
 
 @pytest.mark.parametrize(("num_workers", "number"), [(0, signal.SIGINT), (2, signal.SIGTERM)])
 def test_stopped_run_writes_a_checkpoint(data, trained, tmp_path, num_workers, number):
-    """Also where all of its processes are asked to stop, as a cluster does."""
+    """The signal reaches all processes of the run, as on a cluster."""
     arguments = [f"--num_workers={num_workers}", "--checkpointing_steps=1"]
     process = start(command(data, tmp_path, *arguments), start_new_session=True)
     wait_for(tmp_path, "checkpoint-00000001")
     os.killpg(process.pid, number)
     printed, _ = process.communicate(timeout=300)
     assert process.returncode == 128 + number
-    step = checkpoints(tmp_path)[-1]
+    step = checkpoint_steps(tmp_path)[-1]
     assert f"Stopped at step {step};" in printed
     assert 0 < step < NUM_STEPS
     pretrain(data, tmp_path, "--resume_from_checkpoint", "last")
@@ -198,20 +195,20 @@ def test_stopped_run_writes_a_checkpoint(data, trained, tmp_path, num_workers, n
 
 
 def wait_for(folder: Path, pattern: str):
-    """Until a run has begun to write such a file or folder."""
+    """Wait until a run has created a file or folder with such a name."""
     waited = time.time()
     while not list(folder.rglob(pattern)):
         assert time.time() - waited < 300
         time.sleep(0.01)
 
 
-def test_no_orphan_when_the_launcher_is_terminated(data, tmp_path):
+def test_no_process_outlives_a_terminated_launcher(data, tmp_path):
     launcher = start(command(data, tmp_path, "--num_epochs=100000", processes=1))
     wait_for(tmp_path, "events.out.*")
     launcher.send_signal(signal.SIGTERM)
     launcher.communicate(timeout=300)  # returns when the last process that holds its pipes has ended
-    assert launcher.returncode == -signal.SIGTERM  # a shell says 143
-    assert checkpoints(tmp_path)
+    assert launcher.returncode == -signal.SIGTERM  # 143 in a shell
+    assert checkpoint_steps(tmp_path)
 
 
 LAUNCHED = """
@@ -230,7 +227,7 @@ from pathlib import Path
 from accelerate.commands import launch
 
 script = Path(sys.argv[1])
-signal.signal(signal.SIGINT, signal.default_int_handler)  # which may be ignored here
+signal.signal(signal.SIGINT, signal.default_int_handler)  # it may be ignored in this process
 for processes in (1, 2):
     for number in (0, signal.SIGINT, signal.SIGTERM):
         started = script.with_name(f"{processes}-{number:d}")
@@ -248,8 +245,8 @@ for processes in (1, 2):
 """
 
 
-def test_status_of_the_launcher(tmp_path):
-    """Its own: 1 when its script ends with another than 0; and when it is signalled itself, as the guide says."""
+def test_exit_status_of_the_launcher(tmp_path):
+    """The statuses in the guide: 1 if the script fails; after a signal, it depends on the number of processes."""
     script = tmp_path / "script.py"
     script.write_text(LAUNCHED)
     process = start([sys.executable, "-c", LAUNCHES, str(script)])
@@ -258,12 +255,12 @@ def test_status_of_the_launcher(tmp_path):
     statuses = {tuple(map(int, line.split()[:2])): int(line.split()[2]) for line in printed.splitlines()}
     expected = {(1, 0): 1, (2, 0): 1}
     for number in (signal.SIGINT, signal.SIGTERM):
-        expected |= {(1, number): -number, (2, number): 1}  # for the first a shell says 128 + number
+        expected |= {(1, number): -number, (2, number): 1}  # -number is 128 + number in a shell
     assert statuses == expected
 
 
 def test_two_processes_learn_as_one(data, tmp_path):
-    """The same losses, with a stem that has no batch norm; and each validation image counted once."""
+    """With a stem without batch norm, the losses are the same. Each validation image counts once."""
     losses = []
     for processes in (1, 2):
         folder = tmp_path / str(processes)
@@ -279,7 +276,7 @@ def test_two_processes_learn_as_one(data, tmp_path):
 
 
 def test_two_processes_read_a_stream(data, tmp_path):
-    """Each its own files; a run that goes on from the middle of an epoch ends with the same weights."""
+    """Each process reads its own files. A run resumed in the middle of an epoch ends with the same weights."""
     folder, whole, resumed = tmp_path / "data", tmp_path / "whole", tmp_path / "resumed"
     folder.mkdir()
     for name in ("validation-00000-of-00001.parquet", "config.json"):
@@ -296,8 +293,8 @@ def test_two_processes_read_a_stream(data, tmp_path):
     assert_same_weights(resumed, whole)
 
 
-def test_throughput(data):
-    """The table: shares of one, and of the time that there was."""
+def test_throughput_table(data):
+    """The printed share follows from the printed speeds, and the share of time spent waiting is below one."""
     script = str(ROOT / "benchmarks" / "training_throughput.py")
     settings = ["--config_name", str(data / "config.json"), "--image_size=32", "--batch_size=4", "--turns=1"]
     process = start([sys.executable, script, "--dataset_name", str(data), *settings, "--steps=2"])
@@ -311,7 +308,7 @@ def test_throughput(data):
 
 @pytest.mark.parametrize(
     ("arguments", "num_steps"),
-    # `datasets` waits for five seconds at the end of a stream.
+    # The stream has few epochs, since `datasets` waits for five seconds at the end of each.
     [
         ([*STREAMING, "--num_workers=1", "--num_epochs=4"], 12),
         (["--optimizer=lion", "--learning_rate=1e-3"], NUM_STEPS),
@@ -319,7 +316,7 @@ def test_throughput(data):
     ids=["stream", "lion"],
 )
 def test_learns_and_resumes_exactly(data, tmp_path, arguments, num_steps):
-    """From the middle of an epoch."""
+    """The run is resumed in the middle of an epoch."""
     whole, resumed = tmp_path / "whole", tmp_path / "resumed"
     pretrain(data, whole, *arguments, "--checkpointing_steps=4", "--keep_checkpoints=100")
     assert assert_scored(whole, data)["step"] == num_steps
@@ -328,7 +325,7 @@ def test_learns_and_resumes_exactly(data, tmp_path, arguments, num_steps):
     assert_same_weights(resumed, whole)
 
 
-def test_parts_of_a_batch_add_up(data, tmp_path):
+def test_gradient_accumulation_changes_nothing(data, tmp_path):
     losses = []
     for parts in (1, 4):
         folder = tmp_path / str(parts)
@@ -338,8 +335,8 @@ def test_parts_of_a_batch_add_up(data, tmp_path):
     assert losses[0] == pytest.approx(losses[1], abs=1e-4)
 
 
-def test_full_disk(data, tmp_path):
-    """A checkpoint that cannot be written costs the run, not the checkpoints before it."""
+def test_full_disk_keeps_earlier_checkpoints(data, tmp_path):
+    """If a checkpoint cannot be written, the run ends, and the checkpoints before it stay."""
     pretrain(data, tmp_path, "--num_epochs=1")
 
     def limit():
@@ -348,7 +345,7 @@ def test_full_disk(data, tmp_path):
     sentence = fail(data, tmp_path, "--resume_from_checkpoint=last", "--report_to=none", preexec_fn=limit)
     assert "checkpoint-00000006 cannot be written" in sentence
     assert "checkpoint-00000003 is the newest whole one" in sentence
-    assert checkpoints(tmp_path) == [3]
+    assert checkpoint_steps(tmp_path) == [3]
 
 
 def test_corrupt_images_are_skipped(data, tmp_path):
@@ -367,7 +364,7 @@ def test_corrupt_images_are_skipped(data, tmp_path):
     assert process.returncode == 0, errors
     assert errors.count("Skipped image 3,") == errors.count("Skipped image 7,") == 1
     sentence = fail(folder, tmp_path / "stopped", "--num_epochs=2", "--max_corrupt=1", "--num_workers=1")
-    assert "2 images cannot be read (the log names them), more than `--max_corrupt 1`" in sentence
+    assert "2 of the images cannot be read (the log names them), more than `--max_corrupt 1`" in sentence
 
 
 @pytest.mark.parametrize(
@@ -394,8 +391,8 @@ def test_corrupt_images_are_skipped(data, tmp_path):
         (["--teacher", "nobody/nothing"], "The teacher nobody/nothing is neither `efficientnet-lite0`"),
     ],
 )
-def test_bad_input(data, refusal, tmp_path, arguments, message):
-    # A copy, since `datasets` remembers how many images there are in a folder that it has read.
+def test_bad_input_is_one_sentence(data, refusal, tmp_path, arguments, message):
+    # A copy, since `datasets` remembers the number of images in a folder.
     data = shutil.copytree(data, tmp_path / "data")
     _, script, *settings = command(data, tmp_path / "run", *arguments)
     sentence = refusal(Path(script).name, *settings)

@@ -1,4 +1,4 @@
-"""Faults in a training run: it loses nothing, and resumed it ends with the same weights."""
+"""After a fault, a training run keeps its checkpoints, and ends with the same weights once it is resumed."""
 
 import errno
 import json
@@ -25,9 +25,9 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from accelerate import Accelerator
+from conftest import MakesFolder, assert_same_weights, rewrite_json
 from datasets import Dataset, Features, Image
 from PIL import Image as PILImage
-from safetensors.torch import load_file
 
 from training.data.labelled_images import LabelledImages
 from training.data.segmentation import SegmentationDataset, check_masks
@@ -38,20 +38,23 @@ from training.engine.run_state import DamagedCheckpoint, DataIdentity, check_sum
 from training.tasks import classification, distillation
 
 
-SETTINGS = {"num_epochs": 3, "checkpointing_steps": 1, "keep_checkpoints": 9, "ema_decay": 0.5}  # of two steps each
+SETTINGS = {
+    "num_epochs": 3,
+    "checkpointing_steps": 1,
+    "keep_checkpoints": 9,
+    "ema_decay": 0.5,
+}  # two steps each
 RESUMED = {**SETTINGS, "resume_from_checkpoint": "last"}
 
 
 def assert_same_results(folder: Path, expected: Path):
-    weights, wanted = (load_file(path / "model.safetensors") for path in (folder, expected))
-    assert weights.keys() == wanted.keys()
-    assert all(torch.equal(weights[name], wanted[name]) for name in wanted)
+    assert_same_weights(folder, expected)
     found, results = (json.loads((path / "results.json").read_text()) for path in (folder, expected))
     for name in ("metrics", "best", "best_step", "step", "validated_step"):
         assert found[name] == results[name]
 
 
-def names(folder: Path) -> list[str]:
+def checkpoint_names(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.glob("checkpoint-*"))
 
 
@@ -70,29 +73,29 @@ def whole(start, tmp_path):
 
 
 class TestValidation:
-    def test_one_that_raises_costs_nothing(self, start, tmp_path, whole):
+    def test_failed_validation_is_repeated(self, start, tmp_path, whole):
         """After the data are repaired, the resumed run repeats the validation and has the same results."""
         file = tmp_path / "data" / "validation-00000-of-00001.parquet"
         sound = file.read_bytes()
         break_image(file, 3)
         settings = {**SETTINGS, "checkpointing_steps": None, "max_corrupt": 0}
-        with pytest.raises(ValueError, match="1 images cannot be read"):
+        with pytest.raises(ValueError, match="1 of the images cannot be read"):
             start(tmp_path / "run", **settings)
-        assert names(tmp_path / "run") == ["checkpoint-00000002"]
+        assert checkpoint_names(tmp_path / "run") == ["checkpoint-00000002"]
         assert not (tmp_path / "run" / "checkpoint-00000002" / "validation.json").exists()
         file.write_bytes(sound)
         start(tmp_path / "run", **settings, resume_from_checkpoint="last")
         assert_same_results(tmp_path / "run", whole)
 
-    def test_one_that_is_no_number(self, start, tmp_path, monkeypatch):
+    def test_validation_that_gives_nan_removes_no_checkpoint(self, start, tmp_path, monkeypatch):
         """The checkpoints before the failed validation stay, whatever `--keep_checkpoints` says."""
-        said = [0.5, float("nan")]
-        monkeypatch.setattr(classification, "evaluate_classifier", lambda *_: {"accuracy": said.pop(0), "loss": 1.0})
+        values = [0.5, float("nan")]
+        monkeypatch.setattr(classification, "evaluate_classifier", lambda *_: {"accuracy": values.pop(0), "loss": 1.0})
         with pytest.raises(ValueError, match="The accuracy is nan at step 4"):
             start(tmp_path / "run", num_epochs=3, keep_checkpoints=1)
-        assert names(tmp_path / "run") == ["checkpoint-00000002", "checkpoint-00000004"]
+        assert checkpoint_names(tmp_path / "run") == ["checkpoint-00000002", "checkpoint-00000004"]
 
-    def test_a_stop_before_it(self, start, tmp_path, whole, monkeypatch):
+    def test_stop_before_a_validation(self, start, tmp_path, whole, monkeypatch):
         """A stop during the last step of an epoch writes its checkpoint before the validation."""
         take_step, stops = loop.take_step, []
 
@@ -108,12 +111,12 @@ class TestValidation:
         with pytest.raises(SystemExit) as ending:
             start(tmp_path / "run", **settings)
         assert ending.value.code == 130
-        assert names(tmp_path / "run") == ["checkpoint-00000002", "checkpoint-00000004"]
+        assert checkpoint_names(tmp_path / "run") == ["checkpoint-00000002", "checkpoint-00000004"]
         assert not (tmp_path / "run" / "checkpoint-00000004" / "validation.json").exists()
         start(tmp_path / "run", **settings, resume_from_checkpoint="last")
         assert_same_results(tmp_path / "run", whole)
 
-    def test_killed_before_older_ones_are_removed(self, start, tmp_path, monkeypatch):
+    def test_killed_before_old_checkpoints_are_removed(self, start, tmp_path, monkeypatch):
         """The resumed run has no step left to do, and removes the old checkpoints."""
         settings = {**SETTINGS, "keep_checkpoints": 1}
         start(tmp_path / "whole", **settings)
@@ -128,12 +131,12 @@ class TestValidation:
             patches.setattr(loop, "prune_checkpoints", kill)
             with pytest.raises(SystemExit):
                 start(tmp_path / "run", **settings)
-        assert names(tmp_path / "run") != names(tmp_path / "whole")
+        assert checkpoint_names(tmp_path / "run") != checkpoint_names(tmp_path / "whole")
         start(tmp_path / "run", **settings, resume_from_checkpoint="last")
-        assert names(tmp_path / "run") == names(tmp_path / "whole")
+        assert checkpoint_names(tmp_path / "run") == checkpoint_names(tmp_path / "whole")
         assert_same_results(tmp_path / "run", tmp_path / "whole")
 
-    def test_killed_while_its_result_is_written(self, whole):
+    def test_killed_while_a_validation_is_recorded(self, whole):
         """A checkpoint without its last checksum is complete; a wrong checksum means damage."""
         checkpoint = whole / "checkpoint-00000006"
         sums = (checkpoint / "SHA256SUMS").read_text()
@@ -147,7 +150,7 @@ class TestValidation:
             check_sums(checkpoint)
 
 
-def test_weights_that_are_no_numbers_are_not_saved(start, tmp_path, monkeypatch):
+def test_weights_that_are_not_finite_are_not_saved(start, tmp_path, monkeypatch):
     take_step = loop.take_step
 
     def step_too_far(args, accelerator, task, *others):
@@ -159,28 +162,18 @@ def test_weights_that_are_no_numbers_are_not_saved(start, tmp_path, monkeypatch)
     monkeypatch.setattr(loop, "take_step", step_too_far)
     with pytest.raises(ValueError, match=r"The largest weight of model\.classifier\.weight is inf at step 1"):
         start(tmp_path / "run", **SETTINGS)
-    assert names(tmp_path / "run") == []
-
-
-class Attack:
-    """An object that runs code when it is unpickled."""
-
-    def __init__(self, path: Path):
-        self.path = path
-
-    def __reduce__(self):
-        return os.mkdir, (str(self.path),)
-
-
-def rewrite(path: Path, **changes):
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    assert checkpoint_names(tmp_path / "run") == []
 
 
 class TestDamage:
     FILES = ["model.safetensors", "average.safetensors", "optimizer.bin", "scheduler.bin", "random_states_0.pkl"]
     FILES += ["progress.json", "validation.json", "data.json", "SHA256SUMS"]
 
-    def test_any_file(self, start, whole, tmp_path):
+    def assert_damaged(self, checkpoint: Path, message: str = "its "):
+        with pytest.raises(DamagedCheckpoint, match=message):
+            check_sums(checkpoint)
+
+    def test_damage_to_any_file_is_found(self, whole):
         """Any damage to any file is found before the file is loaded."""
         newest = whole / "checkpoint-00000006"
         assert sorted(path.name for path in newest.iterdir()) == sorted(self.FILES)
@@ -191,27 +184,29 @@ class TestDamage:
             damages = [b"", sound[: len(sound) // 2], os.urandom(50), sound[:-9] + bytes([sound[-9] ^ 1]) + sound[-8:]]
             for damage in damages:
                 file.write_bytes(damage)
-                with pytest.raises(DamagedCheckpoint, match="its "):
-                    check_sums(newest)
+                self.assert_damaged(newest)
             if name != "SHA256SUMS":  # without it the checkpoint is one of version 0.1
+                message = f"its {name} is not what was written"
                 file.unlink()
-                for replace in (lambda: None, file.mkdir, lambda path=file: (path.rmdir(), os.mkfifo(path))):
-                    replace()
-                    with pytest.raises(DamagedCheckpoint, match=f"its {name} is not what was written"):
-                        check_sums(newest)
+                self.assert_damaged(newest, message)
+                file.mkdir()
+                self.assert_damaged(newest, message)
+                file.rmdir()
+                os.mkfifo(file)
+                self.assert_damaged(newest, message)
                 file.unlink()
             file.write_bytes(sound)
             check_sums(newest)
 
     @pytest.mark.parametrize("case", ["empty", "noise", "hostile", "hostile, no sums", "step", "step, no sums", "two"])
-    def test_the_newest_whole_one_is_resumed(self, start, whole, tmp_path, caplog, case):
+    def test_newest_undamaged_checkpoint_is_resumed(self, start, whole, tmp_path, caplog, case):
         """The run resumes to the same weights; damaged checkpoints are named in the log and renamed."""
         run = shutil.copytree(whole, tmp_path / "run")
         for path in run.glob("*.*"):
             if path.is_file():
                 path.unlink()
         newest, expected = run / "checkpoint-00000006", ["checkpoint-00000006"]
-        attack = pickle.dumps(Attack(tmp_path / "attacked"))
+        attack = pickle.dumps(MakesFolder(tmp_path / "attacked"))
         if case == "empty":
             (newest / "optimizer.bin").write_bytes(b"")
         elif case == "noise":
@@ -219,7 +214,7 @@ class TestDamage:
         elif case.startswith("hostile"):
             (newest / "optimizer.bin").write_bytes(attack)
         elif case.startswith("step"):
-            rewrite(newest / "validation.json", step=600)
+            rewrite_json(newest / "validation.json", step=600)
         else:
             (newest / "scheduler.bin").unlink()
             shutil.rmtree(run / "checkpoint-00000005")
@@ -228,7 +223,7 @@ class TestDamage:
         if case.endswith("no sums"):
             (newest / "SHA256SUMS").unlink()
         elif case in ("hostile", "step"):
-            write_sums(newest)  # as whoever wrote the rest could
+            write_sums(newest)  # an attacker could write these, too
         start(run, **RESUMED)
         assert not (tmp_path / "attacked").exists()
         for name in expected:
@@ -236,26 +231,26 @@ class TestDamage:
             assert (run / f"{name}.damaged").is_dir()
         assert_same_results(run, whole)
 
-    def test_none_is_whole(self, start, whole):
+    def test_no_undamaged_checkpoint_raises(self, start, whole):
         for checkpoint in whole.glob("checkpoint-*"):
             (checkpoint / "optimizer.bin").write_bytes(b"")
         with pytest.raises(ValueError) as error:
             start(whole, **RESUMED)
         assert f"No checkpoint in {whole} is whole (checkpoint-00000006: its optimizer.bin is not" in str(error.value)
-        assert names(whole) == [f"checkpoint-0000000{step}" for step in range(1, 7)]
+        assert checkpoint_names(whole) == [f"checkpoint-0000000{step}" for step in range(1, 7)]
 
-    def test_one_that_is_named(self, start, whole, tmp_path):
+    def test_damaged_checkpoint_given_by_name_raises(self, start, whole, tmp_path):
         named = whole / "checkpoint-00000004"
         (named / "optimizer.bin").write_bytes(b"")
         with pytest.raises(ValueError) as error:
             start(tmp_path / "new", **{**SETTINGS, "resume_from_checkpoint": str(named)})
         assert f"{named} is damaged or not of this run: its optimizer.bin is not what was" in str(error.value)
 
-    def test_another_model(self, start, whole):
+    def test_checkpoint_of_another_model_raises(self, start, whole):
         """A checkpoint of another model is not damaged, so it is not renamed."""
         with pytest.raises(ValueError, match=r"checkpoint-00000006 is of another model or other settings: .*size"):
             start(whole, **RESUMED, image_size=64)
-        assert names(whole) == [f"checkpoint-0000000{step}" for step in range(1, 7)]
+        assert checkpoint_names(whole) == [f"checkpoint-0000000{step}" for step in range(1, 7)]
 
     def test_checkpoints_of_version_0_1(self, start, whole, tmp_path):
         """These checkpoints have no checksums, and no record of their data and of their validation."""
@@ -270,9 +265,9 @@ class TestDamage:
         start(run, **RESUMED)
         assert_same_results(run, whole)
 
-    def test_the_best_is_damaged(self, start, tmp_path, monkeypatch):
-        said = [0.5, 0.25]
-        monkeypatch.setattr(classification, "evaluate_classifier", lambda *_: {"accuracy": said.pop(0), "loss": 1.0})
+    def test_damaged_best_checkpoint_raises(self, start, tmp_path, monkeypatch):
+        values = [0.5, 0.25]
+        monkeypatch.setattr(classification, "evaluate_classifier", lambda *_: {"accuracy": values.pop(0), "loss": 1.0})
         run = tmp_path / "run"
         prune = loop.prune_checkpoints
 
@@ -288,11 +283,11 @@ class TestDamage:
 
 
 class TestOtherData:
-    def test_another_batch_size(self, start, whole):
+    def test_another_batch_size_raises(self, start, whole):
         with pytest.raises(ValueError, match=r"was trained with `--batch_size 4`, not 8`?: resume with what it began"):
             start(whole, **RESUMED, batch_size=8)
 
-    def test_another_data_set(self, start, whole, tmp_path, labelled):
+    def test_another_data_set_raises(self, start, whole, tmp_path, labelled):
         file = tmp_path / "data" / "train-00000-of-00001.parquet"
         sound = file.read_bytes()
         labelled.select([*range(8), 0, 1, 2, 3]).to_parquet(file)
@@ -303,20 +298,20 @@ class TestOtherData:
         with pytest.raises(ValueError, match="was trained on other images: resume with those it began with"):
             start(whole, **RESUMED)
         file.write_bytes(sound)
-        break_image(file, 2)  # such as was mended
+        break_image(file, 2)  # as if it had been repaired
         start(whole, **RESUMED)
 
-    def test_beyond_the_end(self, start, whole):
+    def test_checkpoint_beyond_the_last_step_raises(self, start, whole):
         with pytest.raises(ValueError, match="checkpoint-00000006 is at step 6, and this run has 4: give a larger"):
             start(whole, **{**RESUMED, "num_epochs": 2})
 
-    def test_how_many_have_to_agree(self, tmp_path):
+    def test_half_of_the_images_have_to_agree(self, tmp_path):
         before = DataIdentity(4, 8, [1, 2, 3, 4])
         DataIdentity(4, 8, [1, 2, 0, 0]).check(before, tmp_path)
         with pytest.raises(ValueError, match="other images"):
             DataIdentity(4, 8, [1, 0, 0, 0]).check(before, tmp_path)
 
-    def test_readers_of_a_stream(self, tmp_path):
+    def test_number_of_processes_has_to_agree(self, tmp_path):
         DataIdentity(4, 8, [1], 2).check(DataIdentity(4, 8, [1]), tmp_path)  # version 0.1 did not say
         with pytest.raises(ValueError, match="was trained with a stream read by 2 processes, not 1: resume with what"):
             DataIdentity(4, 8, [1], 1).check(DataIdentity(4, 8, [1], 2), tmp_path)
@@ -325,9 +320,10 @@ class TestOtherData:
 class TestOutput:
     @pytest.fixture
     def nothing_is_loaded(self, monkeypatch):
+        """Let the test fail if a run loads images."""
         monkeypatch.setattr(setup, "load_images", lambda *_: pytest.fail("something was loaded"))
 
-    def test_a_file_in_its_place(self, start, tmp_path, nothing_is_loaded):
+    def test_file_in_place_of_the_folder_raises(self, start, tmp_path, nothing_is_loaded):
         (tmp_path / "file").write_text("x")
         with pytest.raises(ValueError, match="file is a file; choose a folder as `--output_dir`"):
             start(tmp_path / "file")
@@ -335,18 +331,18 @@ class TestOutput:
             start(tmp_path / "file" / "run")
         assert (tmp_path / "file").read_text() == "x"
 
-    @pytest.mark.skipif(not Path("/proc").is_dir(), reason="there is no folder that nobody can write to")
-    def test_one_that_cannot_be_written(self, start, nothing_is_loaded):
+    @pytest.mark.skipif(not Path("/proc").is_dir(), reason="no folder is unwritable for everybody")
+    def test_unwritable_folder_raises(self, start, nothing_is_loaded):
         with pytest.raises(ValueError, match=r"/proc/run cannot be written \(.*\); choose another `--output_dir`"):
             start(Path("/proc/run"))
 
-    def test_too_little_room(self, start, tmp_path, monkeypatch):
+    def test_too_little_room_raises(self, start, tmp_path, monkeypatch):
         """Two checkpoints need room, and existing ones count as room. The check comes before any data is loaded."""
         usage = namedtuple("usage", "total used free")
         monkeypatch.setattr(output.shutil, "disk_usage", lambda _: usage(0, 0, 10_000))
         with pytest.raises(ValueError, match=r"run has 0\.0 MB left, and this run needs 0\.\d MB for two checkp"):
             start(tmp_path / "run", **{**SETTINGS, "dataset_name": "nowhere"})
-        assert names(tmp_path / "run") == []
+        assert checkpoint_names(tmp_path / "run") == []
 
         config = json.loads((tmp_path / "data" / "config.json").read_text())
         (tmp_path / "wide.json").write_text(json.dumps(config | {"hidden_size": 96}))
@@ -365,14 +361,14 @@ class TestOutput:
         with output.open_output(tmp_path / "run"):
             pass
 
-    def test_a_lock_ends_with_its_process(self, tmp_path):
+    def test_lock_ends_with_its_process(self, tmp_path):
         """The lock ends even if child processes, such as data loaders, live on."""
         code = f"""
 import os, sys, time
 from training.engine.output import open_output
 with open_output({str(tmp_path)!r}):
     if not os.fork():
-        print(os.getpid(), flush=True)  # by the child: once it runs, it has let go of the lock
+        print(os.getpid(), flush=True)  # the child runs, so it has released the lock
     time.sleep(600)
 """
         process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
@@ -383,12 +379,12 @@ with open_output({str(tmp_path)!r}):
             process.kill()
             process.wait()
             with output.open_output(tmp_path):
-                os.kill(child, 0)  # it lives
+                os.kill(child, 0)  # the child is alive
         finally:
             os.kill(child, signal.SIGKILL)
             process.stdout.close()
 
-    def test_the_main_process_alone_locks(self, tmp_path, monkeypatch):
+    def test_only_the_main_process_locks(self, tmp_path, monkeypatch):
         class Second:
             is_main_process = False
 
@@ -410,7 +406,7 @@ def full_disk(room: int):
 
 
 class TestFullDisk:
-    def test_a_file_is_whole_or_as_it_was(self, tmp_path):
+    def test_file_is_complete_or_unchanged(self, tmp_path):
         file = tmp_path / "file"
         for before in (None, "before"):
             with full_disk(10), pytest.raises(OSError) as error:
@@ -422,7 +418,7 @@ class TestFullDisk:
         assert file.read_text() == "after"
         assert list(tmp_path.iterdir()) == [file]
 
-    def test_while_the_result_is_written(self, start, tmp_path, monkeypatch):
+    def test_full_disk_at_the_result(self, start, tmp_path, monkeypatch):
         """The result is complete or absent, and the checkpoint holds the training."""
         write_card, run = results.write_card, tmp_path / "run"
 
@@ -439,7 +435,7 @@ class TestFullDisk:
         assert json.loads((run / "results.json").read_text())["step"] == 2
         assert not (run / "results.partial").exists()
 
-    def test_while_a_validation_is_recorded(self, start, tmp_path, monkeypatch):
+    def test_full_disk_at_a_validation(self, start, tmp_path, monkeypatch):
         record = loop.record_validation
 
         def record_too_much(*arguments):
@@ -452,7 +448,7 @@ class TestFullDisk:
         monkeypatch.setattr(loop, "record_validation", record)
         start(tmp_path / "run", resume_from_checkpoint="last")
 
-    def test_while_the_log_is_begun(self, start, tmp_path, monkeypatch, capfd):
+    def test_full_disk_at_the_start_of_the_log(self, start, tmp_path, monkeypatch, capfd):
         """The run ends with one sentence, and leaves no empty file but the lock."""
         begin = Accelerator.init_trackers
 
@@ -467,7 +463,7 @@ class TestFullDisk:
         assert "Traceback" not in capfd.readouterr().err
         assert [path.name for path in (tmp_path / "run").rglob("*") if path.is_file()] == [".lock"]
 
-    def test_while_the_log_is_written(self, start, tmp_path, whole, monkeypatch):
+    def test_full_disk_at_the_log(self, start, tmp_path, whole, monkeypatch):
         """The run saves a checkpoint and ends. The resumed run has the same results."""
         log = Accelerator.log
 
@@ -480,11 +476,11 @@ class TestFullDisk:
             patches.setattr(Accelerator, "log", log_on_a_full_disk)
             with pytest.raises(ValueError, match=r"The log in .* cannot be written .* goes on from step 3"):
                 start(tmp_path / "run", **SETTINGS)
-        assert names(tmp_path / "run")[-1] == "checkpoint-00000003"
+        assert checkpoint_names(tmp_path / "run")[-1] == "checkpoint-00000003"
         start(tmp_path / "run", **RESUMED)
         assert_same_results(tmp_path / "run", whole)
 
-    def test_while_the_log_is_ended(self, start, tmp_path, monkeypatch):
+    def test_full_disk_at_the_end_of_the_log(self, start, tmp_path, monkeypatch):
         """The results are complete."""
         end = Mock(side_effect=OSError(errno.ENOSPC, "No space left on device"))
         monkeypatch.setattr(Accelerator, "end_training", end)
@@ -492,7 +488,7 @@ class TestFullDisk:
             start(tmp_path / "run")
         assert (tmp_path / "run" / "results.json").exists()
 
-    def test_while_targets_of_a_teacher_are_written(self, start, tmp_path, vit, monkeypatch):
+    def test_full_disk_at_the_targets_of_a_teacher(self, start, tmp_path, vit, monkeypatch):
         """No part of the targets is left, and the next run works."""
         settings = {"teacher": str(vit[1]), "teacher_cache": str(tmp_path / "targets")}
         write = distillation.write_arrays
@@ -522,7 +518,7 @@ class TestFullDisk:
         assert not list(tmp_path.glob("targets*"))
         start(tmp_path / "run", **settings)
 
-    def test_what_is_left_of_a_result_does_not_stop_a_checkpoint(self, start, tmp_path):
+    def test_partial_results_of_an_earlier_run_are_removed(self, start, tmp_path):
         run = tmp_path / "run"
         (run / "results.partial").mkdir(parents=True)
         (run / "results.json.partial").write_text("{")
@@ -530,7 +526,7 @@ class TestFullDisk:
         assert not list(run.glob("*.partial"))
 
 
-def test_on_the_disk_before_it_has_its_name(start, tmp_path, monkeypatch):
+def test_checkpoint_is_synced_before_it_is_renamed(start, tmp_path, monkeypatch):
     """Before the renaming, all files and the folder are synced to the disk; after it, the parent folder."""
     run, events = tmp_path / "run", []
     fsync, rename = os.fsync, Path.rename
@@ -559,8 +555,8 @@ def test_on_the_disk_before_it_has_its_name(start, tmp_path, monkeypatch):
 
 class TestWorkers:
     @pytest.mark.parametrize("where", ["training", "validation"])
-    def test_one_that_is_killed(self, start, tmp_path, whole, monkeypatch, where):
-        """The run saves a checkpoint of the last step, and ends with one sentence."""
+    def test_killed_worker_ends_the_run(self, start, tmp_path, monkeypatch, where):
+        """The run ends with one sentence."""
         others = set(multiprocessing.active_children())
         function = {"training": "take_step", "validation": "evaluate_classifier"}[where]
         module = {"training": loop, "validation": classification}[where]
@@ -597,8 +593,8 @@ class TestWorkers:
         assert killed
         monkeypatch.undo()
 
-    def test_what_cannot_be_read_costs_no_step(self, start, tmp_path, whole, monkeypatch):
-        """An unreadable image in the second epoch: the run saves its state and says how to go on."""
+    def test_unreadable_images_end_the_run(self, start, tmp_path, monkeypatch):
+        """If images cannot be read in the second epoch, the run ends and says from which step it goes on."""
         set_epoch = LabelledImages.set_epoch
         file = tmp_path / "data" / "train-00000-of-00001.parquet"
 
@@ -608,12 +604,10 @@ class TestWorkers:
                 images.corrupt[:] = True
 
         monkeypatch.setattr(LabelledImages, "set_epoch", break_all)
-        sound = file.read_bytes()
         break_image(file, 0)
         settings = {**SETTINGS, "checkpointing_steps": None, "max_corrupt": 7}
-        with pytest.raises(ValueError, match=r"8 images cannot be read .* goes on from step [23]"):
+        with pytest.raises(ValueError, match=r"8 of the images cannot be read .* goes on from step [23]"):
             start(tmp_path / "run", **settings)
-        file.write_bytes(sound)
 
 
 class TestScripts:
@@ -628,13 +622,13 @@ class TestScripts:
             (KeyboardInterrupt(), 130),
         ],
     )
-    def test_one_sentence(self, monkeypatch, error, ending):
+    def test_errors_of_users_are_one_sentence(self, monkeypatch, error, ending):
         monkeypatch.setattr(sys, "argv", ["/somewhere/script.py"])
         with pytest.raises(SystemExit) as ended, exit_with_a_sentence():
             raise error
         assert ended.value.code == ending
 
-    def test_what_is_no_mistake_of_users(self):
+    def test_other_errors_keep_their_traceback(self):
         with pytest.raises(PermissionError), exit_with_a_sentence():
             raise PermissionError(errno.EACCES, "Permission denied", "/log")
 
@@ -646,7 +640,7 @@ class TestScripts:
         waiting.acquire()
         thread.start()
         before = sys.getswitchinterval()
-        sys.setswitchinterval(100)  # seconds: only who gives the lock away lets others run
+        sys.setswitchinterval(100)  # seconds, so other threads run only if this one releases the lock
         try:
             with exit_with_a_sentence():
                 waiting.release()
@@ -675,27 +669,27 @@ class TestLabels:
 
     @pytest.mark.parametrize("split", ["train", "validation"])
     @pytest.mark.parametrize(("label", "given"), [(-1, "the label -1"), (-100, "the label -100"), (None, "no label")])
-    def test_of_no_class(self, start, tmp_path, split, label, given):
+    def test_label_of_no_class_raises(self, start, tmp_path, split, label, given):
         self.write(tmp_path / "data", split, [0, 1, 0, label, 0, 1, 0, label])
         with pytest.raises(ValueError) as error:
             start(tmp_path / "run", mixup_alpha=0.2)
-        expected = f"Image 3 of the split {split!r} (and 1 others) has {given}; the data set names the classes 0 to 1."
+        expected = f"Image 3 of the split {split!r} (and 1 more) has {given}; the data set names the classes 0 to 1."
         assert str(error.value) == expected
-        assert names(tmp_path / "run") == []
+        assert checkpoint_names(tmp_path / "run") == []
 
-    def test_beyond_the_classes(self, start, tmp_path):
+    def test_label_beyond_the_classes_raises(self, start, tmp_path):
         self.write(tmp_path / "data", "train", [0, 1, 0, 2, 0, 1, 0, 1])
         with pytest.raises(ValueError, match="Image 3 of the split 'train' has the label 2; the data set names"):
             start(tmp_path / "run")
 
-    def test_a_class_without_an_image(self, start, tmp_path, caplog):
+    def test_class_without_an_image_is_logged(self, start, tmp_path, caplog):
         self.write(tmp_path / "data", "validation", [0] * 8)
         start(tmp_path / "run")
         assert "No image of the split 'validation' is of the class 'b'." in caplog.text
         assert "No image of the split 'train'" not in caplog.text
 
     @pytest.mark.parametrize(("label", "given"), [(-1, "the label -1"), (None, "no label")])
-    def test_of_a_stream(self, start, labelled, tmp_path, label, given):
+    def test_bad_label_of_a_stream_raises(self, start, labelled, tmp_path, label, given):
         """A wrong label of a stream ends the run at its row, with the name of the image."""
         images = [{"bytes": image["bytes"], "path": f"{i}.png"} for i, image in enumerate(self.encoded(labelled))]
         self.write(tmp_path / "data", "train", [0, 1, 0, 1, 0, label, 0, 1], images)
@@ -703,29 +697,29 @@ class TestLabels:
             start(tmp_path / "run", streaming=True, num_train_images=8, batch_size=2)
 
     @pytest.mark.parametrize("split", ["train", "validation"])
-    def test_a_damaged_file_of_a_stream(self, start, tmp_path, split):
+    def test_damaged_file_of_a_stream_raises(self, start, tmp_path, split):
         path = tmp_path / "data" / f"{split}-00000-of-00001.parquet"
         content = bytearray(path.read_bytes())
-        content[8:200] = bytes(192)  # of the rows; the description of the columns is at the end
+        content[8:200] = bytes(192)  # overwrites rows; the schema is at the end of the file
         path.write_bytes(content)
         with pytest.raises(ValueError, match="The rows of the data set cannot be read: "):
             start(tmp_path / "run", streaming=True, num_train_images=8, batch_size=2)
 
     @pytest.mark.parametrize("split", ["train", "validation"])
-    def test_an_image_that_is_none(self, start, labelled, tmp_path, caplog, split):
+    def test_missing_image_is_skipped(self, start, labelled, tmp_path, caplog, split):
         self.write(tmp_path / "data", split, [0, 1] * 4, [None, *self.encoded(labelled)[1:]])
         start(tmp_path / "run", max_corrupt=1)
         assert "Skipped image 0, which cannot be read" in caplog.text
 
     @pytest.mark.parametrize("streaming", [False, True])
-    def test_nothing_is_left(self, start, labelled, tmp_path, streaming):
+    def test_no_readable_image_raises(self, start, labelled, tmp_path, streaming):
         """If no image can be read, the run ends, whatever `--max_corrupt` says."""
         self.write(tmp_path / "data", "train", [0, 1] * 4, self.broken(labelled))
         settings = {"streaming": True, "num_train_images": 8} if streaming else {}
         with pytest.raises(ValueError, match=r"None of [48] images in turn can be read"):
             start(tmp_path / "run", max_corrupt=100, **settings)
 
-    def test_nothing_to_validate_on(self, start, labelled, tmp_path):
+    def test_no_readable_validation_image_raises(self, start, labelled, tmp_path):
         self.write(tmp_path / "data", "validation", [0, 1] * 4, self.broken(labelled))
         with pytest.raises(ValueError, match="None of the images to score on can be read"):
             start(tmp_path / "run", max_corrupt=100)
@@ -750,7 +744,7 @@ class TestMasks:
             (np.zeros((4, 3), np.uint8), "Image 1 has (4, 3) pixels across and down, its mask (3, 4)"),
         ],
     )
-    def test_what_is_wrong_with_one(self, mask, message):
+    def test_bad_mask_raises(self, mask, message):
         stream = BytesIO()
         PILImage.fromarray(mask).save(stream, format="TIFF")
         images = self.images(PILImage.new("L", (4, 3)), {"bytes": stream.getvalue(), "path": None})
@@ -758,13 +752,13 @@ class TestMasks:
             check_masks(images, "train", self.NAMES)
         assert message in str(error.value)
 
-    def test_a_class_without_a_pixel(self, caplog):
+    def test_class_without_a_pixel_is_logged(self, caplog):
         """If masks have only the values 0 and 255, the log names the likely reason."""
         mask = np.zeros((3, 4), np.uint8)
         mask[0] = 255
         check_masks(self.images(PILImage.fromarray(mask)), "train", self.NAMES)
         assert (
-            "No pixel of the 1 masks looked at in the split 'train' is of the class 'cat'. 33% of the" in caplog.text
+            "No pixel of the masks looked at in the split 'train' (1) is of the class 'cat'. 33% of the" in caplog.text
         )
         assert "have the label 255, which does not count: if it is meant as a class, write that" in caplog.text
         caplog.clear()
@@ -772,19 +766,19 @@ class TestMasks:
         assert not caplog.text
 
     @pytest.mark.parametrize("mask", [PILImage.new("L", (4, 3), 7), PILImage.new("L", (3, 4))], ids=["label", "size"])
-    def test_of_a_stream(self, mask):
+    def test_bad_mask_of_a_stream_raises(self, mask):
         """A wrong mask of a stream is refused at its row, with the name of the image."""
         masks = [PILImage.new("L", (4, 3)), mask]
         features = Features({"image": Image(), "label": Image()})
         rows = Dataset.from_dict({"image": [PILImage.new("RGB", (4, 3))] * 2, "label": masks}, features=features)
         stream = StreamedRows(rows.to_iterable_dataset(), 2, seed=0)
         images = SegmentationDataset(stream, max_corrupt=9, num_labels=2, reduce_labels=False)
-        check_masks(images, "train", self.NAMES)  # reads nothing
+        check_masks(images, "train", self.NAMES)  # does not read the stream
         with pytest.raises(ValueError, match=r"Image [01] of this epoch.* (has \(4, 3\) pixels|has the label 7)"):
             for index in images.indices(list(stream)):
                 images.read(index)
 
-    def test_broken_or_none(self, caplog):
+    def test_broken_or_missing_mask_is_skipped(self, caplog):
         images = self.images({"bytes": b"x", "path": "a.png"}, None, PILImage.new("L", (4, 3)))
         assert [images.read(i) is None for i in range(3)] == [True, True, False]
         assert images.corrupt.tolist() == [True, True, False]
@@ -799,7 +793,7 @@ class TestAddresses:
         image.save(stream, format="PNG")
         return stream.getvalue()
 
-    def test_in_an_archive(self, tmp_path, caplog):
+    def test_images_in_an_archive(self, tmp_path, caplog):
         picture, mask = PILImage.new("RGB", (4, 3), (9, 8, 7)), PILImage.new("L", (4, 3), 1)
         with zipfile.ZipFile(tmp_path / "all.zip", "w") as archive:
             archive.writestr("0.png", self.encode(picture))

@@ -98,7 +98,7 @@ def check_labels(dataset: Dataset | StreamedRows, split: str, warns: bool = True
     labels = [label_list(label) for label in dataset.select_columns(column)[:][column]]
     wrong = [i for i, each in enumerate(labels) if any(x is None or not 0 <= x < len(names) for x in each)]
     if wrong:
-        more = f" (and {len(wrong) - 1} others)" if len(wrong) > 1 else ""
+        more = f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else ""
         check_label(labels[wrong[0]], len(names), f"Image {wrong[0]} of the split {split!r}{more}")
     if warns:
         present = set().union(*labels)
@@ -244,5 +244,6 @@ class LabelledImages(torch.utils.data.Dataset):
         count = int(self.corrupt.sum())
         if count > self.max_corrupt:
             raise ValueError(
-                f"{count} images cannot be read (the log names them), more than `--max_corrupt {self.max_corrupt}`."
+                f"{count} of the images cannot be read (the log names them), more than "
+                f"`--max_corrupt {self.max_corrupt}`."
             )

@@ -121,7 +121,7 @@ def check_masks(images: SegmentationDataset, split: str, names: dict[int, str], 
         )
     names = label_names(names)
     missing = [names[i] for i in np.flatnonzero(counts == 0)]
-    warn_of_missing(missing, f"No pixel of the {num_masks} masks looked at in the split {split!r}", reason)
+    warn_of_missing(missing, f"No pixel of the masks looked at in the split {split!r} ({num_masks})", reason)
 
 
 class TrainingMasks(SegmentationDataset):
