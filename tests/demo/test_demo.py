@@ -80,8 +80,8 @@ def browser():
 @contextmanager
 def visit(browser: Browser, url: str, **options) -> Iterator[Page]:
     """
-    A page whose scripts have started. It is opened anew: if a visitor leaves a page before an answer, Gradio reports an
-    error. The test fails if an error is on the console.
+    A new page whose scripts have started. The test fails if an error is on its console. A test that needs another
+    address visits it anew: if a visitor leaves a page before an answer, Gradio reports an error.
     """
     page = browser.new_page(**options)
     page.set_default_timeout(60_000)
