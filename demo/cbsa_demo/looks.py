@@ -157,6 +157,11 @@ class Look:
         return map_formula(self.model).replace("$", "").replace("^T", "<sup>T</sup>")
 
     @property
+    def attention_types(self) -> str:
+        """Those of its layers, in words."""
+        return ", ".join(dict.fromkeys(self.model.config.layer_attention_types))
+
+    @property
     def has_representatives(self) -> bool:
         """Whether a layer has any that contract."""
         return bool(self.encoding.recorded)

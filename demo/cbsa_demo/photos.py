@@ -86,6 +86,10 @@ class PhotoError(gr.Error):
     def __init__(self, message: str):
         super().__init__(message, print_exception=False)
 
+    def __str__(self) -> str:
+        """The sentence itself; Gradio would put it into quotation marks."""
+        return self.message
+
 
 def find_upload(source: str) -> Path:
     """The path of an uploaded file, by the name that [`source_of`] gave it; a PhotoError for anything else."""

@@ -11,9 +11,10 @@ from .parameters import MEAN
 from .views import sentence
 
 
-PUBLISHED_NOTE = (
-    "The map {formula} says which patches the same representatives read: the picture that papers show. Where the "
-    "attention type is cbsa it leaves out the contraction, so it is not what the update is made with."
+PUBLISHED_NOTE = "The map {formula} says how strongly patches are tied to one another: the picture that papers show."
+CONTRACTION_NOTE = (
+    " Where the attention type is cbsa it is large if the same representatives read both. It leaves out the "
+    "contraction, so it is not what the update is made with."
 )
 EXACT_NOTE = (
     "The exact map &kappa; A<sup>T</sup> S (P + &eta; A) says what the patch is given of every other: the update is "
@@ -137,7 +138,7 @@ def no_steps(look: Look, layer: int) -> str:
 def glance(look: Look, patch: tuple[int, int] | None, exact: bool, shared: bool) -> str:
     """The maps of every layer and head, and of the mean of the heads, as a table of buttons."""
     if exact and not look.has_representatives:
-        return sentence(f"There is no other exact map here: the attention type is {look.model.config.attention_type}.")
+        return sentence(f"There is no other exact map here: the attention type is {look.attention_types}.")
     maps = look.maps(patch, exact)
     maps = np.concatenate([maps.mean(1, keepdims=True), maps], axis=1)
     num_layers, num_rows = maps.shape[:2]
@@ -165,7 +166,9 @@ def glance(look: Look, patch: tuple[int, int] | None, exact: bool, shared: bool)
         if shared
         else "<p>Each map has a scale of its own; point at it to see it.</p>"
     )
-    note = EXACT_NOTE if exact else PUBLISHED_NOTE.format(formula=look.map_formula)
+    note = EXACT_NOTE
+    if not exact:
+        note = PUBLISHED_NOTE.format(formula=look.map_formula) + CONTRACTION_NOTE * look.has_representatives
     return (
         f'<div class="scroll"><table class="glance"><thead><tr><th scope="row">layer</th>{head}</tr></thead>'
         f'<tbody>{"".join(rows)}</tbody></table></div><div class="notes">{bar}<p>{note}</p></div>'
@@ -182,7 +185,7 @@ def cell(value: float | None, most: float, text: str = "{:.1f}") -> str:
 
 MEASURED = {
     "coding rate before": ("normalised_coding_rate_before", "{:.0f}"),
-    "after": ("normalised_coding_rate_after", "{:.0f}"),
+    "coding rate after": ("normalised_coding_rate_after", "{:.0f}"),
     "zeros after the feed-forward": ("zeros_after", "{:.0%}"),
     "rank of A": ("representative_attention_rank", "{:.1f}"),
     "rank of the map": ("map_rank", "{:.1f}"),
@@ -198,8 +201,8 @@ def inside(look: Look) -> str:
         if values is not None:
             columns[title] = ([None if v is None else float(np.mean(v)) for v in values], text)
     most = {title: max((v for v in values if v is not None), default=0) for title, (values, _) in columns.items()}
-    if "after" in most:
-        most["after"] = most["coding rate before"] = max(most["after"], most["coding rate before"])
+    rates = [title for title in most if title.startswith("coding rate")]
+    most |= dict.fromkeys(rates, max((most[title] for title in rates), default=0))  # on one scale
     num_layers = look.model.config.num_hidden_layers
     body = "".join(
         f'<tr><th scope="row">{layer}</th>'
@@ -209,8 +212,8 @@ def inside(look: Look) -> str:
     )
     head = "".join(f'<th scope="col">{title}</th>' for title in columns)
     return (
-        f'<div class="inside"><div class="scroll"><table class="measures"><thead><tr><th scope="col">layer</th>{head}'
-        f"</tr></thead><tbody>{body}</tbody></table></div>{classes(look)}</div>"
+        '<div class="inside"><div class="scroll"><table class="measures layers"><thead><tr><th scope="col">layer</th>'
+        f"{head}</tr></thead><tbody>{body}</tbody></table></div>{classes(look)}</div>"
     )
 
 

@@ -150,11 +150,16 @@ def compare(
     described = [f"{name}: {describe_segments(each)}" for name, each in zip(names, found, strict=True)]
     scales = [Scale.of(each) for each in maps]
     drawn = [draw_map(each, scale) for each, scale in zip(maps, scales, strict=True)]
-    bars = "".join(colour_bar(scale, escape(name)) for scale, name in zip(scales, names, strict=True))
+    bars = "".join(
+        f'<p class="caption">{escape(name)}</p>{colour_bar(scale, escape(name))}'
+        for name, scale in zip(names, scales, strict=True)
+    )
     seen = [f"{name}: {strongest(each)}" for name, each in zip(names, maps, strict=True)]
-    kinds = " and ".join(dict.fromkeys(look.model.config.attention_type for look in looks))
+    left, right = (
+        f"<b>{escape(name)}</b> ({escape(look.attention_types)})" for name, look in zip(names, looks, strict=True)
+    )
     return (
-        f"<p>Left <b>{escape(names[0])}</b>, right <b>{escape(names[1])}</b>; attention type {escape(kinds)}.</p>"
+        f"<p>Left {left}, right {right}.</p>"
         f'<div class="pair">{curtain("Segments", "labels", *pictures, "; ".join(described))}'
         f"<div>{curtain(what, 'map', *drawn, '; '.join(seen))}{bars}</div></div>"
     )

@@ -9,6 +9,8 @@ import subprocess
 import sys
 import time
 import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from urllib.error import URLError
 
@@ -16,7 +18,7 @@ import numpy as np
 import pytest
 from conftest import ROOT
 from PIL import Image
-from playwright.sync_api import Page, expect, sync_playwright
+from playwright.sync_api import Browser, Page, expect, sync_playwright
 
 
 CHROMIUM = shutil.which("chromium")
@@ -75,19 +77,39 @@ def browser():
         browser.close()
 
 
-@pytest.fixture
-def page(browser, url):
-    """The page. The test fails if an error is on the console."""
-    page = browser.new_page(viewport={"width": 1400, "height": 900})
+@contextmanager
+def visit(browser: Browser, url: str, **options) -> Iterator[Page]:
+    """
+    A new page whose scripts have started. The test fails if an error is on its console. A test that needs another
+    address visits it anew: if a visitor leaves a page before an answer, Gradio reports an error.
+    """
+    page = browser.new_page(**options)
     page.set_default_timeout(60_000)
     problems = []
     page.on("console", lambda message: problems.append(message.text) if message.type == "error" else None)
     page.on("pageerror", lambda error: problems.append(str(error)))
     page.goto(url)
-    page.wait_for_url("**/*photo=coffee&*")  # its scripts have started
+    page.wait_for_url("**/*photo=*")  # its scripts have started
     yield page
+    at_rest(page)
     page.close()
     assert not problems
+
+
+@pytest.fixture
+def page(browser, url):
+    with visit(browser, url, viewport={"width": 1400, "height": 900}) as page:
+        yield page
+
+
+def at_rest(page: Page):
+    """Wait until the page has all answers, and asks for no more."""
+    working = page.locator(".pending, .generating, .working")
+    frames = 0
+    while frames < 20:  # in a row; counted, not timed, so that a slow machine has as many
+        expect(working).to_have_count(0)
+        page.evaluate("() => new Promise((then) => requestAnimationFrame(() => setTimeout(then)))")
+        frames = 0 if working.count() else frames + 1
 
 
 def source(page: Page, part: str) -> str:
@@ -105,13 +127,6 @@ def fill(page: Page, name: str, value: int):
     field = page.locator(f"#{name} input[type=number]").first
     field.fill(str(value))
     field.press("Enter")
-
-
-def at_rest(page: Page):
-    """Wait until the page has all answers."""
-    expect(page.locator(".pending, .generating, .working")).to_have_count(0)
-    page.wait_for_timeout(300)
-    expect(page.locator(".pending, .generating, .working")).to_have_count(0)
 
 
 def test_first_result_is_shown(page):
@@ -158,7 +173,7 @@ def test_controls_change_the_results(page):
     expect(page.locator("#glance .bar")).to_be_visible()
     fill(page, "number", 6)
     segments = wait_for_change(page, "segments", segments)
-    assert page.locator("#legend tbody tr").count() == 6
+    expect(page.locator("#legend tbody tr")).to_have_count(6)
     page.locator("#sharp input").check()
     segments = wait_for_change(page, "segments", segments)
     page.locator("#method input").click()
@@ -195,18 +210,16 @@ def test_control_counts_while_a_photo_is_loading(page, browser):
     fill(page, "layer", 1)
     page.wait_for_url("**/*photo=chelsea&layer=1&*")
     at_rest(page)
-    by_link = browser.new_page()
-    by_link.goto(page.url)
-    for part in ("photo", "segments", "steps", "glance"):
-        expect(by_link.locator(f"#{part} img").first).to_have_attribute("src", source(page, part))
-    by_link.close()
+    with visit(browser, page.url) as by_link:
+        for part in ("photo", "segments", "steps", "glance"):
+            expect(by_link.locator(f"#{part} img").first).to_have_attribute("src", source(page, part))
 
 
 def test_choice_counts_while_another_is_loading(page):
     requests, held = "**/queue/join*", []
     page.route(requests, lambda route: held.append(route) if len(held) < 2 else route.continue_())
     for name in ("astronaut", "chelsea"):
-        with page.expect_request(requests, timeout=20_000):
+        with page.expect_request(requests):
             page.locator(f"[data-example={name}]").click()
     for route in held:  # in the order of the clicks
         with page.expect_response(requests):
@@ -214,10 +227,9 @@ def test_choice_counts_while_another_is_loading(page):
     page.wait_for_url("**/*photo=chelsea&*")
 
 
-def test_bad_link_is_one_sentence(page, url):
-    at_rest(page)  # If a visitor leaves before an answer, Gradio reports an error.
-    page.goto(f"{url}?photo=coffee&layer=99")
-    expect(page.locator("#status")).to_contain_text("The layer is 99; give a whole number from 0 to 11.")
+def test_bad_link_is_one_sentence(browser, url):
+    with visit(browser, f"{url}?photo=coffee&layer=99") as page:
+        expect(page.locator("#status")).to_contain_text("The layer is 99; give a whole number from 0 to 11.")
 
 
 def test_removed_photo_clears_the_page(page):
@@ -273,7 +285,7 @@ def test_upload(page, tmp_path, noise):
     page.locator("#picker input[type=file]").set_input_files(tmp_path / "upload.png")
     wait_for_change(page, "segments", before)
     expect(page.locator("#photo figcaption")).to_contain_text("upload.png")
-    assert "photo=" not in page.url
+    page.wait_for_url(lambda address: "photo=" not in address)
 
 
 CARRY = """
@@ -357,7 +369,7 @@ def test_damaged_upload_is_one_sentence(page, tmp_path, photo):
     (tmp_path / "cut.png").write_bytes((tmp_path / "whole.png").read_bytes()[:20000])
     before = source(page, "segments")
     page.locator("#picker input[type=file]").set_input_files(tmp_path / "cut.png")
-    expect(page.locator("#status")).to_contain_text("cut.png is damaged")
+    expect(page.locator("#status")).to_have_text(re.compile(r"^cut\.png is damaged .*[^.]\.$"))
     assert source(page, "segments") == before
 
 
@@ -407,25 +419,21 @@ CONTRAST = """
 def test_every_width_in_light_and_dark(browser, url, tmp_path_factory, width, scheme):
     """The page fits its width, and texts and names are accessible. Screenshots go to a folder."""
     is_phone = width < 500
-    page = browser.new_page(
-        viewport={"width": width, "height": 900}, color_scheme=scheme, is_mobile=is_phone, has_touch=is_phone
-    )
-    page.goto(url)
-    expect(page.locator("#inside table").first).to_be_visible()
-    at_rest(page)
-    assert page.evaluate("document.documentElement.scrollWidth") <= width
-    folder = Path(os.environ.get("SCREENSHOTS") or tmp_path_factory.mktemp("screenshots"))
-    page.screenshot(path=folder / f"{width}-{scheme}.png", full_page=True)
-    assert page.evaluate("[...document.images].filter((image) => image.getAttribute('alt') === null).length") == 0
-    assert page.locator("button:visible:not([aria-label])").filter(has_not_text=re.compile(r"\S")).count() == 0
-    if is_phone:
-        photo, segments = (page.locator(f"#{part} .stage").bounding_box() for part in ("photo", "segments"))
-        assert segments["y"] > photo["y"] + photo["height"]
-        page.locator("#glance").scroll_into_view_if_needed()
-        page.mouse.wheel(0, 300)
-        expect(page.locator("#layer")).to_be_in_viewport()
-    for title in page.locator("button.label-wrap").all():
-        title.click()
-    page.wait_for_timeout(300)
-    assert page.evaluate(CONTRAST) == []
-    page.close()
+    options = {"is_mobile": is_phone, "has_touch": is_phone, "color_scheme": scheme}
+    with visit(browser, url, viewport={"width": width, "height": 900}, **options) as page:
+        at_rest(page)
+        assert page.evaluate("document.documentElement.scrollWidth") <= width
+        folder = Path(os.environ.get("SCREENSHOTS") or tmp_path_factory.mktemp("screenshots"))
+        page.screenshot(path=folder / f"{width}-{scheme}.png", full_page=True)
+        assert page.evaluate("[...document.images].filter((image) => image.getAttribute('alt') === null).length") == 0
+        assert page.locator("button:visible:not([aria-label])").filter(has_not_text=re.compile(r"\S")).count() == 0
+        if is_phone:
+            photo, segments = (page.locator(f"#{part} .stage").bounding_box() for part in ("photo", "segments"))
+            assert segments["y"] > photo["y"] + photo["height"]
+            page.locator("#glance").scroll_into_view_if_needed()
+            page.mouse.wheel(0, 300)
+            expect(page.locator("#layer")).to_be_in_viewport()
+        for title in page.locator("button.label-wrap").all():
+            title.click()
+        at_rest(page)
+        assert page.evaluate(CONTRAST) == []

@@ -471,13 +471,16 @@ def test_layers_without_representatives_say_so(tiny_config, tmp_path):
     tiny_config.attention_type = ["cbsa", "mssa", "linear"]
     CBSAForImageClassification(tiny_config).save_pretrained(tmp_path)
     ViTImageProcessorPil(size={"height": 32, "width": 48}, do_convert_rgb=True).save_pretrained(tmp_path)
-    answer = Answers(looks.Explorer({"mixed": str(tmp_path)}))
+    answer = Answers(looks.Explorer({"mixed": str(tmp_path), "shipped": default_checkpoint()}))
     assert "<img" in answer.steps("coffee", "mixed", 0, "mean", 5, 13, 4)
     said = answer.steps("coffee", "mixed", 1, "mean", 5, 13, 4)
     assert "The attention type of layer 1 is mssa. It has no representatives" in said
     exact = answer.glance("coffee", "mixed", 5, 13, "CLS", "exact", False)
     assert exact.count("<td>none</td>") == 2 * 3  # two layers, the mean and two heads
     assert "none" in answer.inside("coffee", "mixed")
+    both = answer.compare("coffee", "mixed", "shipped", "ncut", 4, False, 1, "mean", 5, 13)
+    assert "Left <b>mixed</b> (cbsa, mssa, linear), right <b>shipped</b> (cbsa)." in both
+    assert both.count("<img") == 4
     assert answer.explorer.card("mixed") == "This model has no model card."
 
 
