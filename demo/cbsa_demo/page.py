@@ -232,8 +232,10 @@ def keep_current(parts: SimpleNamespace, answers: Answers):
 def follow(parts: SimpleNamespace, choices: Choices, page: gr.Blocks):
     """What a visitor does, and which components it changes."""
     patch = [parts.row, parts.column]
-    # Each choice counts. By default Gradio drops those that a visitor makes while the one before is at work.
-    quiet = {"show_progress": "hidden", "trigger_mode": "multiple", "concurrency_limit": 1, **QUIET}
+    # Each choice counts, and the last one stands. By default Gradio drops choices that are made while another is at
+    # work, and answers those of different components, and the link that opened the page, in any order.
+    quiet = {"show_progress": "hidden", "trigger_mode": "multiple", **QUIET}
+    quiet |= {"concurrency_id": "choices", "concurrency_limit": 1}
     picked = parts.picker.select(choices.pick, parts.model, [parts.source, *patch, parts.status], **quiet)
     picked.then(js="() => document.body.classList.remove('working')", api_visibility="private")
     clicked = [*patch, parts.layer, parts.head, parts.representative]

@@ -49,15 +49,25 @@ REST = ("ncut", 4, False, "")  # the other arguments of `segment`
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory):
-    """The address of a running page, and the folder of its uploads."""
+def uploads(tmp_path_factory):
+    """The folder of the uploads."""
     folder = tmp_path_factory.mktemp("uploads").resolve()
     os.environ["GRADIO_TEMP_DIR"] = str(folder)
-    page = build_page(looks.Explorer(MODELS))
-    _, url, _ = page.launch(prevent_thread_lock=True, quiet=True, **SERVER)
-    yield url, folder
-    page.close()
+    yield folder
     del os.environ["GRADIO_TEMP_DIR"]
+
+
+@pytest.fixture(scope="module")
+def page(uploads):
+    return build_page(looks.Explorer(MODELS))
+
+
+@pytest.fixture(scope="module")
+def server(page, uploads):
+    """The address of the running page, and the folder of its uploads."""
+    _, url, _ = page.launch(prevent_thread_lock=True, quiet=True, **SERVER)
+    yield url, uploads
+    page.close()
 
 
 @pytest.fixture(scope="module")
@@ -144,6 +154,17 @@ def test_no_file_of_the_server_is_opened(server, forbidden, name, meta):
     assert photos.NOT_UPLOADED in text
     assert forbidden[name] == "" or forbidden[name] not in text
     assert time.monotonic() - start < 20  # opening a pipe without a writer would block
+
+
+def test_choices_are_answered_in_order(page):
+    """All that sets what is shown waits in one queue, so that a slow choice is not answered after a later one."""
+    chosen = {"source", "row", "column", "layer", "head", "representative"}
+    queues = {
+        event.concurrency_id: event.concurrency_limit
+        for event in page.fns.values()
+        if chosen & {component.elem_id for component in event.outputs}
+    }
+    assert queues == {"choices": 1}
 
 
 def test_wrong_number_of_values_is_one_sentence(server):
