@@ -280,9 +280,17 @@ def gigabytes(text: str) -> float:
     return value * 1e9
 
 
-def build_parser() -> argparse.ArgumentParser:
+class Parser(argparse.ArgumentParser):
+    """A parser whose errors are one line, whatever words it was given."""
+
+    def error(self, message: str):
+        """Print usage and message, and exit with 2."""
+        super().error(" ".join(message.split()))
+
+
+def build_parser() -> Parser:
     """The parser of `cbsa` with its commands."""
-    parser = argparse.ArgumentParser(prog="cbsa", description=__doc__)
+    parser = Parser(prog="cbsa", description=__doc__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     add_photo_commands(commands)
     add_checkpoint_commands(commands)

@@ -526,3 +526,6 @@ def test_half_precision(tiny_model, saved_segmenter, photo_file, tmp_path, dtype
 def test_error_with_a_line_break_in_a_name_is_one_line(capsys):
     assert main(["segment", "no\nphoto.png", "-o", "overlay.png"]) == 2
     assert capsys.readouterr().err == "cbsa: There is no file no photo.png.\n"
+    with pytest.raises(SystemExit):
+        main(["segment", "photo.png", "-o", "overlay.png", "--no\nsuch"])
+    assert capsys.readouterr().err.splitlines()[-1] == "cbsa: error: unrecognized arguments: --no such"

@@ -216,6 +216,7 @@ def test_control_counts_while_a_photo_is_loading(page, browser):
 
 
 def test_choice_counts_while_another_is_loading(page):
+    at_rest(page)
     requests, held = "**/queue/join*", []
     page.route(requests, lambda route: held.append(route) if len(held) < 2 else route.continue_())
     for name in ("astronaut", "chelsea"):

@@ -102,6 +102,10 @@ class TestClasses:
             ValueError, match=r"names of the classes are not in nowhere.id2label\.json; give a JSON file"
         ):
             select_labelled(numbers, self.args())
+        for content in ("[1]", "no JSON", "[" * 100_000):
+            (tmp_path / "names.json").write_text(content)
+            with pytest.raises(ValueError, match=r"names\.json is not a JSON file that maps numbers to names"):
+                select_labelled(numbers, self.args(id2label=str(tmp_path / "names.json")))
         (tmp_path / "id2label.json").write_text('{"0": "x", "1": "y"}')
         own = DataArguments(dataset_name=str(tmp_path))
         assert class_names(select_labelled(numbers, own)) == ["x", "y"]

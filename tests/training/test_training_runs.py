@@ -193,9 +193,11 @@ class TestRuns:
                 start(tmp_path / "new", **{**settings, **changes})
             assert f"The targets in {tmp_path / 'targets'} are of {difference}" in str(error.value)
             assert "choose another `--teacher_cache`, or remove it" in str(error.value)
-        (tmp_path / "targets" / "targets.json").unlink()
-        with pytest.raises(ValueError, match="does not say what its targets are of"):
-            start(tmp_path / "new", **settings)
+        for content in ("[1]", "no JSON", "[" * 100_000, None):
+            description = tmp_path / "targets" / "targets.json"
+            description.unlink() if content is None else description.write_text(content)
+            with pytest.raises(ValueError, match="does not say what its targets are of"):
+                start(tmp_path / "new", **settings)
         assert [path.name for path in tmp_path.glob("new/*")] == [".lock"]
 
 
@@ -409,6 +411,10 @@ def test_log_has_a_row_for_each_epoch(start, tmp_path):
         num_kept = checkpoint // 2  # epochs before the checkpoint
         assert again[:num_kept] == rows[:num_kept]
         assert [row | {"seconds": 0} for row in again] == [row | {"seconds": 0} for row in rows]
+    for line in ("[1]", "{}", "no JSON", "[" * 100_000):
+        (tmp_path / "run" / "log.jsonl").write_text(line)
+        with pytest.raises(ValueError, match=r"log\.jsonl is not the log of a run: move it away"):
+            start(tmp_path / "run", **settings, resume_from_checkpoint="last")
 
 
 @pytest.mark.parametrize(("num_channels", "kind"), [(4, "uint8"), (13, "uint16")])

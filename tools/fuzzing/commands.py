@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import shutil
+from itertools import pairwise
 from pathlib import Path
 
 from cbsa_hf import cli
@@ -95,6 +96,9 @@ def make_command(random: Random, folders: Folders) -> Case:
     line = sound_line(random, files)
     for _ in range(int(random.integers(3))):
         line = change_line(random, line, files)
+    for at, (option, value) in enumerate(pairwise(line)):
+        if option in ("-o", "--mask") and Path(value).is_relative_to(folders.inputs) and line.count(value) == 1:
+            line[at + 1] = str(files["new"])  # writing where the user asks for it would look like a fault
     replaced = (files["existing.png"],) if "--force" in line else ()
     return Case(lambda: cli.main(line), is_command=True, replaced=replaced)
 

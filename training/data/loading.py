@@ -234,7 +234,7 @@ def read_names(path: str | None, dataset_name: str) -> dict[int, str]:
         raise ValueError(
             f"The names of the classes are not in {file}; give a JSON file like {{'0': 'sky', ...}} as `--id2label`."
         ) from error
-    except (ValueError, AttributeError) as error:
+    except (ValueError, AttributeError, RecursionError) as error:
         raise ValueError(f"{file} is not a JSON file that maps numbers to names of classes.") from error
     if sorted(names) != list(range(len(names))) or len(set(names.values())) < len(names):
         raise ValueError(f"{file} does not give each number from 0 on a name of its own.")

@@ -58,7 +58,7 @@ class RunLog:
             try:
                 rows = [json.loads(line) for line in log.read_text().splitlines()]
                 self.rows = [row for row in rows if row["step"] <= step]
-            except (OSError, TypeError, ValueError, LookupError) as error:
+            except (OSError, TypeError, ValueError, LookupError, RecursionError) as error:
                 raise ValueError(f"{log} is not the log of a run: move it away.") from error
         values = {k: v if isinstance(v, int | float | str) else str(v) for k, v in settings.items()}
         self.attempt(self.accelerator.init_trackers, self.folder.name, config=values)

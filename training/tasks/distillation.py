@@ -36,8 +36,8 @@ def check_targets(teacher: Teacher, images: LabelledImages, size: int, folder: P
     """Raises ValueError if the targets in a folder differ from those that [`write_targets`] would write."""
     name = DESCRIPTION if (folder / DESCRIPTION).exists() else DESCRIPTION_BEFORE
     try:
-        found = json.loads((folder / name).read_text())
-    except (OSError, ValueError) as error:
+        found = dict(json.loads((folder / name).read_text()))
+    except (OSError, TypeError, ValueError, RecursionError) as error:
         raise ValueError(
             f"{folder} does not say what its targets are of: choose another `--teacher_cache`, or remove it."
         ) from error
