@@ -10,7 +10,7 @@ from cbsa_hf.overlays import class_colours
 from . import story, views
 from .drawing import draw_labels, to_npz, to_uri
 from .looks import MAX_SEGMENTS, METHODS, Explorer, Look, Segmented
-from .parameters import MEAN, flag, one_of, whole
+from .parameters import MEAN, flag, heads_of, one_of, whole
 
 
 FIRST = {"source": "coffee", "layer": 3, "head": MEAN, "representative": 27}
@@ -26,17 +26,13 @@ class Answers:
     def __init__(self, explorer: Explorer):
         self.explorer = explorer
 
-    def heads(self, look: Look) -> list[str]:
-        """The names of the heads that a visitor may choose, the mean of all first."""
-        return [MEAN, *map(str, range(look.model.config.num_attention_heads))]
-
     def layer_of(self, look: Look, layer: object) -> int:
         """The index of the layer that was chosen."""
         return whole(layer, "layer", 0, look.model.config.num_hidden_layers - 1)
 
     def head_of(self, look: Look, values: np.ndarray, head: object) -> np.ndarray:
         """What the head has of (heads, ...), or the mean of all."""
-        head = one_of(head, "head", self.heads(look))
+        head = one_of(head, "head", heads_of(look.model.config))
         return values.mean(0) if head == MEAN else values[int(head)]
 
     def patch_of(self, look: Look, row: object, column: object) -> tuple[int, int]:

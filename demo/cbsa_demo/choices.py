@@ -5,8 +5,9 @@ import math
 import gradio as gr
 
 from . import views
-from .answers import FIRST, Answers
-from .parameters import MEAN, one_of, whole
+from .answers import FIRST
+from .looks import Explorer
+from .parameters import heads_of, one_of, whole
 from .photos import EXAMPLES, PhotoError, source_of
 
 
@@ -21,9 +22,8 @@ def sent(event: gr.EventData) -> dict:
 class Choices:
     """One method for each action. It returns values for the components that it changes; the others stay."""
 
-    def __init__(self, answers: Answers):
-        self.answers = answers
-        self.explorer = answers.explorer
+    def __init__(self, explorer: Explorer):
+        self.explorer = explorer
 
     def pick(self, model: object, event: gr.EventData):
         """An example, a file, a problem of the browser, or nothing for removal: source, row, column, status."""
@@ -55,7 +55,7 @@ class Choices:
         """The layers and heads that a model has; the last layer and the mean where it lacks those chosen."""
         config = self.explorer.model(model)[0].config
         last = config.num_hidden_layers - 1
-        heads = [MEAN, *map(str, range(config.num_attention_heads))]
+        heads = heads_of(config)
         return (
             gr.Slider(maximum=last, value=min(whole(layer, "layer", 0, 10**3), last)),
             gr.Radio(heads, value=head if head in heads else heads[0]),
@@ -83,9 +83,12 @@ class Choices:
             "column": (column, look.grid[1]),
             "representative": (FIRST["representative"], math.prod(look.representatives_size)),
         }
-        values = {"photo": source, "head": one_of(given.get("head", FIRST["head"]), "head", self.answers.heads(look))}
+        values = {
+            "photo": source,
+            "head": one_of(given.get("head", FIRST["head"]), "head", heads_of(look.model.config)),
+        }
         for name, (default, count) in limits.items():
-            text = given.get(name, str(default))
+            text = given.get(name, str(min(default, count - 1)))
             is_number = text.isascii() and text.isdecimal() and len(text) < 6
             values[name] = whole(int(text) if is_number else text, name, 0, count - 1)
         return [values[name] for name in ADDRESS]

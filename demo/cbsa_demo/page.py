@@ -2,6 +2,7 @@
 
 import functools
 import logging
+import math
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
@@ -16,6 +17,7 @@ from .answers import FIRST, MAPS, NO_OTHER, QUERIES, Answers
 from .choices import Choices
 from .endpoints import add_endpoints
 from .looks import MAX_SEGMENTS, METHODS, Explorer, Look
+from .parameters import heads_of
 from .photos import EXAMPLES, MAX_BYTES, PhotoError, admit_files
 
 
@@ -133,17 +135,18 @@ def add_pictures(parts: SimpleNamespace):
             parts.saved = own_html(None, ["downloads.js"], elem_id="saved")
 
 
-def add_story(parts: SimpleNamespace, look: Look, heads: list[str]):
+def add_story(parts: SimpleNamespace, look: Look):
     """The steps of one layer, all layers at a glance, and what can be measured inside."""
     own_html("<h2>How it got there</h2>")
     last = look.model.config.num_hidden_layers - 1
     with gr.Row(elem_id="layers"):
-        parts.layer = gr.Slider(0, last, FIRST["layer"], step=1, label="Layer", buttons=[], elem_id="layer")
-        parts.head = gr.Radio(heads, value=FIRST["head"], label="Head", elem_id="head")
+        layer = min(FIRST["layer"], last)
+        parts.layer = gr.Slider(0, last, layer, step=1, label="Layer", buttons=[], elem_id="layer")
+        parts.head = gr.Radio(heads_of(look.model.config), value=FIRST["head"], label="Head", elem_id="head")
     parts.steps = own_html("", ["picks.js"], elem_id="steps", classes=["result"])
     with gr.Row():
         parts.representative = gr.Number(
-            FIRST["representative"],
+            min(FIRST["representative"], math.prod(look.representatives_size) - 1),
             label="Representative",
             precision=0,
             minimum=0,
@@ -262,10 +265,10 @@ def build_page(explorer: Explorer) -> gr.Blocks:
         add_choice(parts, explorer)
         add_pictures(parts)
         with gr.Column():  # within which a phone keeps the choice of the layer in reach
-            add_story(parts, first, answers.heads(first))
+            add_story(parts, first)
         add_more(parts, explorer)
         add_endpoints(answers)  # first, so that their names are theirs
         keep_current(parts, answers)
-        follow(parts, Choices(answers), page)
+        follow(parts, Choices(explorer), page)
     page.queue(max_size=200)
     return page

@@ -2,10 +2,17 @@
 
 from collections.abc import Iterable
 
+from cbsa_hf import CBSAConfig
+
 from .photos import PhotoError
 
 
 MEAN = "mean"  # of the heads, where one is chosen
+
+
+def heads_of(config: CBSAConfig) -> list[str]:
+    """The names of the heads that a visitor may choose, the mean of all first."""
+    return [MEAN, *map(str, range(config.num_attention_heads))]
 
 
 def shown(value: object) -> str:

@@ -370,7 +370,7 @@ def test_damaged_upload_is_one_sentence(page, tmp_path, photo):
     (tmp_path / "cut.png").write_bytes((tmp_path / "whole.png").read_bytes()[:20000])
     before = source(page, "segments")
     page.locator("#picker input[type=file]").set_input_files(tmp_path / "cut.png")
-    expect(page.locator("#status")).to_have_text(re.compile(r"^cut\.png is damaged .*[^.]\.$"))
+    expect(page.locator("#status p")).to_have_text(re.compile(r"^cut\.png is damaged .*[^.]\.$"))
     assert source(page, "segments") == before
 
 
