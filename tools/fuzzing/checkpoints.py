@@ -215,4 +215,4 @@ def make_checkpoint(random: Random, folders: Folders) -> Case:
     elif kind < 0.97:
         change_files(random, folder)
     use, is_command = use_checkpoint(random, folder, folders.output)
-    return Case(use, expected, (name, "The weights"), is_command=is_command)
+    return Case(use, expected, (name, "The weights", "The model's outputs"), is_command=is_command)
