@@ -257,17 +257,14 @@ def test_limits_of_pixels_and_ratio(recwarn):
         open_image(io.BytesIO(large), max_pixels=10)
 
 
-@pytest.mark.parametrize(
-    ("format", "limit"), [("WEBP", 7000), ("AVIF", 7000), ("JPEG2000", 7000), ("PNG", 3500), ("JPEG", 3500)]
-)
-def test_decoders_that_take_more_memory_get_fewer_pixels(noise, format, limit):
+def test_decoders_that_take_more_memory_get_fewer_pixels(noise):
     Image.init()
-    if format not in Image.SAVE:
-        pytest.skip(f"this Pillow writes no {format}")
-    data = encoded(noise, format)  # 3,500 pixels
-    assert open_image(data, max_pixels=limit).size == noise.size
-    with pytest.raises(ImageError, match="70 x 50 = 3,500 pixels, and the limit is 3,49"):
-        open_image(data, max_pixels=limit - 2)
+    limits = {"WEBP": 7000, "AVIF": 7000, "JPEG2000": 7000, "PNG": 3500, "JPEG": 3500}
+    for format in limits.keys() & Image.SAVE.keys():  # old Pillows write no AVIF
+        data = encoded(noise, format)  # 3,500 pixels
+        assert open_image(data, max_pixels=limits[format]).size == noise.size
+        with pytest.raises(ImageError, match="70 x 50 = 3,500 pixels, and the limit is 3,49"):
+            open_image(data, max_pixels=limits[format] - 2)
 
 
 def test_scans_are_counted(noise):
