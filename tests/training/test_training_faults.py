@@ -30,6 +30,7 @@ from datasets import Dataset, Features, Image
 from PIL import Image as PILImage
 
 from training.data.labelled_images import LabelledImages
+from training.data.loading import load_images
 from training.data.segmentation import SegmentationDataset, check_masks
 from training.data.streaming import StreamedRows
 from training.engine import interruption, loop, output, results, run_state, setup
@@ -704,6 +705,22 @@ class TestLabels:
         path.write_bytes(content)
         with pytest.raises(ValueError, match="The rows of the data set cannot be read: "):
             start(tmp_path / "run", streaming=True, num_train_images=8, batch_size=2)
+
+    def test_damaged_footer_of_a_stream_raises(self, tmp_path, labelled):
+        """The schema cannot be read, or is another one; no error of Arrow itself gets out."""
+        path = tmp_path / "train.parquet"
+        labelled.to_parquet(path)
+        sound, random, refused = path.read_bytes(), np.random.default_rng(0), 0
+        for _ in range(20):
+            content = np.frombuffer(sound, np.uint8).copy()
+            content[-1 - random.integers(8, 400, 3)] = random.integers(0, 256, 3)
+            path.write_bytes(content.tobytes())
+            try:
+                load_images(str(path), streaming=True)
+            except ValueError as error:
+                refused += 1
+                assert str(path) in str(error)
+        assert refused > 0
 
     @pytest.mark.parametrize("split", ["train", "validation"])
     def test_missing_image_is_skipped(self, start, labelled, tmp_path, caplog, split):

@@ -19,6 +19,7 @@ from datasets import (
     load_dataset,
 )
 from datasets.exceptions import DatasetGenerationError
+from pyarrow import ArrowException
 
 from training.arguments import DataArguments
 
@@ -61,6 +62,8 @@ def load_images(
             f"{name} is neither a folder or Parquet file with images, nor the id of a data set that can be reached on "
             "the Hub."
         ) from error
+    except (OSError, ArrowException) as error:  # a damaged file, if its rows are streamed
+        raise ValueError(f"{name} cannot be read: {error}") from error
     except RuntimeError as error:  # the data set is a script
         raise ValueError(
             f"{name} cannot be loaded: {error}. The Hub may have it as Parquet: try `--dataset_revision "

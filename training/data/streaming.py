@@ -5,6 +5,7 @@ from itertools import islice
 
 from datasets import IterableDataset
 from datasets.distributed import split_dataset_by_node
+from pyarrow import ArrowException
 from torch.utils.data import Sampler
 
 
@@ -24,7 +25,7 @@ def sound_rows(stream: IterableDataset) -> Iterator[dict]:
     """
     try:
         yield from stream
-    except OSError as error:  # of pyarrow and of connections, too
+    except (OSError, ArrowException) as error:  # of connections, too
         raise ValueError(f"The rows of the data set cannot be read: {error}") from error
 
 
