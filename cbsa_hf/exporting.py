@@ -74,8 +74,7 @@ def open_onnx(path: Path) -> Engine:
 
 def check_openvino():
     """
-    Raises ValueError where OpenVINO would crash: its products may not use the instructions that it found itself. Seen
-    with OpenVINO 2026.4 on a processor with AMX.
+    Raises ValueError if ONEDNN_MAX_CPU_ISA is set. With this variable OpenVINO 2026.4 crashes on a processor with AMX.
     """
     if os.environ.get("ONEDNN_MAX_CPU_ISA"):
         raise ValueError("OpenVINO crashes where ONEDNN_MAX_CPU_ISA is set: unset this variable of the environment.")

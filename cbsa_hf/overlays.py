@@ -149,7 +149,7 @@ def class_strip(
 
 @cache
 def colour_map(scale: str):
-    """A colour map of Matplotlib. One object each, since Matplotlib computes the colours of every new one again."""
+    """A colour map of Matplotlib. It is kept, since Matplotlib computes the colours of every new object again."""
     from matplotlib import colormaps  # imported here, since it takes long and `cbsa segment` does not need it
 
     return colormaps[scale]

@@ -25,8 +25,8 @@ LARGE = 2**17  # bytes; where the library starts
 
 def give_large_memory_back():
     """
-    From now on memory for pictures and tensors goes back to the system as soon as it is free. The GNU C library learns
-    from the first large pieces to keep the later ones, and does so in each thread.
+    From now on, freed memory of pictures and tensors goes back to the system at once. Without this, the GNU C library
+    raises its threshold with every large block that is freed, and keeps later blocks for each thread.
     """
     if sys.platform == "linux" and hasattr(library := ctypes.CDLL(None), "mallopt"):
         library.mallopt(M_MMAP_THRESHOLD, LARGE)

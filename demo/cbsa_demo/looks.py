@@ -158,7 +158,7 @@ class Look:
 
     @property
     def attention_types(self) -> str:
-        """Those of its layers, in words."""
+        """The attention types of its layers, each once, with commas between."""
         return ", ".join(dict.fromkeys(self.model.config.layer_attention_types))
 
     @property

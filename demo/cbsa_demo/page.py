@@ -235,8 +235,8 @@ def keep_current(parts: SimpleNamespace, answers: Answers):
 def follow(parts: SimpleNamespace, choices: Choices, page: gr.Blocks):
     """What a visitor does, and which components it changes."""
     patch = [parts.row, parts.column]
-    # Each choice counts, and the last one stands. By default Gradio drops choices that are made while another is at
-    # work, and answers those of different components, and the link that opened the page, in any order.
+    # All choices, and the link that opened the page, are answered in their order, so the last one stands. By default
+    # Gradio drops a choice that is made while another of the same component is answered.
     quiet = {"show_progress": "hidden", "trigger_mode": "multiple", **QUIET}
     quiet |= {"concurrency_id": "choices", "concurrency_limit": 1}
     picked = parts.picker.select(choices.pick, parts.model, [parts.source, *patch, parts.status], **quiet)

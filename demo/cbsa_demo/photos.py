@@ -25,7 +25,7 @@ MAX_RATIO = 50  # of the longer side to the shorter
 LONG_SIDE = 1280  # pixels of the longer side that anything is drawn at
 UPLOADED = re.compile(r"[0-9a-f]{16,128}/[^/\\\0]{1,255}")  # Gradio's folder of an upload, and the file's own name
 
-READING = threading.Lock()  # one photo at a time, since one takes up to 200 MB meanwhile
+READING = threading.Lock()  # one photo at a time, since reading one takes up to 200 MB
 LIMITS = f"up to {MAX_BYTES // 10**6} MB and {MAX_PIXELS // 10**6} million pixels"
 NOT_UPLOADED = "Upload a photo first, or choose one of the examples; no other files are read."
 
@@ -175,7 +175,7 @@ def open_upload(source: str) -> Photo:
     with READING:
         data = read_upload(path)
         image = open_header(data, name)
-        image.draft(None, (LONG_SIDE, LONG_SIDE))  # a JPEG is decoded at half of its size, or less, where that does
+        image.draft(None, (LONG_SIDE, LONG_SIDE))  # a JPEG is decoded at half its size or less, if that is enough
         try:
             image = to_rgb(image, name, max(1, max(image.size) // LONG_SIDE))
         except ImageError as error:
