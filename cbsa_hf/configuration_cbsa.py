@@ -178,6 +178,9 @@ class CBSAConfig(BackboneConfigMixin, PreTrainedConfig):
             `"cbsa"`.
         decoder_base_num_patches (`int`, *optional*):
             N0 of the mask decoder; the encoder's when not given. With another backbone there is then no size factor.
+        decoder_skip (`bool`, defaults to `False`):
+            Whether the segmenter also reads the maps of the stem, for detail finer than a patch, see [`StemSkip`];
+            needs `patch_embedding_type="conv_stem"`. The published decoders do not.
         semantic_loss_ignore_index (`int`, defaults to 255): Label of the pixels that the loss ignores.
         backbone_config (`PreTrainedConfig` or `dict`, *optional*): Configuration of a backbone of Transformers that
             replaces the encoder of the segmenter, such as a `Dinov2Config`. The fields of the encoder then have no
@@ -242,6 +245,7 @@ class CBSAConfig(BackboneConfigMixin, PreTrainedConfig):
     decoder_head_dim: int | None = None
     decoder_representatives_size: int | list[int] | tuple[int, int] = 10
     decoder_base_num_patches: int | None = None
+    decoder_skip: bool = False
     semantic_loss_ignore_index: int = 255
     backbone_config: dict | PreTrainedConfig | None = None
     reshape_hidden_states: bool = True
@@ -491,9 +495,14 @@ class CBSAConfig(BackboneConfigMixin, PreTrainedConfig):
             raise ValueError(f"`id2label` has to number its {len(self.id2label)} labels from 0 without a hole.")
 
     def validate_decoder(self):
-        """The dimension of a head is at least 1, and `backbone_config` is no `CBSAConfig`."""
+        """The dimension of a head is at least 1, `decoder_skip` has a stem, `backbone_config` is no `CBSAConfig`."""
         if self.decoder_head_dim is not None and self.decoder_head_dim < 1:
             raise ValueError(f"`decoder_head_dim` is {self.decoder_head_dim}, and has to be at least 1.")
+        if self.decoder_skip and (self.patch_embedding_type != "conv_stem" or self.backbone_config is not None):
+            raise ValueError(
+                "`decoder_skip=True` reads the maps of the convolutional stem, which this encoder does not have; leave "
+                "it out, or choose `patch_embedding_type='conv_stem'` and no `backbone_config`."
+            )
         if isinstance(self.backbone_config, CBSAConfig):
             raise ValueError(
                 "`backbone_config` is a `CBSAConfig`; a CBSA encoder is described by this configuration itself, so "

@@ -235,6 +235,55 @@ class SegmenterMaskDecoder(ClassTokenMaskDecoder):
         return super().forward(self.input_proj(hidden_states), grid, output_attentions)
 
 
+class ZeroConv2d(nn.Conv2d):
+    """A convolution whose weights begin at 0, so that what it adds to begins unchanged (arXiv 2302.05543)."""
+
+
+class StemSkip(nn.Module):
+    """
+    Adds detail to masks at the resolution of the patches: logits from a second way from the patch tokens to half the
+    resolution of the image, which is the convolutional stem in reverse, and takes in each of the stem's maps on its
+    way, as a U-Net does (arXiv 1505.04597). The decoder published with CBT has no such part.
+
+    Every convolution but the last halves the width, as that of the stem doubled it. The logits begin at 0, so a
+    segmenter that was trained without this part begins with the masks that it had.
+
+    Args:
+        config: its fields `hidden_size`, `patch_size` and `num_labels` are used.
+    """
+
+    def __init__(self, config: CBSAConfig):
+        super().__init__()
+        widths = [config.hidden_size >> i for i in range(config.patch_size.bit_length() - 1)]
+        self.convolutions = nn.ModuleList(
+            [
+                nn.Conv2d(width_in, width_out, kernel_size=3, padding=1)
+                for width_in, width_out in zip(widths, [*widths[1:], widths[-1]], strict=True)
+            ]
+        )
+        self.classifier = ZeroConv2d(widths[-1], config.num_labels, kernel_size=1)
+
+    def forward(
+        self, masks: torch.Tensor, hidden_states: torch.Tensor, stem_maps: tuple[torch.Tensor, ...]
+    ) -> torch.Tensor:
+        """
+        Args:
+            masks: (batch, K, grid height, grid width), logits from a decoder.
+            hidden_states: (batch, patches, d), the patch tokens that the decoder took.
+            stem_maps: of the stem, each (batch, width, height, width), from fine to coarse.
+
+        Returns:
+            Logits (batch, K, height, width) at the size of the finest map.
+        """
+        features = hidden_states.transpose(1, 2).unflatten(2, masks.shape[2:])
+        *halving, last = self.convolutions
+        for convolution, stem_map in zip(halving, reversed(stem_maps), strict=True):
+            features = F.gelu(convolution(features))
+            features = stem_map + F.interpolate(features, size=stem_map.shape[2:], mode="bilinear")
+        features = F.gelu(last(features))
+        return F.interpolate(masks, size=features.shape[2:], mode="bilinear") + self.classifier(features)
+
+
 DECODERS = {
     "cbsa": ContractAndBroadcastMaskDecoder,
     "mssa": MultiHeadSubspaceMaskDecoder,
@@ -250,4 +299,6 @@ __all__ = [
     "MaskDecoder",
     "MultiHeadSubspaceMaskDecoder",
     "SegmenterMaskDecoder",
+    "StemSkip",
+    "ZeroConv2d",
 ]

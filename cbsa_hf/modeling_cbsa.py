@@ -33,7 +33,7 @@ from .attention_cbsa import (
     block_norm,
 )
 from .configuration_cbsa import CBSAConfig, to_pair
-from .mask_decoder_cbsa import DECODERS, ClassTokenMaskDecoder
+from .mask_decoder_cbsa import DECODERS, ClassTokenMaskDecoder, StemSkip, ZeroConv2d
 from .tiles_cbsa import MIN_TOKENS, is_watched, layer_in_tiles
 
 
@@ -65,9 +65,12 @@ class CBSAModelOutput(BaseModelOutputWithPooling):
         representative_attentions: per layer A, (batch, heads, m, tokens): for `"cbsa"` the attention of each
             representative over the tokens, whose rows sum to 1. None where the attention type has no such A. With
             `output_representative_attentions=True`.
+        stem_maps: what the convolutional stem computes before the patches, each (batch, width, height, width), from
+            fine to coarse, after GELU; with `output_stem_maps=True`.
     """
 
     representative_attentions: tuple[torch.FloatTensor, ...] | None = None
+    stem_maps: tuple[torch.FloatTensor, ...] | None = None
 
 
 @dataclass
@@ -137,6 +140,7 @@ class CBSAConvStem(nn.Module):
             ]
         self.layers = nn.Sequential(*modules[:-1])
         self.patch_size = config.patch_size
+        self.has_whole_maps = config.decoder_skip
 
     def embed(self, pixel_values: torch.Tensor) -> torch.Tensor:
         # Channels last: convolutions and batch norm are faster on a CPU, and the tokens are a view of the map.
@@ -145,7 +149,8 @@ class CBSAConvStem(nn.Module):
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """(batch, channels, height, width) -> (batch, hidden_size, grid height, grid width)."""
         height, width = (-(-side // self.patch_size) for side in pixel_values.shape[2:])
-        if self.training or torch.is_grad_enabled() or is_torchdynamo_compiling() or height * width < MIN_TOKENS:
+        is_small = self.training or is_torchdynamo_compiling() or height * width < MIN_TOKENS
+        if is_small or torch.is_grad_enabled() or self.has_whole_maps:
             return self.embed(pixel_values)
 
         # The first map has many times as many values as the last, so only a strip of it is made at a time. The row of
@@ -486,12 +491,13 @@ class CBSAPreTrainedModel(PreTrainedModel):
     main_input_name = "pixel_values"
     input_modalities = ("image",)
     supports_gradient_checkpointing = True
-    _no_split_modules = ["CBSAEmbeddings", "CBSALayer", *(decoder.__name__ for decoder in DECODERS.values())]
+    _no_split_modules = ["CBSAEmbeddings", "CBSALayer", "StemSkip", *(decoder.__name__ for decoder in DECODERS.values())]
     _can_compile_fullgraph = True
     _can_record_outputs = {
         "hidden_states": CBSALayer,
         "attentions": OutputRecorder(SelfAttention, index=1),
         "representative_attentions": OutputRecorder(SelfAttention, index=2),
+        "stem_maps": OutputRecorder(nn.GELU, layer_name="patch_embeddings"),
     }
     _input_embed_layer = "patch_embeddings"
 
@@ -522,6 +528,8 @@ class CBSAPreTrainedModel(PreTrainedModel):
                 init.zeros_(module.bias)
         elif isinstance(module, ClassTokenMaskDecoder):
             init.trunc_normal_(module.class_embeddings, std=self.config.initializer_range)
+        elif isinstance(module, ZeroConv2d):
+            init.zeros_(module.weight)
 
     def train(self, mode: bool = True) -> "CBSAPreTrainedModel":
         """Sets the training or evaluation mode. Raises ValueError if a folded model is to be trained."""
@@ -625,8 +633,8 @@ class CBSAModel(CBSAPreTrainedModel):
         Args:
             pixel_values: (batch, channels, height, width), normalised; cast to the model's dtype.
             interpolate_pos_encoding: accept any size of at least one patch per side, not only `config.image_size`.
-            output_hidden_states, output_attentions, output_representative_attentions (`bool`, *optional*):
-                also return these, see [`CBSAModelOutput`]; by default as the configuration says.
+            output_hidden_states, output_attentions, output_representative_attentions, output_stem_maps (`bool`,
+                *optional*): also return these, see [`CBSAModelOutput`]; by default as the configuration says.
 
         Raises:
             ValueError: if the number of channels or the size does not fit, or if no layer has representative
@@ -720,11 +728,13 @@ class CBSAForSemanticSegmentation(CBSAPreTrainedModel):
         self.decoder = DECODERS[config.decoder_type](
             config, hidden_size, base_num_patches if config.size_factor else None
         )
+        self.decoder_skip = StemSkip(config) if config.decoder_skip else None
         self.post_init()
 
     def encode(self, pixel_values: torch.Tensor, kwargs: dict) -> tuple[torch.Tensor, tuple[int, int], ModelOutput]:
         """Returns the patch tokens (batch, patches, width), their grid, and the output of the encoder."""
         if self.config.backbone_config is None:
+            kwargs["output_stem_maps"] = self.decoder_skip is not None
             outputs = self.cbsa(pixel_values, interpolate_pos_encoding=True, return_dict=True, **kwargs)
             grid = self.config.patch_grid(*pixel_values.shape[2:])
             return outputs.last_hidden_state[:, self.cbsa.num_prefix_tokens :], grid, outputs
@@ -778,6 +788,8 @@ class CBSAForSemanticSegmentation(CBSAPreTrainedModel):
         padded = F.pad(pixel_values, (0, columns, 0, rows))
         hidden_states, grid, outputs = self.encode(padded, kwargs)
         masks, attentions = self.decoder(hidden_states, grid, output_attentions)
+        if self.decoder_skip is not None:
+            masks = self.decoder_skip(masks, hidden_states, outputs.stem_maps)
         logits = F.interpolate(masks, size=padded.shape[2:], mode="bilinear", align_corners=False)
         logits = F.pad(logits, (0, -columns, 0, -rows))  # a slice would tie an exported graph to sizes that need one
 

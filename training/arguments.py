@@ -176,6 +176,10 @@ class SegmenterArguments:
     decoder_type: str | None = field(
         default=None, metadata={"help": f"{', '.join(DECODERS)}; default: as the model says"}
     )
+    decoder_skip: bool | None = field(
+        default=None,
+        metadata={"help": "read the maps of the stem too, for detail finer than a patch; default: as the model says"},
+    )
 
 
 @dataclass(kw_only=True)

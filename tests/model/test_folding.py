@@ -64,9 +64,11 @@ def test_folding_of_embeddings(patch_embedding_type):
 
 
 @pytest.mark.parametrize("decoder_type", DECODERS)
-def test_folding_of_segmenters(decoder_type):
+@pytest.mark.parametrize("decoder_skip", [False, True])
+def test_folding_of_segmenters(decoder_type, decoder_skip):
     kwargs = {"output_decoder_attentions": True} if decoder_type != "linear" else {}
-    assert_equal_outputs(build(CBSAForSemanticSegmentation, decoder_type=decoder_type), **kwargs)
+    model = build(CBSAForSemanticSegmentation, decoder_type=decoder_type, decoder_skip=decoder_skip)
+    assert_equal_outputs(model, **kwargs)
 
 
 def test_folding_of_a_backbone():

@@ -41,7 +41,7 @@ CASES = [
     (CBSAForSemanticSegmentation, {}),
     (CBSAForSemanticSegmentation, {"patch_embedding_type": "patchify", "decoder_type": "mssa"}),
     (CBSAForSemanticSegmentation, {"patch_embedding_type": "linear", "decoder_type": "softmax", "size_factor": False}),
-    (CBSAForSemanticSegmentation, {"decoder_type": "linear"}),
+    (CBSAForSemanticSegmentation, {"decoder_type": "linear", "decoder_skip": True}),
     (CBSAForSemanticSegmentation, {"backbone_config": DINOV2}),
     (CBSAForSemanticSegmentation, {"backbone_config": RESNET, "decoder_base_num_patches": 24}),
 ]

@@ -147,6 +147,69 @@ def test_images_of_any_size(tiny_config, decoder, patch_embedding, size):
     torch.testing.assert_close(logits, masks[:, :, : size[0], : size[1]])
 
 
+def convolve(x: torch.Tensor, convolution: torch.nn.Conv2d) -> torch.Tensor:
+    """A convolution as a product: each column of `unfold` has the values under the kernel at one place."""
+    height, width = ((n - 1) // convolution.stride[0] + 1 for n in x.shape[2:])
+    columns = F.unfold(x, convolution.kernel_size, padding=convolution.padding, stride=convolution.stride)
+    bias = 0 if convolution.bias is None else convolution.bias[:, None]
+    return (convolution.weight.flatten(1) @ columns + bias).unflatten(2, (height, width))
+
+
+@pytest.mark.parametrize("decoder", DECODERS)
+@pytest.mark.parametrize("size", [(32, 48), (33, 47)])
+def test_skip_by_its_formula(tiny_config, decoder, size):
+    model = make_model(tiny_config, decoder_type=decoder, decoder_skip=True).double()
+    pixel_values = torch.randn(2, 3, *size, dtype=torch.float64)
+    height, width = (-(-side // 8) * 8 for side in size)
+    padded = torch.zeros(2, 3, height, width, dtype=torch.float64)
+    padded[:, :, : size[0], : size[1]] = pixel_values
+    x, stem_maps = padded, []
+    layers = iter(model.cbsa.embeddings.patch_embeddings.layers)
+    for convolution, norm, activation in zip(layers, layers, layers):  # the last convolution has no activation
+        x = convolve(x, convolution)
+        scale = norm.weight / (norm.running_var + norm.eps).sqrt()
+        x = activation((x - norm.running_mean[:, None, None]) * scale[:, None, None] + norm.bias[:, None, None])
+        stem_maps.append(x)
+    assert [tuple(stem_map.shape[1:]) for stem_map in stem_maps] == [
+        (6, height // 2, width // 2),
+        (12, height // 4, width // 4),
+    ]
+
+    tokens = model.cbsa(padded, interpolate_pos_encoding=True).last_hidden_state[:, 1:]
+    masks, _ = model.decoder(tokens, (height // 8, width // 8))
+    skip = model.decoder_skip
+    x = tokens.mT.reshape(2, 24, height // 8, width // 8)
+    for convolution, stem_map in zip(skip.convolutions[:2], [stem_maps[1], stem_maps[0]], strict=True):
+        x = torch.nn.Upsample(scale_factor=2, mode="bilinear")(F.gelu(convolve(x, convolution))) + stem_map
+    x = convolve(F.gelu(convolve(x, skip.convolutions[2])), skip.classifier)
+    masks = torch.nn.Upsample(scale_factor=4, mode="bilinear")(masks) + x
+    expected = torch.nn.Upsample(scale_factor=2, mode="bilinear")(masks)[:, :, : size[0], : size[1]]
+    torch.testing.assert_close(model(pixel_values).logits, expected, rtol=1e-9, atol=1e-9)
+
+
+def test_skip_begins_with_the_masks_of_a_trained_segmenter(tiny_segmenter, saved_segmenter):
+    pixel_values = torch.randn(1, 3, 32, 48)
+    model = CBSAForSemanticSegmentation.from_pretrained(saved_segmenter, decoder_skip=True).eval()
+    tokens = model.cbsa(pixel_values).last_hidden_state[:, 1:]
+    masks, _ = tiny_segmenter.decoder(tokens, (4, 6))
+    for size in [(16, 24), (32, 48)]:  # to the finest map of the stem, then to the image
+        masks = F.interpolate(masks, size=size, mode="bilinear")
+    torch.testing.assert_close(model(pixel_values).logits, masks)
+    model.train()(pixel_values, labels=torch.randint(0, 5, (1, 32, 48))).loss.backward()
+    assert model.decoder_skip.classifier.weight.grad.abs().sum() > 0
+
+
+@torch.no_grad()
+def test_skip_sees_whole_maps_of_large_images(tiny_config):
+    """Where nobody asks for the maps of the stem, a large image passes it in strips."""
+    model = make_model(tiny_config, decoder_type="linear", decoder_skip=True, num_hidden_layers=1)
+    pixel_values = torch.randn(1, 3, 1024, 1025)
+    in_inference = model(pixel_values).logits
+    with torch.enable_grad():
+        in_training = model(pixel_values).logits
+    torch.testing.assert_close(in_inference, in_training, rtol=1e-4, atol=1e-4)
+
+
 def test_outputs_on_request(tiny_config):
     model = make_model(tiny_config)
     pixel_values = torch.randn(2, 3, 30, 48)
@@ -378,6 +441,8 @@ def test_pipeline(tiny_segmenter, saved_segmenter, noise):
         ({"decoder_head_dim": 0}, "`decoder_head_dim` is 0, and has to be at least 1"),
         ({"decoder_representatives_size": 0}, "`decoder_representatives_size` is 0; give one side or"),
         ({"position_interpolation": "nearest"}, "`position_interpolation` is 'nearest'; choose one of 'bicubic'"),
+        ({"decoder_skip": True, "patch_embedding_type": "linear"}, "`decoder_skip=True` reads the maps of the conv"),
+        ({"decoder_skip": True, "backbone_config": BACKBONES["dinov2"][0]}, "which this encoder does not have"),
         ({"backbone_config": {"hidden_size": 3}}, "`model_type` None, which Transformers does not know"),
         ({"backbone_config": CBSAConfig()}, "a CBSA encoder is described by this configuration itself"),
     ],

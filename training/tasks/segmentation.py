@@ -97,8 +97,8 @@ def load_segmenter(
     Raises:
         ValueError: if there is no such model, or it does not fit the options.
     """
-    changes = {"decoder_type": args.decoder_type, "drop_path_rate": args.drop_path_rate}
-    changes = {name: value for name, value in changes.items() if value is not None}
+    names_of_changes = ("decoder_type", "decoder_skip", "drop_path_rate")
+    changes = {name: value for name in names_of_changes if (value := getattr(args, name)) is not None}
     config = load_config(source)
     if config.decoder_base_num_patches is None:  # a new decoder is made for the size of these crops
         patch_size = to_pair(getattr(config.backbone_config or config, "patch_size", 1))
