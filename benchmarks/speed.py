@@ -144,12 +144,15 @@ class Cell:
 
 
 def export(model: nn.Module, format: str, pixel_values: np.ndarray, **options) -> Run:
-    """A run of what `cbsa export` writes of a model, as it is. The pool of the reference knows one size alone."""
-    single, pixels = OneOutput(model), torch.from_numpy(pixel_values)
+    """A run of what `cbsa export` writes of a folded model, as it is. All other models are exported for this size."""
+    single = model if isinstance(model, Floor) else OneOutput(model)
     with TemporaryDirectory() as folder:
         with torch.no_grad():
-            program = trace(single, model.config) if model.config.folded else torch.export.export(single, (pixels,))
-        FORMATS[format].write(program, single.name, Path(folder) / FORMATS[format].file)
+            if isinstance(model, CBSAForImageClassification) and model.config.folded:
+                program = trace(single, model.config)
+            else:
+                program = torch.export.export(single, (torch.from_numpy(pixel_values),))
+        FORMATS[format].write(program, "logits", Path(folder) / FORMATS[format].file)
         engine = open_export(folder, **options)
         engine(pixel_values)  # while the file is there, from which OpenVINO compiles for this shape
     return partial(engine, pixel_values)
@@ -198,7 +201,7 @@ def build_runs(cell: Cell, models: dict[str, nn.Module], engines: list[str], dev
         return runs
     array = pixel_values.float().numpy()
     if "openvino" in engines:
-        for name in ("reference", "folded"):
+        for name in ("reference", "folded", "ViT, sdpa", "floor"):
             module = deepcopy(models[name]).float()
             runs[f"{name}, OpenVINO"] = export(module, "openvino", array, precision=cell.dtype)
     if "onnx" in engines and cell.dtype == "float32":

@@ -202,7 +202,7 @@ def test_skip_begins_with_the_masks_of_a_trained_segmenter(tiny_segmenter, saved
 @torch.no_grad()
 def test_skip_sees_whole_maps_of_large_images(tiny_config):
     """Where nobody asks for the maps of the stem, a large image passes it in strips."""
-    model = make_model(tiny_config, decoder_type="linear", decoder_skip=True, num_hidden_layers=1)
+    model = make_model(tiny_config, decoder_type="linear", decoder_skip=True)
     pixel_values = torch.randn(1, 3, 1024, 1025)
     in_inference = model(pixel_values).logits
     with torch.enable_grad():
