@@ -49,6 +49,7 @@ class TestArguments:
         [
             ("cbsa-tiny-camvid", SegmentationArguments),
             ("cbsa-tiny-camvid-2", SegmentationArguments),
+            ("cbsa-tiny-camvid-3", SegmentationArguments),
             ("cbsa-tiny-imagenette", PretrainingArguments),
             ("cbsa-tiny-imagenette-2", FinetuningArguments),
             ("comparison", ComparisonArguments),
@@ -59,7 +60,7 @@ class TestArguments:
         args = parse_arguments(arguments_class, ["--config", str(recipe), *self.NAMES])
         for option, value in yaml.safe_load(recipe.read_text()).items():
             assert getattr(args, option) == value
-        assert len(list(recipe.parent.iterdir())) == 5
+        assert len(list(recipe.parent.iterdir())) == 6
 
     @pytest.mark.parametrize(
         ("arguments", "message"),
