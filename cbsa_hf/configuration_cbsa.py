@@ -500,8 +500,8 @@ class CBSAConfig(BackboneConfigMixin, PreTrainedConfig):
             raise ValueError(f"`decoder_head_dim` is {self.decoder_head_dim}, and has to be at least 1.")
         if self.decoder_skip and (self.patch_embedding_type != "conv_stem" or self.backbone_config is not None):
             raise ValueError(
-                "`decoder_skip=True` reads the maps of the convolutional stem, which this encoder does not have; leave "
-                "it out, or choose `patch_embedding_type='conv_stem'` and no `backbone_config`."
+                "`decoder_skip=True` reads the maps of the convolutional stem, which this encoder does not have; "
+                "leave it out, or choose `patch_embedding_type='conv_stem'` and no `backbone_config`."
             )
         if isinstance(self.backbone_config, CBSAConfig):
             raise ValueError(

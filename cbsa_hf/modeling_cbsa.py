@@ -491,7 +491,7 @@ class CBSAPreTrainedModel(PreTrainedModel):
     main_input_name = "pixel_values"
     input_modalities = ("image",)
     supports_gradient_checkpointing = True
-    _no_split_modules = ["CBSAEmbeddings", "CBSALayer", "StemSkip", *(decoder.__name__ for decoder in DECODERS.values())]
+    _no_split_modules = ["CBSAEmbeddings", "CBSALayer", *(part.__name__ for part in (*DECODERS.values(), StemSkip))]
     _can_compile_fullgraph = True
     _can_record_outputs = {
         "hidden_states": CBSALayer,

@@ -165,7 +165,7 @@ def test_skip_by_its_formula(tiny_config, decoder, size):
     padded[:, :, : size[0], : size[1]] = pixel_values
     x, stem_maps = padded, []
     layers = iter(model.cbsa.embeddings.patch_embeddings.layers)
-    for convolution, norm, activation in zip(layers, layers, layers):  # the last convolution has no activation
+    for convolution, norm, activation in zip(*[layers] * 3, strict=False):  # the last convolution has no activation
         x = convolve(x, convolution)
         scale = norm.weight / (norm.running_var + norm.eps).sqrt()
         x = activation((x - norm.running_mean[:, None, None]) * scale[:, None, None] + norm.bias[:, None, None])
