@@ -633,8 +633,9 @@ class CBSAModel(CBSAPreTrainedModel):
         Args:
             pixel_values: (batch, channels, height, width), normalised; cast to the model's dtype.
             interpolate_pos_encoding: accept any size of at least one patch per side, not only `config.image_size`.
-            output_hidden_states, output_attentions, output_representative_attentions, output_stem_maps (`bool`,
-                *optional*): also return these, see [`CBSAModelOutput`]; by default as the configuration says.
+            output_hidden_states, output_attentions, output_representative_attentions (`bool`, *optional*):
+                also return these, see [`CBSAModelOutput`]; by default as the configuration says.
+            output_stem_maps (`bool`, defaults to `False`): also return the maps of the convolutional stem.
 
         Raises:
             ValueError: if the number of channels or the size does not fit, or if no layer has representative
