@@ -186,10 +186,12 @@ def test_segmentation_of_one_class(classifier, masks, training, tmp_path, capsys
     (data / "id2label.json").write_text(json.dumps({"0": "red"}))
     arguments = [*SEGMENTATION, f"--dataset_name={data}", f"--model_name_or_path={classifier}", "--num_epochs=1"]
     arguments += [f"--output_dir={output}", "--dice=true", "--class_balanced=true", "--no_photometric_distortion"]
+    arguments.append("--decoder_skip=true")
     finetune_segmenter(parse_arguments(SegmentationArguments, arguments))
     metrics = json.loads((output / "results.json").read_text())["metrics"]
     model = AutoModelForSemanticSegmentation.from_pretrained(output).eval()
     assert model.config.id2label == {0: "red"}
+    assert model.decoder_skip.classifier.weight.abs().sum() > 0  # it is there, and was trained
     expected = measure(SlidingWindowSegmenter(model, AutoImageProcessor.from_pretrained(output)), data)
     expected["iou/background"] = expected.pop("iou/noise")
     assert metrics == pytest.approx({**expected, "mean_iou": mean_iou(expected)}, abs=2e-3)
