@@ -47,9 +47,9 @@ def test_shipped_files(task):
     assert config["dtype"] == "float32"
     assert "auto_map" not in config
     assert json.loads((folder / "preprocessor_config.json").read_text())["do_convert_rgb"] is True
-    assert (folder / "model.safetensors").stat().st_size < 4 * 2**20
+    assert (folder / "model.safetensors").stat().st_size < 5 * 2**20
     weights = load_file(folder / "model.safetensors")
-    assert 1.5e6 < sum(tensor.numel() for tensor in weights.values()) < 2e6
+    assert 1.5e6 < sum(tensor.numel() for tensor in weights.values()) < 2.5e6
 
 
 def test_classification_pipeline(shipped, photo):
