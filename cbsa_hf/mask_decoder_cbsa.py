@@ -236,17 +236,18 @@ class SegmenterMaskDecoder(ClassTokenMaskDecoder):
 
 
 class ZeroConv2d(nn.Conv2d):
-    """A convolution whose weights begin at 0, so that what it adds to begins unchanged (arXiv 2302.05543)."""
+    """A convolution whose weights begin at 0, so that its output begins at 0 (arXiv 2302.05543)."""
 
 
 class StemSkip(nn.Module):
     """
-    Adds detail to masks at the resolution of the patches: logits from a second way from the patch tokens to half the
-    resolution of the image, which is the convolutional stem in reverse, and takes in each of the stem's maps on its
-    way, as a U-Net does (arXiv 1505.04597). The decoder published with CBT has no such part.
+    Adds detail to the masks of a decoder, which have one logit for each patch and class. It is the convolutional stem
+    in reverse: it begins with the patch tokens, and each convolution but the last halves the width and is followed by
+    doubling height and width. The stem's map of that size is then added, as in a U-Net (arXiv 1505.04597). The logits
+    at the end have half the resolution of the image, and are added to those of the decoder.
 
-    Every convolution but the last halves the width, as that of the stem doubled it. The logits begin at 0, so a
-    segmenter that was trained without this part begins with the masks that it had.
+    The decoder published with CBT has no such part. The added logits begin at 0, so a segmenter that was trained
+    without this part keeps its masks at first.
 
     Args:
         config: its fields `hidden_size`, `patch_size` and `num_labels` are used.

@@ -66,7 +66,7 @@ class CBSAModelOutput(BaseModelOutputWithPooling):
             representative over the tokens, whose rows sum to 1. None where the attention type has no such A. With
             `output_representative_attentions=True`.
         stem_maps: what the convolutional stem computes before the patches, each (batch, width, height, width), from
-            fine to coarse, after GELU; with `output_stem_maps=True`.
+            fine to coarse, after GELU; with `output_stem_maps=True` and a configuration with `decoder_skip=True`.
     """
 
     representative_attentions: tuple[torch.FloatTensor, ...] | None = None
@@ -638,9 +638,12 @@ class CBSAModel(CBSAPreTrainedModel):
             output_stem_maps (`bool`, defaults to `False`): also return the maps of the convolutional stem.
 
         Raises:
-            ValueError: if the number of channels or the size does not fit, or if no layer has representative
-                attentions to return.
+            ValueError: if the number of channels or the size does not fit, if no layer has representative attentions
+                to return, or if stem maps are asked for and the configuration does not have `decoder_skip`.
         """
+        if kwargs.get("output_stem_maps") and not self.config.decoder_skip:
+            # Without it, the stem makes its maps in strips if the image is large.
+            raise ValueError("`output_stem_maps=True` needs a configuration with `decoder_skip=True`.")
         output_attentions = self.is_wanted("output_attentions", kwargs)
         output_representative_attentions = self.is_wanted("output_representative_attentions", kwargs)
         if output_representative_attentions and not any(

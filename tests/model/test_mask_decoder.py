@@ -201,7 +201,7 @@ def test_skip_begins_with_the_masks_of_a_trained_segmenter(tiny_segmenter, saved
 
 @torch.no_grad()
 def test_skip_sees_whole_maps_of_large_images(tiny_config):
-    """Where nobody asks for the maps of the stem, a large image passes it in strips."""
+    """A large image passes the stem in strips, but not if the maps of the stem are needed."""
     model = make_model(tiny_config, decoder_type="linear", decoder_skip=True)
     pixel_values = torch.randn(1, 3, 1024, 1025)
     in_inference = model(pixel_values).logits
@@ -460,6 +460,8 @@ def test_bad_input_raises(tiny_config):
         model(torch.randn(2, 3, 32, 48), output_decoder_attentions=True)
     with pytest.raises(ValueError, match="`num_labels` is 0; semantic segmentation takes one class or more"):
         make_model(tiny_config, num_labels=0, id2label=None)
+    with pytest.raises(ValueError, match="`output_stem_maps=True` needs a configuration with `decoder_skip=True`"):
+        model.cbsa(torch.randn(2, 3, 32, 48), output_stem_maps=True)
 
 
 @pytest.mark.parametrize("decoder", DECODERS)
