@@ -224,6 +224,12 @@ def seconds_of(run: Run, device: str) -> float:
     return now(device) - started
 
 
+def repeat(run: Run, times: int):
+    """Runs it several times."""
+    for _ in range(times):
+        run()
+
+
 def peak_memory(run: Run, device: str) -> float:
     """Peak memory of one run in MiB, without weights and input."""
     if device == "cpu":
@@ -274,8 +280,10 @@ def measure_tokens(size: str, rounds: int, device: str) -> str:
         cell = Cell(size, pixels, 1, "float32")
         run = partial(fold(CBSAForImageClassification(cell.config)).to(device), example_pixels(cell, device))
         memory = peak_memory(run, device) * 2**20 / (cell.num_patches * cell.config.hidden_size)
+        repeats = max(4096 // cell.num_patches, 1)  # a small image alone says more of the caches before than of itself
+        run = partial(repeat, run, repeats)
         seconds = statistics.median(seconds_of(run, device) for _ in range(rounds if pixels < 4096 else 1))
-        microseconds = 1e6 * seconds / cell.num_patches
+        microseconds = 1e6 * seconds / repeats / cell.num_patches
         least = min(least, microseconds)
         rows.append([pixels, f"{cell.num_patches:,}", microseconds, f"{memory:.1f}"])
     rows = [[*row[:2], f"{row[2]:.0f}", f"{row[2] / least:.2f}", row[3]] for row in rows]

@@ -60,16 +60,15 @@ class PooledRepresentatives(nn.Module):
 
     def forward(self, tokens: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
         """(batch, heads, tokens, p) -> (batch, heads, m, p)."""
-        patches = tokens[:, :, self.first_token : self.first_token + grid[0] * grid[1]]
-        # (batch, heads * p, height, width), channels last: a view, and the layout that torch pools fastest.
-        patches = patches.transpose(1, 2).flatten(2).unflatten(1, grid).movedim(3, 1)
+        patches = tokens.transpose(1, 2)[:, self.first_token : self.first_token + grid[0] * grid[1]]
+        patches = patches.flatten(2).unflatten(1, grid)  # (batch, height, width, heads * p)
         # torch's own pool is faster, but ties a compiled graph to one size; the old ONNX exporter knows few cases.
         if is_torchdynamo_compiling() or torch.jit.is_tracing():
             rows, columns = (adaptive_bins(n, m, patches) for n, m in zip(grid, self.size, strict=True))
-            bins = rows @ patches @ columns.T
+            bins = rows @ (columns @ patches).flatten(2)  # in this order no product needs a copy in another layout
         else:
-            bins = F.adaptive_avg_pool2d(patches, self.size)
-        return bins.flatten(2).transpose(1, 2).unflatten(2, (tokens.shape[1], -1)).transpose(1, 2)
+            bins = F.adaptive_avg_pool2d(patches.movedim(3, 1), self.size).movedim(1, 3)  # channels last, the fastest
+        return bins.reshape(tokens.shape[0], self.size[0] * self.size[1], tokens.shape[1], -1).transpose(1, 2)
 
 
 class LearnedRepresentatives(nn.Module):

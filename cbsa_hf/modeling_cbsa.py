@@ -267,11 +267,16 @@ class CBSAEmbeddings(nn.Module):
         patches = self.patch_embeddings(pixel_values.to(self.cls_token.dtype))  # (batch, hidden_size, *grid)
         grid = tuple(patches.shape[2:])
         cls_token = self.cls_token.expand(pixel_values.shape[0], -1, -1)
-        hidden_states = torch.cat([cls_token, patches.flatten(2).transpose(1, 2)], dim=1)
-        del patches  # large images: the positions are made and added without a third copy of the tokens
-        cls_position, patch_positions = self.interpolate_pos_encoding(grid)
-        hidden_states[:, :1] += cls_position
-        hidden_states[:, 1:] += patch_positions
+        patches = patches.flatten(2).transpose(1, 2)
+        if is_torchdynamo_compiling():  # in a graph, to write to a part of a tensor is slow
+            cls_position, patch_positions = self.interpolate_pos_encoding(grid)
+            hidden_states = torch.cat([cls_token + cls_position, patches + patch_positions], dim=1)
+        else:
+            hidden_states = torch.cat([cls_token, patches], dim=1)
+            del patches  # large images: the positions are made and added without a third copy of the tokens
+            cls_position, patch_positions = self.interpolate_pos_encoding(grid)
+            hidden_states[:, :1] += cls_position
+            hidden_states[:, 1:] += patch_positions
         if self.register_tokens is not None:
             registers = self.register_tokens.expand(pixel_values.shape[0], -1, -1)
             hidden_states = torch.cat([hidden_states[:, :1], registers, hidden_states[:, 1:]], dim=1)
