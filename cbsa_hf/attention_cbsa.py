@@ -269,8 +269,8 @@ class ContractAndBroadcastSelfAttention(SharedProjectionSelfAttention):
         """
         tokens = self.split_heads(self.proj(hidden_states))
 
-        initial_representatives = self.representatives(tokens, grid)
-        tokens = tokens.contiguous()  # one copy; otherwise every product makes its own
+        initial_representatives = self.representatives(tokens, grid).contiguous()
+        tokens = tokens.contiguous()  # one copy of each; otherwise every product makes its own
         attention = self.attend(initial_representatives, tokens)
         representatives = initial_representatives + self.step_rep * (attention @ tokens)
         # `scaled_dot_product_attention` is slower for so few representatives, by a quarter of a training step on CPU.
