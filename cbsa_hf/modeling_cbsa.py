@@ -268,7 +268,8 @@ class CBSAEmbeddings(nn.Module):
         grid = tuple(patches.shape[2:])
         cls_token = self.cls_token.expand(pixel_values.shape[0], -1, -1)
         patches = patches.flatten(2).transpose(1, 2)
-        if is_torchdynamo_compiling():  # in a graph, to write to a part of a tensor is slow
+        if torch.is_grad_enabled() or is_torchdynamo_compiling():
+            # Writing to a part of a tensor is slow to differentiate, and in a graph.
             cls_position, patch_positions = self.interpolate_pos_encoding(grid)
             hidden_states = torch.cat([cls_token + cls_position, patches + patch_positions], dim=1)
         else:
@@ -326,8 +327,10 @@ class CBSAISTA(nn.Module):
         # A graph takes one way for every number of tokens, so that it is not made again for some of them.
         in_graph = is_torchdynamo_compiling()
         in_one_product = in_graph or hidden_states.numel() > weight.numel()
+        device = hidden_states.device.type
+        is_mixed = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)  # not for "meta"
         # Mixed precision adds the step to `hidden_states` in their own precision; a compiler fuses the addition.
-        if in_one_product and not (in_graph or torch.is_autocast_enabled(hidden_states.device.type)):
+        if in_one_product and not (in_graph or is_mixed):
             return self.prepare()(hidden_states)
         if in_one_product:
             # One product with D^T - D^T D instead of two. To form this matrix costs as much as d tokens.

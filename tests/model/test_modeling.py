@@ -1,5 +1,7 @@
 """The models: sizes, outputs on request, saving and loading."""
 
+from typing import get_args
+
 import pytest
 import torch
 from conftest import enable_activation_checkpointing
@@ -22,6 +24,7 @@ from cbsa_hf import (
     CBSAModel,
     preset_path,
 )
+from cbsa_hf.configuration_cbsa import AttentionType
 from cbsa_hf.modeling_cbsa import CBSAISTA, CBSAODL, CBSAConvStem
 
 
@@ -34,6 +37,15 @@ def test_published_number_of_parameters(size, parameters):
     with torch.device("meta"):
         model = CBSAForImageClassification(config)
     assert sum(parameter.numel() for parameter in model.parameters()) == parameters
+
+
+@pytest.mark.parametrize("attention_type", get_args(AttentionType))
+def test_meta_device(attention_type):
+    """Without data: Accelerate and FLOP counters compute shapes so."""
+    config = CBSAConfig(image_size=64, num_hidden_layers=1, attention_type=attention_type, num_labels=3)
+    pixel_values = torch.empty(2, 3, 64, 64, device="meta")
+    assert CBSAForImageClassification(config).to("meta")(pixel_values).logits.shape == (2, 3)
+    assert CBSAForSemanticSegmentation(config).to("meta")(pixel_values).logits.shape == (2, 3, 64, 64)
 
 
 def test_presets_differ_in_attention_type_and_size():
