@@ -41,7 +41,7 @@ from cbsa_hf import CBSAConfig, CBSAForImageClassification, fold, preset_path
 from cbsa_hf.attention_cbsa import ContractAndBroadcastSelfAttention
 from cbsa_hf.exporting import FORMATS, OneOutput, open_export, trace
 from cbsa_hf.interpretability.plots import line_panels
-from cbsa_hf.modeling_cbsa import CBSAISTA, CBSAConvStem
+from cbsa_hf.modeling_cbsa import CBSAISTA, CBSAConvStem, CBSALayer
 from training.engine.memory import keep_freed_memory
 
 
@@ -91,6 +91,8 @@ def as_reference(model: CBSAForImageClassification) -> CBSAForImageClassificatio
     for module in model.modules():
         if type(module) in REFERENCE:
             module.forward = MethodType(REFERENCE[type(module)], module)
+        if isinstance(module, CBSALayer):
+            module.takes_tiles = lambda hidden_states: False
     return model
 
 
@@ -313,11 +315,11 @@ def measure_cell(cell: Cell, rounds: int, engines: list[str], skipped: set[str],
             with FlopCounterMode(display=False) as counter:
                 deepcopy(models[name]).to("meta")(example_pixels(cell, "meta"))
             row["flops"] = counter.get_total_flops() / cell.batch_size
-    slowest = max((row["first"] for row in found.values() if not row["once"]), default=SECONDS)
-    for _ in range(min(max(int(SECONDS / slowest), 1), rounds)):
+    for index in range(rounds):
         for name, run in runs.items():
-            if not found[name]["once"]:
-                found[name]["times"].append(seconds_of(run, device))
+            row = found[name]
+            if not row["once"] and (index == 0 or (index + 1) * row["first"] < SECONDS):
+                row["times"].append(seconds_of(run, device))
     for row in found.values():
         milliseconds = [1000 * value / cell.batch_size for value in row["times"]]
         row["ms"] = statistics.median(milliseconds)
