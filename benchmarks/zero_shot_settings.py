@@ -45,10 +45,17 @@ LONG_SIDE = 256  # the default of `ZeroShotSegmenter`
 
 
 @dataclass(kw_only=True)
-class Arguments(DataArguments):
-    """Options of the script."""
+class SplitArguments:
+    """What is scored."""
 
-    split: str = field(default="train", metadata={"help": "the split to score on"})
+    _argument_group_name = "what is scored"
+
+    split: str = field(default="train", metadata={"help": "split to choose and to score on, or a part of one"})
+
+
+@dataclass(kw_only=True)
+class Arguments(SplitArguments, DataArguments):
+    """Options of the script."""
 
 
 class Scorer:
