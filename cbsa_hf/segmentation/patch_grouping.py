@@ -11,9 +11,8 @@ from .inference import Encoding, encode, unwrap
 from .spectral import Cut, cut_dense, cut_factored, k_means, landmark_factor, positions, stack_factors, visits
 
 
-# These values were chosen on the same COCO images that scores are reported on, `COLOUR_WEIGHT` and the default
-# `long_side` on every second one. The scores of both halves of the images rise with them, and neighbouring values give
-# similar scores.
+# These values were chosen on the COCO images that scores are reported on. Chosen on one half of them, other values score
+# nearly as high on the other half: docs/results.md.
 LANDMARKS = 8  # side of the grid of landmarks; the published models have as many representatives
 TEMPERATURE = 0.1  # of the softmax over the landmarks
 LOCALITY = 2.0  # weight of the distance to a landmark
