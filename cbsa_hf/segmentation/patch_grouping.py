@@ -11,7 +11,7 @@ from .inference import Encoding, encode, unwrap
 from .spectral import Cut, cut_dense, cut_factored, k_means, landmark_factor, positions, stack_factors, visits
 
 
-# These values were chosen on the COCO images that scores are reported on. Chosen on one half of them, other values score
+# These values were chosen on the COCO images that scores are reported on. Values chosen on one half of them score
 # nearly as high on the other half: docs/results.md.
 LANDMARKS = 8  # side of the grid of landmarks; the published models have as many representatives
 TEMPERATURE = 0.1  # of the softmax over the landmarks
