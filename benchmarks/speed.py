@@ -195,7 +195,8 @@ def build_runs(cell: Cell, models: dict[str, nn.Module], engines: list[str], dev
     pixel_values = example_pixels(cell, device)
     runs = {name: lambda model=model: model(pixel_values) for name, model in models.items()}
     if "torch.compile" in engines:
-        for name in ("folded", "ViT, sdpa") if device == "cuda" else ("folded",):
+        # On a CPU it takes half a minute to compile a model, so only the fastest way to use this library is compiled.
+        for name in ("reference", "folded", "ViT, sdpa", "floor") if device == "cuda" else ("folded",):
             # On a GPU, Inductor tries kernels and takes the fastest; on a CPU, it packs the weights once ("freezing").
             options = {"mode": "max-autotune"} if device == "cuda" else {"options": {"freezing": True}}
             engine = torch.compile(models[name], **options)
@@ -204,8 +205,9 @@ def build_runs(cell: Cell, models: dict[str, nn.Module], engines: list[str], dev
         return runs
     array = pixel_values.float().numpy()
     if "openvino" in engines:
-        # Of large images the others take minutes to export.
-        for name in ("folded", "floor", "reference", "ViT, sdpa")[: 4 if cell.pixels <= 512 else 2]:
+        # To export these for larger images takes minutes.
+        others = ("reference", "ViT, sdpa") if cell.pixels <= 512 else ()
+        for name in ("folded", "floor", *others):
             module = deepcopy(models[name]).float()
             runs[f"{name}, OpenVINO"] = export(module, "openvino", array, precision=cell.dtype)
     if "onnx" in engines and cell.dtype == "float32":

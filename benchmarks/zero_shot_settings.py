@@ -4,8 +4,8 @@ the size of the input are chosen on one half of the images and scored on the oth
 
     python benchmarks/zero_shot_settings.py --dataset_name ../shared/data/coco128-seg
 
-Nothing is known of the shipped values: every constant begins where it has no effect, or in the middle of its values.
-Then the constants take turns, twice. Each gets the value with the highest sum of the two scores on the half.
+The start is not what ships: most constants begin where they have no effect. Then the constants take turns, twice. Each
+gets, of three or four values, the one with the highest sum of the two scores on the half. What ships is among them.
 """
 
 from collections.abc import Sequence
